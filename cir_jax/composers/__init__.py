@@ -1,0 +1,39 @@
+"""The list of methods: one file each, read beside its paper. `build` makes one by name."""
+
+import importlib
+import inspect
+from typing import Any
+
+from cir_jax.composers.base import Composer
+from cir_jax.errors import ConfigError, unknown
+from cir_jax.models.backbone import Backbone
+
+COMPOSERS = {
+    "clip_pretraining": "ClipPretraining",
+    "compodiff": "CompoDiff",
+    "image_only": "ImageOnly",
+    "image_text": "ImageText",
+    "slerp": "Slerp",
+    "text_only": "TextOnly",
+}
+"""Module name under `cir_jax.composers` -> class in it."""
+
+
+def composer_class(name: str) -> type[Composer]:
+    """Raises ConfigError for an unknown name."""
+    if name not in COMPOSERS:
+        raise ConfigError(unknown("composer", name, COMPOSERS))
+    return getattr(importlib.import_module(f"cir_jax.composers.{name}"), COMPOSERS[name])
+
+
+def build(name: str, backbone: Backbone, **kwargs: Any) -> Composer:
+    """The composer `name` on `backbone`; `kwargs` are its constructor's arguments.
+
+    Raises ConfigError for an unknown name or argument, naming the closest valid one.
+    """
+    cls = composer_class(name)
+    valid = set(inspect.signature(cls).parameters) - {"backbone"}
+    for key in kwargs:
+        if key not in valid:
+            raise ConfigError(unknown(f"setting of composer {name}:", key, valid))
+    return cls(backbone, **kwargs)

@@ -1,0 +1,118 @@
+"""The protocol every composed-retrieval method fulfils; all the rest is written once.
+
+A composer holds no parameters: `params` (trainable, from `init`) and `frozen` (beside them, never in
+the optimiser) are arguments of every function. Training and evaluation call the same `compose`.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from cir_jax.models.backbone import Backbone
+
+Params = Any
+Query = dict[str, jax.Array]
+"""One batch of queries, named arrays:
+
+reference_images   uint8[batch, height, width, 3], or instead of them
+reference_features float32[batch, dim], un-normalised image features (precomputed)
+token_ids          int32[batch, length] of the modification text in the composer's prompt
+"""
+
+
+def normalise(x: jax.Array) -> jax.Array:
+    """Unit L2 norm along the last axis; a zero vector stays zero instead of NaN."""
+    square = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
+    return x * jax.lax.rsqrt(jnp.maximum(square, 1e-24))
+
+
+class Composer:
+    """One method. Subclasses are final; `score` and `embed_gallery` have defaults to replace."""
+
+    pretrained_backbone: bool = True
+    """Whether `freeze` wants the weights of the backbone; False = it is trained from scratch."""
+
+    pools_text: bool = True
+    """Whether text counts up to its end token only; False = padded positions count, too."""
+
+    trained: bool = False
+    """Whether the method has parameters to train; False = no workdir is needed."""
+
+    def __init__(self, backbone: Backbone):
+        self.backbone = backbone
+
+    def prompt(self, text: str) -> str:
+        """The text that is tokenised for a modification text; plain by default."""
+        return text
+
+    def freeze(self, backbone_params: Params) -> Params:
+        """The tree `frozen`: parameters beside the trainable ones, never in the optimiser."""
+        return {"backbone": backbone_params}
+
+    def init(self, rng: jax.Array) -> Params:
+        """Trainable parameters; an empty tree for training-free methods."""
+        del rng
+        return {}
+
+    def encode(
+        self, params: Params, frozen: Params, batch: dict[str, jax.Array], rngs: jax.Array
+    ) -> Params:
+        """What each row contributes to the loss: a tree of arrays [batch, ...].
+
+        rngs: one random key per row, so that nothing depends on how rows are grouped.
+        """
+        raise TypeError(f"{type(self).__name__} is training-free: it has no loss")
+
+    def objective(self, params: Params, rows: Params) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Scalar loss and scalar metrics of all rows of the global batch (all negatives)."""
+        raise TypeError(f"{type(self).__name__} is training-free: it has no loss")
+
+    def loss(
+        self,
+        params: Params,
+        frozen: Params,
+        batch: dict[str, jax.Array],
+        rng: jax.Array,
+        microbatches: int = 1,
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Scalar loss and metrics of a global batch: `objective` of the encoded rows.
+
+        microbatches > 1 encodes that many parts one after the other and again in the backward pass,
+        so that only one part's activations are held; the objective still sees all negatives, and
+        loss and gradients are those of the whole batch (GradCache, arXiv 2101.06983).
+        """
+        rngs = jax.random.split(rng, len(next(iter(batch.values()))))
+        if microbatches == 1:
+            return self.objective(params, self.encode(params, frozen, batch, rngs))
+
+        def split(x: jax.Array) -> jax.Array:
+            # part i takes every n-th row: each part lies on all devices, nothing moves
+            return x.reshape(-1, microbatches, *x.shape[1:]).swapaxes(0, 1)
+
+        def merge(x: jax.Array) -> jax.Array:
+            return x.swapaxes(0, 1).reshape(-1, *x.shape[2:])
+
+        encode = jax.checkpoint(lambda part: self.encode(params, frozen, *part))
+        rows = jax.lax.map(encode, jax.tree.map(split, (batch, rngs)))
+        return self.objective(params, jax.tree.map(merge, rows))
+
+    def compose(self, params: Params, frozen: Params, query: Query, rng: jax.Array) -> jax.Array:
+        """Query features: float32[batch, dim] of unit norm."""
+        raise TypeError(f"{type(self).__name__} does not say how to compose a query")
+
+    def embed_gallery(self, params: Params, frozen: Params, images: jax.Array) -> jax.Array:
+        """uint8[n, height, width, 3] -> float32[n, dim] of unit norm: the backbone's features."""
+        del params
+        return normalise(self.backbone.encode_image(frozen["backbone"], images))
+
+    def score(self, params: Params, query: jax.Array, gallery: jax.Array) -> jax.Array:
+        """float32[batch, dim], float32[n, dim] -> float32[batch, n]: cosine similarity."""
+        del params
+        return query @ gallery.T
+
+    def reference_features(self, frozen: Params, query: Query) -> jax.Array:
+        """Un-normalised image features float32[batch, dim] of the reference images."""
+        if "reference_features" in query:
+            return query["reference_features"]
+        return self.backbone.encode_image(frozen["backbone"], query["reference_images"])

@@ -1,0 +1,434 @@
+"""CompoDiff: composed retrieval by latent diffusion (arXiv 2303.11916).
+
+A transformer denoises the target's image embedding z, given the noisy embedding, the time t and the
+conditions: text hidden states c_T, reference image embedding z_R, mask c_M. It predicts z itself.
+
+    stage 1, text to image    E || z - net(z^(t), t | c_T) ||^2                              (1)
+    stage 2, masked           E || z - net(z_masked^(t), t | c_T, z_masked, c_M) ||^2        (2)
+    stage 2, triplet          E || z_T - net(z_T^(t), t | c_T, z_R, c_M) ||^2                (3)
+
+Conditions but the mask are dropped at random in training, so that sampling can extrapolate:
+
+    x0 = net(null, null) + w_I [net(null, z_R) - net(null, null)]
+                         + w_T [net(c_T, z_R) - net(null, z_R)]                              (4)
+
+Null text: hidden states of the empty prompt; null image and null mask: zeros. A negative text
+takes the place of the null text. The mask stays in all three passes.
+
+Paper and released code (navervision/CompoDiff; its training code was never released):
+* (4) is printed for "epsilon", but the network predicts z, and that is what is guided, as here.
+* Stage 2 picks one objective per step, with 30, 30 and 40 %. Here the rows of one batch are mixed:
+  the same expected gradient with less variance, and one compiled program for both stages.
+* "Dropout 0.1" (Table A.1) is ambiguous; the released network has none, so it is read as the rate
+  at which conditions are dropped, text and image independently: `drop_text`, `drop_image`.
+* The released sampler is DDIM with eta = 1. Its "timesteps" are one more than its evaluations of
+  the network; its demo adds the one, and so does `steps` here (Table 4 starts at 1).
+* The result is the mean over `samples_per_query` noises, then (1 - w) x + w z_R with w =
+  `source_mixing`; the paper mentions neither. The code's default is 4 samples, its README's 2.
+* All `context_length` text positions are conditions, padding too. In the text tower no position
+  sees padding (the release passes the attention mask). The release encodes a negative text under
+  the positive text's mask, a slip that is not copied: each text has its own mask here.
+* The released weights take image embeddings of CLIP L/14 and hidden states of OpenCLIP bigG, so
+  their backbone has the image tower of one and the text tower of the other (dim 768, token_dim
+  1280). In the paper's tables both are L/14 (optionally with T5-XL), or both G/14.
+* Masked pixels of a reference are mean grey in the release (zeros after normalisation), Gaussian
+  noise in the paper: that is done to the image before it comes here. 1 in a mask = may change.
+
+Defaults are the released ones: `depth` 12, `heads` 16 of `dim_head` 64 (8 in cross-attention,
+which the released code does not configure), `guidance` (1.5, 7.5) from Figure 10, `steps` 10,
+`source_mixing` 0.1, `feature_scale` "none" = CLIP's projections as they come. "unit_variance" =
+unit features times sqrt(dim), for backbones whose projections are far from the unit variance that
+the noise has.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from cir_jax.composers.base import Composer, Params, Query, normalise
+from cir_jax.diffusion.sampling import ddim, guided, stack_branches
+from cir_jax.diffusion.schedule import cosine, q_sample
+from cir_jax.errors import ConfigError, WeightsError, unknown
+from cir_jax.models import denoiser as layers
+from cir_jax.models.backbone import Backbone
+from cir_jax.weights import convert
+
+FEATURE_SCALES = ("none", "unit_variance")
+
+
+class Denoiser(nn.Module):
+    """The denoising transformer (Appendix A); its layers are in models/denoiser.py.
+
+    `condition` once per query, `denoise` once per step; `__call__` is both.
+    """
+
+    config: layers.DenoiserConfig
+    dtype: Any = jnp.float32
+
+    def setup(self) -> None:
+        c, dtype = self.config, self.dtype
+        self.text_embedding = layers.linear(c.embed_dim, bias=True, dtype=dtype)
+        self.time_embedding = layers.Mlp(c.embed_dim, dtype)
+        self.mask_embedding = layers.Mlp(c.embed_dim, dtype)
+        self.relative_bias = self.param(
+            "relative_bias", nn.initializers.normal(1.0), (layers.BUCKETS, c.heads)
+        )
+        self.layers = [
+            layers.Layer(c.embed_dim, c.heads, c.dim_head, c.cross_heads, dtype)
+            for _ in range(c.depth)
+        ]
+        self.final_norm = layers.norm(dtype=dtype)
+        self.out = layers.linear(c.embed_dim, dtype=dtype)
+
+    def condition(
+        self, text: jax.Array, image: jax.Array, mask: jax.Array
+    ) -> list[layers.KeysValues]:
+        """Keys and values of the conditions, per layer: they do not change over the steps.
+
+        text: float[rows, length, text_dim]; image: float[rows, embed_dim], zeros = none;
+        mask: float[rows, mask_size, mask_size], zeros = none. Any of them may have one row for all.
+        """
+        text = self.text_embedding(text)
+        image = image.astype(self.dtype)[:, None]
+        # rows flattened; a mask of zeros is a token too: what the biases make of it
+        mask = self.mask_embedding(mask.reshape(mask.shape[0], 1, -1))
+        return [layer.keys_values(text, image, mask) for layer in self.layers]
+
+    def denoise(
+        self, x: jax.Array, time: jax.Array, conditions: list[layers.KeysValues]
+    ) -> jax.Array:
+        """Predicted clean embeddings, float32[rows, samples, embed_dim].
+
+        x: float[rows, samples, embed_dim], noisy; time: int32[rows, samples], or with size 1 where
+        it is the same for all; conditions: from `condition`, with as many rows.
+        """
+        dim = x.shape[-1]
+        time = jnp.broadcast_to(self.embed_time(time), x.shape)
+        tokens = jnp.stack([x.astype(self.dtype), time], axis=-2)
+        bias = self.position_bias()
+        for layer, keys_values in zip(self.layers, conditions, strict=True):
+            tokens = layer(tokens, bias, keys_values)
+        clean = tokens[:, :, 0].astype(jnp.float32)
+        clean = self.final_norm(layers.stabilised(clean))
+        return self.out(clean).astype(jnp.float32).reshape(*x.shape[:-1], dim)
+
+    def embed_time(self, time: jax.Array) -> jax.Array:
+        """int32[...] -> float[..., embed_dim]."""
+        return self.time_embedding(layers.sinusoid(time, self.config.embed_dim))
+
+    def position_bias(self) -> jax.Array:
+        """float32[heads, 2, 3]: from (noisy embedding, time) to (null key, the same two)."""
+        return self.relative_bias[layers.relative_buckets(2)].transpose(2, 0, 1)
+
+    def __call__(
+        self, x: jax.Array, time: jax.Array, text: jax.Array, image: jax.Array, mask: jax.Array
+    ) -> jax.Array:
+        return self.denoise(x, time, self.condition(text, image, mask))
+
+
+class CompoDiff(Composer):
+    """`params` are the denoiser's; `frozen["backbone"]` the backbone's."""
+
+    trained = True
+    pools_text = False
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        depth: int = 12,
+        heads: int = 16,
+        dim_head: int = 64,
+        cross_heads: int = 8,
+        timesteps: int = 1000,
+        drop_text: float = 0.1,
+        drop_image: float = 0.1,
+        guidance: tuple[float, float] = (1.5, 7.5),
+        steps: int = 10,
+        samples_per_query: int = 4,
+        source_mixing: float = 0.1,
+        feature_scale: str = "none",
+    ):
+        super().__init__(backbone)
+        if feature_scale not in FEATURE_SCALES:
+            raise ConfigError(unknown("feature_scale", feature_scale, FEATURE_SCALES))
+        if len(guidance) != 2:
+            raise ConfigError(f"guidance={guidance}: expected two weights, (image, text)")
+        if not 1 <= steps <= timesteps:
+            raise ConfigError(f"steps={steps}: expected 1 to timesteps={timesteps}")
+        if samples_per_query < 1:
+            raise ConfigError(f"samples_per_query={samples_per_query}: expected 1 or more")
+        if dim_head % 2 or backbone.dim % 2:
+            raise ConfigError(
+                f"dim_head={dim_head} and the backbone's dim={backbone.dim} must be even: rotary "
+                "and time embeddings work on pairs"
+            )
+        for name, value in (
+            ("drop_text", drop_text),
+            ("drop_image", drop_image),
+            ("source_mixing", source_mixing),
+        ):
+            if not 0 <= value <= 1:
+                raise ConfigError(f"{name}={value}: expected a fraction from 0 to 1")
+        self.config = layers.DenoiserConfig(
+            embed_dim=backbone.dim,
+            text_dim=backbone.token_dim,
+            depth=depth,
+            heads=heads,
+            dim_head=dim_head,
+            cross_heads=cross_heads,
+            timesteps=timesteps,
+        )
+        self.denoiser = Denoiser(self.config, backbone.model.dtype)
+        self.schedule = cosine(timesteps)
+        self.drop_text, self.drop_image = drop_text, drop_image
+        self.guidance = (float(guidance[0]), float(guidance[1]))
+        self.steps, self.samples_per_query = steps, samples_per_query
+        self.source_mixing, self.feature_scale = source_mixing, feature_scale
+        self.null_token_ids = backbone.tokenizer([""], backbone.context_length)
+
+    def init(self, rng: jax.Array) -> Params:
+        c = self.config
+        one = (
+            jnp.zeros((1, 1, c.embed_dim)),
+            jnp.zeros((1, 1), jnp.int32),
+            jnp.zeros((1, 1, c.text_dim)),
+            jnp.zeros((1, c.embed_dim)),
+            self.no_mask(),
+        )
+        return self.denoiser.init(rng, *one)["params"]
+
+    def encode(
+        self, params: Params, frozen: Params, batch: dict[str, jax.Array], rngs: jax.Array
+    ) -> Params:
+        """Squared error of the predicted embedding of each row, and which objective the row is.
+
+        batch:
+        target_features    float32[batch, dim], or target_images uint8[batch, height, width, 3]
+        reference_features, or reference_images, likewise; may be absent when no row has one
+        has_reference      bool[batch]; False = equation (1), text to image. Absent: all rows have
+        token_ids          int32[batch, length]
+        mask               float[batch, 64, 64], optional. A row with a mask that is not zero is
+                           equation (2): its reference is the masked target, and is noised.
+                           Other rows with a reference are equation (3).
+        """
+        target = self.target(frozen, batch)
+        image, has_image = self.image_condition(frozen, batch)
+        mask = batch.get("mask", self.no_mask())
+        masked = has_image & (mask > 0).any(axis=(1, 2))
+        time, noise, no_text, no_image = jax.vmap(self.draw)(rngs)
+        text = self.hidden_states(frozen, batch["token_ids"])
+        null_text = self.hidden_states(frozen, self.null_token_ids)
+        error = self.errors(
+            params,
+            target,
+            q_sample(self.schedule, jnp.where(masked[:, None], image, target), time, noise),
+            time,
+            jnp.where(no_text[:, None, None], null_text, text),
+            jnp.where(no_image[:, None], 0.0, image),
+            mask,
+        )
+        return {"error": error, "has_image": has_image, "masked": masked}
+
+    def objective(self, params: Params, rows: Params) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Mean over the rows of all objectives.
+
+        Metrics: mse_text, mse_masked, mse_triplet of one objective each, 0 where it has no rows.
+        """
+        error, has_image, masked = rows["error"], rows["has_image"], rows["masked"]
+        groups = {"text": ~has_image, "masked": masked, "triplet": has_image & ~masked}
+        metrics = {
+            f"mse_{name}": jnp.sum(error * group) / jnp.maximum(jnp.sum(group), 1)
+            for name, group in groups.items()
+        }
+        return error.mean(), metrics
+
+    def draw(self, rng: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+        """Of one row: time int32[], noise float32[dim], whether text and image are dropped."""
+        time_rng, noise_rng, text_rng, image_rng = jax.random.split(rng, 4)
+        return (
+            jax.random.randint(time_rng, (), 0, self.config.timesteps),
+            jax.random.normal(noise_rng, (self.config.embed_dim,)),
+            jax.random.bernoulli(text_rng, self.drop_text),
+            jax.random.bernoulli(image_rng, self.drop_image),
+        )
+
+    def errors(
+        self,
+        params: Params,
+        target: jax.Array,
+        noisy: jax.Array,
+        time: jax.Array,
+        text: jax.Array,
+        image: jax.Array,
+        mask: jax.Array,
+    ) -> jax.Array:
+        """Mean squared error per row, float32[batch].
+
+        target, noisy: float32[batch, dim]; time: int32[batch]; the rest as `Denoiser.condition`.
+        """
+        clean = self.denoiser.apply(
+            {"params": params}, noisy[:, None], time[:, None], text, image, mask
+        )[:, 0]
+        return jnp.mean(jnp.square(clean - target), axis=-1)
+
+    def compose(self, params: Params, frozen: Params, query: Query, rng: jax.Array) -> jax.Array:
+        """float32[batch, dim] of unit norm; the same for the same rng.
+
+        Besides `Query`'s, query may hold:
+        negative_token_ids int32[batch, length], what the results should not show
+        mask               float[batch, 64, 64], 1 = the text is about this region
+        has_reference      bool[batch], False = text only
+        guidance           float32[batch, 2], weights (image, text) instead of the constructor's
+        query_index        int32[batch], default 0, 1, ...: the noise of a query depends on rng and
+                           this number alone, not on the batch that the query happens to be in
+        """
+        image, _ = self.image_condition(frozen, query)
+        index = query.get("query_index")
+        if index is None:
+            index = jnp.arange(query["token_ids"].shape[0], dtype=jnp.int32)
+
+        def noise(draw: jax.Array) -> jax.Array:
+            draw_rng = jax.random.fold_in(rng, draw)
+            shape = (self.samples_per_query, self.config.embed_dim)
+            return jax.vmap(lambda i: jax.random.normal(jax.random.fold_in(draw_rng, i), shape))(
+                index
+            )
+
+        conditions = self.branches(params, frozen, query, image)
+        weights = query.get("guidance", jnp.asarray([self.guidance], jnp.float32))
+
+        def denoise(x: jax.Array, time: jax.Array) -> jax.Array:
+            return self.denoiser.apply(
+                {"params": params}, x, time[None, None], conditions, method="denoise"
+            )
+
+        samples, _ = ddim(guided(denoise, weights), self.schedule, self.steps, noise)
+        mean = samples.mean(axis=1)
+        return normalise((1 - self.source_mixing) * mean + self.source_mixing * image)
+
+    def branches(
+        self, params: Params, frozen: Params, query: Query, image: jax.Array
+    ) -> list[layers.KeysValues]:
+        """Keys and values of the three passes of equation (4), as `guided` wants them."""
+        mask = query.get("mask", self.no_mask())
+        text = self.hidden_states(frozen, query["token_ids"])
+        null_text = self.hidden_states(frozen, query.get("negative_token_ids", self.null_token_ids))
+        passes = [
+            self.denoiser.apply({"params": params}, *condition, mask, method="condition")
+            for condition in (
+                (text, image),
+                (null_text, image),
+                (null_text, jnp.zeros_like(image[:1])),
+            )
+        ]
+        return jax.tree.map(stack_branches, *passes)
+
+    def hidden_states(self, frozen: Params, token_ids: jax.Array) -> jax.Array:
+        """int32[batch, length] -> float[batch, context_length, token_dim]: padded first."""
+        tokenizer, length = self.backbone.tokenizer, self.backbone.context_length
+        missing = max(length - token_ids.shape[1], 0)
+        token_ids = jnp.pad(token_ids, ((0, 0), (0, missing)), constant_values=tokenizer.pad_id)
+        end = jnp.argmax(token_ids == tokenizer.eos_id, axis=-1)
+        visible = jnp.arange(token_ids.shape[1])[None] <= end[:, None]
+        embeddings = self.backbone.embed_tokens(frozen["backbone"], token_ids)
+        return self.backbone.model.apply(
+            {"params": frozen["backbone"]}, embeddings, visible, method="text_hidden_states"
+        )
+
+    def target(self, frozen: Params, batch: dict[str, jax.Array]) -> jax.Array:
+        """Scaled target features, float32[batch, dim]."""
+        if "target_features" in batch:
+            return self.scaled(batch["target_features"])
+        return self.scaled(self.backbone.encode_image(frozen["backbone"], batch["target_images"]))
+
+    def image_condition(
+        self, frozen: Params, batch: dict[str, jax.Array]
+    ) -> tuple[jax.Array, jax.Array]:
+        """Scaled reference features float32[batch, dim], zeros where there is none; bool[batch]."""
+        rows = batch["token_ids"].shape[0]
+        if "reference_features" not in batch and "reference_images" not in batch:
+            return jnp.zeros((rows, self.config.embed_dim)), jnp.zeros(rows, bool)
+        image = self.scaled(self.reference_features(frozen, batch))
+        has_image = batch.get("has_reference", jnp.ones(rows, bool))
+        return jnp.where(has_image[:, None], image, 0.0), has_image
+
+    def scaled(self, features: jax.Array) -> jax.Array:
+        """The backbone's un-normalised features in the scale that is diffused."""
+        if self.feature_scale == "none":
+            return features
+        return normalise(features) * self.config.embed_dim**0.5
+
+    def no_mask(self) -> jax.Array:
+        """float32[1, mask_size, mask_size], one row for all."""
+        return jnp.zeros((1, self.config.mask_size, self.config.mask_size))
+
+
+# Released checkpoints. The Hugging Face file prefixes every name with "model."; the training file
+# holds the same names without it under the key "ema_model". The schedule and the rotary frequencies
+# are stored, but are constants: checked on reading, made again on writing.
+
+PREFIX = "model."
+_CONSTANTS = (r"noise_scheduler\..*", r".*\.rotary_emb\.freqs")
+
+
+def released_config(tensors: Mapping[str, np.ndarray]) -> layers.DenoiserConfig:
+    """The sizes of a released checkpoint, read off its shapes; names with or without prefix."""
+    shape = {name.removeprefix(PREFIX): np.shape(tensor) for name, tensor in tensors.items()}
+    layer = "net.transformer.layers.{}.1.to_q.weight".format
+    try:
+        dim_head = shape["net.transformer.layers.0.1.null_kv"][1]
+        return layers.DenoiserConfig(
+            embed_dim=shape["net.to_text_embeds.0.weight"][0],
+            text_dim=shape["net.to_text_embeds.0.weight"][1],
+            depth=sum(layer(index) in shape for index in range(len(shape))),
+            heads=shape["net.transformer.rel_pos_bias.relative_attention_bias.weight"][1],
+            dim_head=dim_head,
+            cross_heads=shape[layer(0)][0] // dim_head,
+            mask_size=round(shape["net.to_mask_embeds.1.net.0.0.weight"][1] ** 0.5),
+            timesteps=shape["noise_scheduler.betas"][0],
+        )
+    except KeyError as error:
+        raise WeightsError(
+            f"not a CompoDiff checkpoint: it has no {error.args[0]!r}. Expected the tensors of "
+            "navervision/CompoDiff-Aesthetic, or those under 'ema_model' of a training file."
+        ) from error
+
+
+def released_constants(config: layers.DenoiserConfig) -> dict[str, np.ndarray]:
+    """{released name without prefix: tensor} of what is stored but not trained."""
+    constants = {
+        f"noise_scheduler.{name}": table
+        for name, table in dataclasses.asdict(cosine(config.timesteps)).items()
+    }
+    frequencies = layers.rotary_frequencies(config.dim_head)
+    for index in range(config.depth):
+        constants[f"net.transformer.layers.{index}.0.rotary_emb.freqs"] = frequencies
+    return constants
+
+
+def from_released(tensors: Mapping[str, np.ndarray], what: str = "CompoDiff weights") -> Params:
+    """Denoiser parameters from a released checkpoint, with or without prefix.
+
+    Raises WeightsError for missing or unknown tensors, and for stored constants that are not ours.
+    """
+    tensors = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
+    config = released_config(tensors)
+    for name, expected in released_constants(config).items():
+        # one tensor shared by all layers is stored once by some formats
+        stored = tensors.get(name, expected)
+        if stored.shape != expected.shape or not np.allclose(stored, expected, 1e-5, 1e-7):
+            raise WeightsError(
+                f"{what}: {name} differs from this model's. Only the cosine schedule and rotary "
+                "base 10000 of the released CompoDiff are implemented."
+            )
+    return convert.to_ours(tensors, layers.released_names(config), ignore=_CONSTANTS, what=what)
+
+
+def to_released(params: Params, config: layers.DenoiserConfig) -> dict[str, np.ndarray]:
+    """The released checkpoint of our parameters, without prefix."""
+    return convert.to_source(params, layers.released_names(config)) | released_constants(config)

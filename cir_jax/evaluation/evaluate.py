@@ -1,0 +1,220 @@
+"""One evaluation for all methods and benchmarks, and the baselines beside every method."""
+
+import time
+from pathlib import Path
+
+import numpy as np
+from jax.sharding import Mesh
+
+from cir_jax import composers
+from cir_jax.composers.base import Composer, Params
+from cir_jax.evaluation import captions, protocols
+from cir_jax.evaluation.benchmarks import Benchmark, CaptionBenchmark
+from cir_jax.evaluation.protocols import Outcome
+from cir_jax.evaluation.result import Result
+from cir_jax.models.backbone import Backbone
+from cir_jax.retrieval import features, ranking
+
+TOP = 50
+"""Retrieved images kept per query: what the test servers of CIRR and CIRCO want."""
+
+BASELINES = ("image_only", "text_only", "image_text")
+
+
+def baselines(backbone: Backbone) -> dict[str, Composer]:
+    """The three baselines, always printed beside a method: a benchmark that one modality alone
+    solves says nothing about composition."""
+    return {name: composers.build(name, backbone) for name in BASELINES}
+
+
+def evaluate(
+    composer: Composer,
+    params: Params,
+    frozen: Params,
+    benchmark: Benchmark | CaptionBenchmark,
+    *,
+    mesh: Mesh,
+    batch_size: int = 256,
+    seed: int = 0,
+    cache_dir: Path | None = None,
+    method: str = "",
+    image_features: np.ndarray | None = None,
+) -> Result:
+    """Runs a method on a benchmark.
+
+    batch_size: global, rounded up to what the mesh needs. seed: of methods that draw noise.
+    cache_dir: where image features are stored, None = nowhere.
+    image_features: float32[gallery, dim] un-normalised features of the gallery images from
+        `frozen["backbone"]`, if the caller has them.
+    Raises DataError for unreadable images, CirError for features that are not finite.
+    """
+    method = method or type(composer).__name__
+    options = dict(mesh=mesh, batch_size=batch_size, cache_dir=cache_dir)
+    if isinstance(benchmark, CaptionBenchmark):
+        return captions.evaluate(
+            composer, params, frozen, benchmark, method=method, seed=seed, **options
+        )
+    began = time.perf_counter()
+    raw = image_features
+    shared = features.uses_backbone_gallery(composer)
+    if raw is None and shared:
+        raw = features.image_features(
+            composer.backbone, frozen["backbone"], benchmark.gallery, **options
+        )
+    if shared:
+        gallery = features.unit(raw)
+    else:
+        gallery = features.gallery_features(composer, params, frozen, benchmark.gallery, **options)
+    encoded = time.perf_counter()
+    queries = _queries(composer, params, frozen, benchmark, raw, seed, options)
+    ranked, subset = _rank(composer, params, benchmark, queries, gallery)
+    ended = time.perf_counter()
+    outcome = None
+    if benchmark.labelled:
+        outcome = Outcome(
+            ranked.target_ranks,
+            np.full(len(queries), -1) if subset is None else subset.target_ranks[:, 0],
+            tuple(query.category for query in benchmark.queries),
+            tuple(query.aspects for query in benchmark.queries),
+        )
+    protocol = benchmark.protocol
+    return Result(
+        method=method,
+        benchmark=benchmark.name,
+        split=benchmark.split,
+        protocol=protocol,
+        metrics=protocols.measure(protocol, outcome) if outcome else {},
+        headline=protocol.headline,
+        counts=benchmark.counts,
+        weights_id=composer.backbone.weights_id,
+        seed=seed,
+        seconds=ended - began,
+        queries_per_second=len(queries) / (ended - encoded),
+        top=ranked.top,
+        scores=ranked.scores,
+        subset_top=np.zeros((len(queries), 0), np.int32) if subset is None else subset.top,
+        outcome=outcome,
+    )
+
+
+def evaluate_with_baselines(
+    composer: Composer,
+    params: Params,
+    frozen: Params,
+    benchmark: Benchmark | CaptionBenchmark,
+    *,
+    mesh: Mesh,
+    batch_size: int = 256,
+    seed: int = 0,
+    cache_dir: Path | None = None,
+    method: str = "",
+) -> list[Result]:
+    """The baselines, then the method. Image features are computed once for all of them.
+
+    A method that trains the backbone itself (no `frozen["backbone"]`) has no baselines, nor has
+    caption retrieval.
+    """
+    options = dict(mesh=mesh, batch_size=batch_size, cache_dir=cache_dir)
+    raw, methods = None, {}
+    if isinstance(benchmark, Benchmark) and "backbone" in frozen:
+        backbone = composer.backbone
+        raw = features.image_features(backbone, frozen["backbone"], benchmark.gallery, **options)
+        methods = {name: (baseline, {}) for name, baseline in baselines(backbone).items()}
+    methods.pop(method, None)  # the method is a baseline itself
+    methods[method] = (composer, params)
+    return [
+        evaluate(one, own, frozen, benchmark, seed=seed, method=name, image_features=raw, **options)
+        for name, (one, own) in methods.items()
+    ]
+
+
+def _queries(
+    composer: Composer,
+    params: Params,
+    frozen: Params,
+    benchmark: Benchmark,
+    raw: np.ndarray | None,
+    seed: int,
+    options: dict,
+) -> np.ndarray:
+    """float32[queries, dim] of unit norm; several texts of a query are averaged."""
+    backbone, gallery = composer.backbone, benchmark.gallery
+    index, texts = [], []
+    for position, query in enumerate(benchmark.queries):
+        joined = benchmark.protocol.join(query.texts, benchmark.what(position))
+        index += [position] * len(joined)
+        texts += [composer.prompt(text) for text in joined]
+    rows = np.asarray([benchmark.queries[position].reference for position in index])
+    references: dict = {}
+    # a method that reads more of the reference than its pooled feature says so
+    if getattr(composer, "needs_reference_images", False) or "backbone" not in frozen:
+        references["reference_images"] = lambda row: features.read_image(
+            gallery, int(rows[row]), "image", backbone.image_transform
+        )
+    elif raw is not None:
+        references["reference_features"] = raw[rows]
+    else:
+        used, where = np.unique(rows, return_inverse=True)
+        references["reference_features"] = features.image_features(
+            backbone, frozen["backbone"], features.Rows(gallery, used), **options
+        )[where]
+    composed = features.query_features(
+        composer,
+        params,
+        frozen,
+        tokenise(composer, texts),
+        np.asarray(index, np.int32),
+        **references,
+        mesh=options["mesh"],
+        batch_size=options["batch_size"],
+        seed=seed,
+        description=f"{benchmark.name} queries",
+    )
+    if len(index) == len(benchmark.queries):
+        return composed
+    total = np.zeros((len(benchmark.queries), composed.shape[1]), np.float32)
+    np.add.at(total, index, composed)
+    return features.unit(total)
+
+
+def tokenise(composer: Composer, texts: list[str]) -> np.ndarray:
+    """int32[n, length] of one length for all texts, so that all batches are one program."""
+    length = None if composer.pools_text else composer.backbone.context_length
+    return composer.backbone.tokenizer(texts, length)
+
+
+def _rank(
+    composer: Composer,
+    params: Params,
+    benchmark: Benchmark,
+    queries: np.ndarray,
+    gallery: np.ndarray,
+) -> tuple[ranking.Ranking, ranking.Ranking | None]:
+    """The ranking of the protocol's gallery, and the one of the subset if the protocol has it."""
+    protocol = benchmark.protocol
+    targets = benchmark.target_table()
+    scoring = ranking.scoring(composer, params)
+    reference = np.asarray([query.reference for query in benchmark.queries], np.int32)
+    if protocol.gallery == "candidates":
+        table = benchmark.candidate_table(without_reference=protocol.remove_reference)
+        return ranking.rank_candidates(queries, gallery, table, targets, **scoring), None
+    groups = members = None
+    if protocol.gallery == "category":
+        names = sorted({query.category for query in benchmark.queries})
+        groups = np.asarray([names.index(query.category) for query in benchmark.queries], np.int32)
+        members = np.asarray([[name in kinds for kinds in benchmark.categories] for name in names])
+    ranked = ranking.rank(
+        queries,
+        gallery,
+        k=TOP,
+        targets=targets,
+        exclude=reference if protocol.remove_reference else None,
+        groups=groups,
+        members=members,
+        **scoring,
+    )
+    if not protocol.subset_recall:
+        return ranked, None
+    table = benchmark.candidate_table(without_reference=protocol.remove_reference)
+    single = targets[:, :1]
+    return ranked, ranking.rank_candidates(queries, gallery, table, single, **scoring)

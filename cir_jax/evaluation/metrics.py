@@ -1,0 +1,82 @@
+"""Retrieval metrics. They know only ranks: no scores, no features, no dataset.
+
+A rank is 0-based and exact: the number of gallery images that come before the target, where equal
+scores are ordered by gallery index, lowest first. Values are percent, as in the papers' tables.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+PAD = -1
+"""Fills rows of ground-truth ranks that have fewer entries than the longest."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """A mean over queries, in percent.
+
+    se: standard error over queries, s / sqrt(n) with the sample deviation s; NaN for one query.
+    It says nothing about the variation between training runs.
+    """
+
+    value: float
+    se: float
+    n: int
+
+
+def recall(ranks: np.ndarray, k: int) -> np.ndarray:
+    """int[queries] ranks of the single target -> float64[queries], 100 where it is in the top k."""
+    ranks = np.asarray(ranks)
+    if ranks.ndim != 1 or (ranks < 0).any():
+        raise ValueError("recall wants one rank >= 0 per query")
+    return 100.0 * (ranks < k)
+
+
+def average_precision(ranks: np.ndarray, k: int) -> np.ndarray:
+    """int[queries, targets] ranks of all ground truths, padded with PAD -> AP@k, float64[queries].
+
+    AP@k = (1 / min(k, G)) sum over the G ground truths with rank r < k of (hits up to r) / (r + 1):
+    the definition of CIRCO (arXiv 2303.15247, section 5.1). Raises ValueError for G = 0.
+    """
+    ranks = np.asarray(ranks, np.int64)
+    valid = ranks >= 0
+    count = valid.sum(axis=1)
+    if (count == 0).any():
+        raise ValueError(f"query {int(np.argmin(count))} has no ground truth")
+    # the i-th ground truth by rank is the i-th hit, so the ranking itself is not needed
+    order = np.sort(np.where(valid, ranks, np.iinfo(np.int64).max - 1), axis=1)
+    hits = np.arange(1, ranks.shape[1] + 1)[None, :]
+    gains = np.where(order < k, hits / (order + 1.0), 0.0)
+    return 100.0 * gains.sum(axis=1) / np.minimum(k, count)
+
+
+def best_rank(ranks: np.ndarray) -> np.ndarray:
+    """int[queries, targets] padded with PAD -> int[queries]: the best ground truth, PAD if none."""
+    ranks = np.asarray(ranks)
+    big = np.iinfo(ranks.dtype).max
+    best = np.where(ranks >= 0, ranks, big).min(axis=1, initial=big)
+    return np.where(best == big, PAD, best)
+
+
+def estimate(values: np.ndarray) -> Estimate:
+    """Mean and standard error of one value per query."""
+    values = np.asarray(values, np.float64)
+    if not len(values):
+        raise ValueError("no queries to average over")
+    n = len(values)
+    se = float(values.std(ddof=1) / math.sqrt(n)) if n > 1 else math.nan
+    return Estimate(float(values.mean()), se, n)
+
+
+def mean_of_groups(groups: Sequence[Estimate]) -> Estimate:
+    """Unweighted mean of independent groups (FashionIQ's categories, GeneCIS's tasks)."""
+    count = len(groups)
+    variance = sum(group.se**2 for group in groups)
+    return Estimate(
+        sum(group.value for group in groups) / count,
+        math.sqrt(variance) / count,
+        sum(group.n for group in groups),
+    )

@@ -1,0 +1,132 @@
+"""The Grain pipeline: sources -> global shuffle -> mixture -> this process's rows of each batch.
+
+Batch b is a pure function of (seed, b): order and randomness come from indices alone, so a run
+resumes at any batch, with any number of processes or workers, and sees the same data. (Grain's own
+iterator state can be restored only with the number of workers that wrote it, and its IndexSampler
+shuffles within a shard and loses records on several hosts.)
+"""
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import grain
+import numpy as np
+from absl import flags
+
+from cir_jax.errors import ConfigError
+from cir_jax.input.records import Records
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """One component of a mixture: a source, its transform to an example, its share of the rows."""
+
+    name: str
+    source: Records
+    transform: grain.transforms.RandomMap
+    weight: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Pipeline:
+    """Batches of a training stage.
+
+    batch_size: global rows; a process gets rows [i, i + 1) * batch_size / processes of each batch.
+    group: consecutive records that stay together in a batch (a scene and its twin).
+    batch_transforms: applied to whole batches of this process.
+    """
+
+    parts: Sequence[Part]
+    batch_size: int
+    seed: int
+    group: int = 1
+    batch_transforms: Sequence[grain.transforms.Map] = ()
+    workers: int = 0
+    process_index: int = 0
+    process_count: int = 1
+
+    def __post_init__(self) -> None:
+        if not self.parts:
+            raise ConfigError("a training stage without data: set config.stage.<name>.data.tables.")
+        if self.batch_size % (self.process_count * self.group):
+            raise ConfigError(
+                f"batch_size={self.batch_size} is not divisible by {self.process_count} processes "
+                f"x groups of {self.group} records."
+            )
+
+    @property
+    def epoch_examples(self) -> int:
+        """Records of the largest part: what one epoch means."""
+        return max(len(part.source) for part in self.parts)
+
+    def dataset(self) -> grain.MapDataset:
+        """Batch b of this process at index b, for any b >= 0."""
+        parts = []
+        for i, part in enumerate(self.parts):
+            groups = grain.MapDataset.range(len(part.source) // self.group).seed(self.seed + i)
+            read = ReadGroup(part.source, part.transform, self.group)
+            parts.append(groups.shuffle().repeat().random_map(read))
+        mixed = parts[0]
+        if len(parts) > 1:
+            mixed = grain.MapDataset.mix(parts, [part.weight for part in self.parts])
+        local = mixed.batch(
+            self.batch_size // self.process_count // self.group,
+            drop_remainder=True,
+            batch_fn=_stack_groups,
+        )
+        mine = local[self.process_index :: self.process_count]
+        for transform in self.batch_transforms:
+            mine = mine.map(transform)
+        return mine
+
+    def example(self) -> Mapping[str, np.ndarray]:
+        """Batch 0 of this process, for its shapes."""
+        return self.dataset()[0]
+
+    def batches(self, start: int, stop: int) -> Iterator[dict[str, Any]]:
+        """Batches start..stop-1 of this process, read ahead in threads or worker processes."""
+        data = self.dataset()[start:stop]
+        if self.workers:
+            _mark_flags_parsed()
+            data = data.to_iter_dataset().mp_prefetch(
+                grain.MultiprocessingOptions(num_workers=self.workers, per_worker_buffer_size=4)
+            )
+        else:
+            data = data.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=8))
+        iterator = iter(data)
+        try:
+            yield from iterator
+        finally:
+            if hasattr(iterator, "close"):
+                iterator.close()  # its threads would live on
+
+    def __repr__(self) -> str:
+        parts = ", ".join(f"{p.name}={p.source!r}*{p.weight}" for p in self.parts)
+        return (
+            f"Pipeline(seed={self.seed}, batch_size={self.batch_size}, group={self.group}, {parts})"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class ReadGroup(grain.transforms.RandomMap):
+    """Group index -> the examples of its consecutive records."""
+
+    source: Records
+    transform: grain.transforms.RandomMap
+    group: int
+
+    def random_map(self, element: int, rng: np.random.Generator) -> list[dict[str, Any]]:
+        first = int(element) * self.group
+        return [self.transform.random_map(self.source[first + i], rng) for i in range(self.group)]
+
+
+def _stack_groups(groups: Sequence[list[dict[str, Any]]]) -> dict[str, np.ndarray]:
+    rows = [row for group in groups for row in group]
+    return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+
+
+def _mark_flags_parsed() -> None:
+    # Grain reads an absl flag before it starts workers; in notebooks and tests nobody parsed them
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()

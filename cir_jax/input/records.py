@@ -1,0 +1,134 @@
+"""Training examples: records of prepared tables as named arrays, for Grain.
+
+Sources decode their own images, because only the source knows which record takes the place of a
+corrupt one. They are plain picklable objects without JAX and without flags: worker processes
+re-import them.
+"""
+
+import dataclasses
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import grain
+import numpy as np
+
+from cir_jax.errors import DataError
+from cir_jax.input.images import ImageTransform, decode
+from cir_jax.input.tables import Table
+from cir_jax.input.text import Tokenizer
+
+
+@dataclasses.dataclass
+class Records:
+    """Random access to a table, image fields decoded or replaced by precomputed features.
+
+    images: fields to decode to uint8[height, width, 3].
+    features: {field: float32[n, dim]} takes the place of decoding that field.
+    max_corrupt: unreadable records (counted, logged, the next one is taken) before it is an error.
+    """
+
+    table: Table
+    images: tuple[str, ...]
+    transform: ImageTransform
+    features: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    max_corrupt: int = 16
+
+    def __post_init__(self) -> None:
+        self.corrupt: set[int] = set()
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __getitem__(self, index: Any) -> dict[str, Any]:
+        index = int(index) % len(self)
+        while True:
+            try:
+                return self._read(index)
+            except DataError as error:
+                self._skip(index, error)
+                index = (index + 1) % len(self)
+
+    def _read(self, index: int) -> dict[str, Any]:
+        record = dict(self.table[index])
+        for field in self.images:
+            if field in self.features:
+                record[field] = self.features[field][index]
+            else:
+                what = f"{self.table!r}, record {index}, field {field!r}"
+                record[field] = self.transform(decode(record[field], what))
+        return record
+
+    def _skip(self, index: int, error: DataError) -> None:
+        if index not in self.corrupt:
+            self.corrupt.add(index)
+            logging.warning("skipped (%d so far): %s", len(self.corrupt), error)
+        if len(self.corrupt) > self.max_corrupt:
+            raise DataError(
+                f"{self.table!r}: more than {self.max_corrupt} unreadable records, the last: {error}"
+            ) from error
+
+    def __repr__(self) -> str:
+        return f"Records({self.table!r}, images={self.images}, features={sorted(self.features)})"
+
+
+@dataclasses.dataclass(frozen=True)
+class CaptionPairs(grain.transforms.RandomMap):
+    """Image-caption pair, a random one of the captions: target, token_ids, no reference.
+
+    suffix: "images" or "features", what the image fields hold.
+    with_reference: also a reference of zeros, to be mixed with triplets.
+    """
+
+    tokenizer: Tokenizer
+    suffix: str
+    with_reference: bool = False
+
+    def random_map(self, element: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
+        captions = element["captions"]
+        text = captions[rng.integers(len(captions))].decode()
+        example = {
+            f"target_{self.suffix}": element["image"],
+            "token_ids": _tokenise(self.tokenizer, text),
+        }
+        if self.with_reference:
+            example[f"reference_{self.suffix}"] = np.zeros_like(element["image"])
+            example["has_reference"] = np.bool_(False)
+        return example
+
+
+@dataclasses.dataclass(frozen=True)
+class Triplets(grain.transforms.RandomMap):
+    """Reference, modification text and target of a record."""
+
+    tokenizer: Tokenizer
+    suffix: str
+
+    def random_map(self, element: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
+        return {
+            f"target_{self.suffix}": element["target"],
+            "token_ids": _tokenise(self.tokenizer, element["text"].decode()),
+            f"reference_{self.suffix}": element["reference"],
+            "has_reference": np.bool_(True),
+        }
+
+
+def _tokenise(tokenizer: Tokenizer, text: str) -> np.ndarray:
+    return tokenizer([text], length=tokenizer.context_length)[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class TrimText(grain.transforms.Map):
+    """Cuts the padding columns that no text of the batch needs, in buckets: equal features, less work.
+
+    Features are pooled at the end token of a causal tower, so the columns behind it do not count.
+    """
+
+    eos_id: int
+    bucket: int
+
+    def map(self, element: dict[str, Any]) -> dict[str, Any]:
+        ids = element["token_ids"]
+        longest = int((ids == self.eos_id).argmax(axis=-1).max()) + 1
+        length = min(-(-longest // self.bucket) * self.bucket, ids.shape[1])
+        return element | {"token_ids": ids[:, :length]}

@@ -1,0 +1,68 @@
+"""Prepared datasets on disk: tables of records, read without TensorFlow and without builder code.
+
+A table is one TFDS configuration in ArrayRecord: `<data_dir>/<dataset>/<table>/<version>/`.
+"""
+
+import os
+from pathlib import Path
+from typing import Any, SupportsIndex
+
+import numpy as np
+
+from cir_jax.errors import DataError, unknown
+
+DATA_VARIABLE = "CIR_JAX_DATA"
+
+
+def default_data_dir() -> Path:
+    """`$CIR_JAX_DATA`, else `~/.cache/cir_jax/data`."""
+    value = os.environ.get(DATA_VARIABLE)
+    return Path(value).expanduser() if value else Path.home() / ".cache" / "cir_jax" / "data"
+
+
+class Table:
+    """Random access to the records of one split: `table[i] -> dict[str, value]`."""
+
+    def __init__(self, data_dir: Path, dataset: str, table: str, split: str):
+        self.data_dir, self.dataset, self.table, self.split = Path(data_dir), dataset, table, split
+        self._source = self._open()
+
+    def _open(self) -> Any:
+        import tensorflow_datasets as tfds  # slow to import: only when data are read
+
+        root = self.data_dir / self.dataset / self.table
+        versions = sorted(root.glob("*.*.*/dataset_info.json")) if root.is_dir() else []
+        if not versions:
+            raise DataError(
+                f"{root}: no prepared table {self.dataset}/{self.table}. Run "
+                f"`python launch/prepare.py --dataset={self.dataset} --data_dir={self.data_dir}`."
+            )
+        builder = tfds.builder_from_directory(versions[-1].parent)
+        self.version = versions[-1].parent.name
+        if self.split not in builder.info.splits:
+            name = f"split of {self.dataset}/{self.table}:"
+            raise DataError(unknown(name, self.split, builder.info.splits))
+        return builder.as_data_source(self.split)
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: SupportsIndex) -> dict[str, Any]:
+        try:
+            return self._source[index]
+        except Exception as error:  # array_record and protobuf raise many types
+            raise DataError(
+                f"{self!r}, record {int(index)}: unreadable ({type(error).__name__}: {error}). "
+                f"Delete {self.data_dir / self.dataset / self.table} and prepare it again."
+            ) from error
+
+    def column(self, name: str) -> np.ndarray:
+        """All values of one scalar field, in record order."""
+        return np.asarray([self[i][name] for i in range(len(self))])
+
+    def __repr__(self) -> str:
+        # stable: Grain compares it when an iterator is restored
+        return f"Table({self.dataset}/{self.table}:{self.split}@{getattr(self, 'version', '?')})"
+
+    def __reduce__(self) -> tuple[Any, ...]:  # worker processes reopen the files
+        return Table, (self.data_dir, self.dataset, self.table, self.split)

@@ -1,0 +1,338 @@
+"""CLIP (Radford et al., arXiv 2103.00020) with a ViT image tower, as Flax Linen.
+
+Sizes and activation come from a Hugging Face `config.json`, never from a flag: OpenAI's weights want
+QuickGELU, LAION's the exact GELU, and the wrong one costs many points in silence.
+Dimension names: see CONTRIBUTING.md. All functions take the parameter tree of `Clip.init`.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class TowerConfig:
+    """One transformer tower; field names and defaults are Hugging Face's."""
+
+    hidden_size: int = 512
+    intermediate_size: int = 2048
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 8
+    hidden_act: str = "quick_gelu"
+    layer_norm_eps: float = 1e-5
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "TowerConfig":
+        known = {field.name for field in dataclasses.fields(cls)}
+        return cls(**{key: value for key, value in values.items() if key in known})
+
+
+@dataclasses.dataclass(frozen=True)
+class TextConfig(TowerConfig):
+    vocab_size: int = 49408
+    max_position_embeddings: int = 77
+    bos_token_id: int = 49406
+    eos_token_id: int = 49407
+    pad_token_id: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class VisionConfig(TowerConfig):
+    hidden_size: int = 768
+    intermediate_size: int = 3072
+    num_attention_heads: int = 12
+    image_size: int = 224
+    patch_size: int = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class ClipConfig:
+    """A whole CLIP; `projection_dim` is the joint dimension `dim`."""
+
+    text: TextConfig = TextConfig()
+    vision: VisionConfig = VisionConfig()
+    projection_dim: int = 512
+    logit_scale_init_value: float = 2.6592
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any]) -> "ClipConfig":
+        """From the dictionary of a Hugging Face CLIP `config.json`."""
+        return cls(
+            text=TextConfig.from_dict(config.get("text_config") or {}),
+            vision=VisionConfig.from_dict(config.get("vision_config") or {}),
+            projection_dim=config.get("projection_dim", 512),
+            logit_scale_init_value=config.get("logit_scale_init_value", 2.6592),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The dictionary of a Hugging Face `config.json`."""
+        return {
+            "architectures": ["CLIPModel"],
+            "model_type": "clip",
+            "projection_dim": self.projection_dim,
+            "logit_scale_init_value": self.logit_scale_init_value,
+            "text_config": {
+                "model_type": "clip_text_model",
+                "projection_dim": self.projection_dim,
+                **dataclasses.asdict(self.text),
+            },
+            "vision_config": {
+                "model_type": "clip_vision_model",
+                "projection_dim": self.projection_dim,
+                **dataclasses.asdict(self.vision),
+            },
+        }
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention; softmax in float32."""
+
+    config: TowerConfig
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, mask: jax.Array | None) -> jax.Array:
+        width, heads = self.config.hidden_size, self.config.num_attention_heads
+        std = width**-0.5
+        out_std = std * (2 * self.config.num_hidden_layers) ** -0.5
+
+        def dense(name: str, std: float) -> nn.Dense:
+            return nn.Dense(
+                width, dtype=self.dtype, kernel_init=nn.initializers.normal(std), name=name
+            )
+
+        # [batch, length, width] -> [batch, length, heads, head_dim]
+        split = (*x.shape[:-1], heads, width // heads)
+        query, key, value = (
+            dense(name, std)(x).reshape(split) for name in ("query", "key", "value")
+        )
+        mixed = jax.nn.dot_product_attention(query, key, value, mask=mask)
+        return dense("out", out_std)(mixed.reshape(x.shape))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block: attention, then MLP."""
+
+    config: TowerConfig
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, mask: jax.Array | None) -> jax.Array:
+        config = self.config
+        width = config.hidden_size
+
+        def norm(name: str) -> nn.LayerNorm:
+            return nn.LayerNorm(config.layer_norm_eps, dtype=self.dtype, name=name)
+
+        x = x + Attention(config, self.dtype, name="attention")(norm("norm1")(x), mask)
+        hidden = nn.Dense(
+            config.intermediate_size,
+            dtype=self.dtype,
+            kernel_init=nn.initializers.normal((2 * width) ** -0.5),
+            name="fc1",
+        )(norm("norm2")(x))
+        out_std = width**-0.5 * (2 * config.num_hidden_layers) ** -0.5
+        return x + nn.Dense(
+            width, dtype=self.dtype, kernel_init=nn.initializers.normal(out_std), name="fc2"
+        )(ACTIVATIONS[config.hidden_act](hidden))
+
+
+class PatchEmbedding(nn.Module):
+    """Convolution whose stride is its size, as one matrix product: several times faster on CPU."""
+
+    width: int
+    patch_size: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, images: jax.Array) -> jax.Array:
+        """float[batch, height, width, 3] -> float[batch, patches, width], row by row."""
+        batch, height, width, channels = images.shape
+        size = self.patch_size
+        shape = (size, size, channels, self.width)
+        kernel = self.param("kernel", nn.initializers.lecun_normal(in_axis=(0, 1, 2)), shape)
+        # [batch, rows, size, columns, size, channels] -> [batch, rows * columns, size * size * channels]
+        grid = images.reshape(batch, height // size, size, width // size, size, channels)
+        patches = grid.swapaxes(2, 3).reshape(batch, -1, size * size * channels)
+        return patches @ kernel.astype(self.dtype).reshape(-1, self.width)
+
+
+class VisionTower(nn.Module):
+    """ViT: class token first, pre-norm before the blocks, post-norm on the pooled token only."""
+
+    config: VisionConfig
+    dtype: Any = jnp.float32
+
+    def setup(self) -> None:
+        config = self.config
+        width, eps = config.hidden_size, config.layer_norm_eps
+        normal = nn.initializers.normal
+        self.patch_embedding = PatchEmbedding(width, config.patch_size, self.dtype)
+        self.class_embedding = self.param("class_embedding", normal(width**-0.5), (width,))
+        tokens = (config.image_size // config.patch_size) ** 2 + 1
+        self.position_embedding = self.param(
+            "position_embedding", normal(width**-0.5), (tokens, width)
+        )
+        self.pre_norm = nn.LayerNorm(eps, dtype=self.dtype)
+        self.layers = [Block(config, self.dtype) for _ in range(config.num_hidden_layers)]
+        self.post_norm = nn.LayerNorm(eps, dtype=self.dtype)
+
+    def __call__(self, images: jax.Array) -> jax.Array:
+        """images: float[batch, height, width, 3], normalised. Returns float[batch, tokens, width]."""
+        patches = self.patch_embedding(images.astype(self.dtype))
+        first = jnp.broadcast_to(
+            self.class_embedding.astype(self.dtype), (patches.shape[0], 1, patches.shape[-1])
+        )
+        x = jnp.concatenate([first, patches], axis=1)
+        x = self.pre_norm(x + self.position_embedding.astype(self.dtype)[None])
+        for layer in self.layers:
+            x = layer(x, None)
+        return x
+
+    def pool(self, tokens: jax.Array) -> jax.Array:
+        """float[batch, tokens, width] -> float[batch, width] of the class token."""
+        return self.post_norm(tokens[:, 0])
+
+
+class TextTower(nn.Module):
+    """Causal text transformer; any length up to `max_position_embeddings`, with equal features."""
+
+    config: TextConfig
+    dtype: Any = jnp.float32
+
+    def setup(self) -> None:
+        config = self.config
+        self.token_embedding = nn.Embed(
+            config.vocab_size,
+            config.hidden_size,
+            embedding_init=nn.initializers.normal(0.02),
+            dtype=self.dtype,
+        )
+        self.position_embedding = self.param(
+            "position_embedding",
+            nn.initializers.normal(0.01),
+            (config.max_position_embeddings, config.hidden_size),
+        )
+        self.layers = [Block(config, self.dtype) for _ in range(config.num_hidden_layers)]
+        self.final_norm = nn.LayerNorm(config.layer_norm_eps, dtype=self.dtype)
+
+    def embed(self, token_ids: jax.Array) -> jax.Array:
+        """int32[batch, length] -> float[batch, length, token_dim], before position embeddings."""
+        return self.token_embedding(token_ids)
+
+    def __call__(self, embeddings: jax.Array, attention_mask: jax.Array | None = None) -> jax.Array:
+        """Hidden states after the final norm: float[batch, length, token_dim] of the same shape.
+
+        attention_mask: bool[batch, length], True where a key may be attended to; None = all.
+        """
+        length = embeddings.shape[1]
+        if length > self.config.max_position_embeddings:
+            raise ValueError(
+                f"text of {length} tokens; this text tower takes at most "
+                f"{self.config.max_position_embeddings}. Truncate it when tokenising."
+            )
+        mask = jnp.tril(jnp.ones((length, length), bool))[None, None]
+        if attention_mask is not None:
+            mask = mask & attention_mask.astype(bool)[:, None, None, :]
+        x = (
+            embeddings.astype(self.dtype)
+            + self.position_embedding.astype(self.dtype)[None, :length]
+        )
+        for layer in self.layers:
+            x = layer(x, mask)
+        return self.final_norm(x)
+
+
+class Clip(nn.Module):
+    """Both towers and their projections. Features are un-normalised unless said otherwise."""
+
+    config: ClipConfig
+    dtype: Any = jnp.float32
+
+    def setup(self) -> None:
+        config = self.config
+        self.vision = VisionTower(config.vision, self.dtype)
+        self.text = TextTower(config.text, self.dtype)
+        self.visual_projection, self.text_projection = (
+            nn.Dense(
+                config.projection_dim,
+                use_bias=False,
+                dtype=self.dtype,
+                kernel_init=nn.initializers.normal(tower.hidden_size**-0.5),
+            )
+            for tower in (config.vision, config.text)
+        )
+        self.logit_scale = self.param(
+            "logit_scale", nn.initializers.constant(config.logit_scale_init_value), ()
+        )
+
+    def visual_tokens(self, images: jax.Array) -> jax.Array:
+        """float[batch, height, width, 3] normalised -> float[batch, tokens, vision width]."""
+        return self.vision(images)
+
+    def encode_image(self, images: jax.Array) -> jax.Array:
+        """float[batch, height, width, 3] normalised -> float[batch, dim], projected."""
+        return self.visual_projection(self.vision.pool(self.vision(images)))
+
+    def embed_tokens(self, token_ids: jax.Array) -> jax.Array:
+        """int32[batch, length] -> float[batch, length, token_dim]."""
+        return self.text.embed(token_ids)
+
+    def text_hidden_states(
+        self, embeddings: jax.Array, attention_mask: jax.Array | None = None
+    ) -> jax.Array:
+        """Token embeddings -> float[batch, length, token_dim], after the final norm."""
+        return self.text(embeddings, attention_mask)
+
+    def encode_text(self, token_ids: jax.Array, embeddings: jax.Array | None = None) -> jax.Array:
+        """float[batch, dim] of the end token, projected.
+
+        embeddings: float[batch, length, token_dim] in place of the embedded `token_ids`
+        (pseudo-words); the ids then only say where the end token is.
+        """
+        if embeddings is None:
+            embeddings = self.text.embed(token_ids)
+        hidden = self.text(embeddings)
+        end = end_positions(token_ids, self.config.text.eos_token_id)
+        pooled = jnp.take_along_axis(hidden, end[:, None, None], axis=1)[:, 0]
+        return self.text_projection(pooled)
+
+    def __call__(self, images: jax.Array, token_ids: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Image and text features; used to create all parameters."""
+        return self.encode_image(images), self.encode_text(token_ids)
+
+
+def end_positions(token_ids: jax.Array, eos_token_id: int) -> jax.Array:
+    """int32[batch]: the pooled position; eos 2 (configs older than the field) means argmax."""
+    if eos_token_id == 2:
+        return jnp.argmax(token_ids, axis=-1)
+    return jnp.argmax(token_ids == eos_token_id, axis=-1)
+
+
+def overwrite_tokens(
+    embeddings: jax.Array, positions: jax.Array, pseudo_words: jax.Array
+) -> jax.Array:
+    """Puts pseudo-word tokens into token embeddings, before position embeddings are added.
+
+    embeddings: float[batch, length, token_dim]; positions: int32[batch] (the first of each row) or
+    bool[batch, length] (every marked one); pseudo_words: float[batch, token_dim] or
+    float[batch, n, token_dim] (n consecutive positions, only with int positions).
+    """
+    if positions.dtype == jnp.bool_:
+        return jnp.where(
+            positions[..., None], pseudo_words[:, None].astype(embeddings.dtype), embeddings
+        )
+    if pseudo_words.ndim == 2:
+        pseudo_words = pseudo_words[:, None]
+    rows = jnp.arange(embeddings.shape[0])[:, None]
+    columns = positions[:, None] + jnp.arange(pseudo_words.shape[1])[None]
+    return embeddings.at[rows, columns].set(pseudo_words.astype(embeddings.dtype))

@@ -1,0 +1,274 @@
+"""Layers of CompoDiff's denoising transformer (arXiv 2303.11916, Appendix A; as released).
+
+The residual stream holds two tokens (noisy embedding, time) and may hold several samples of one
+query: float[rows, samples, 2, width]. Conditions enter through cross-attention only; their keys and
+values depend neither on the time nor on the sample, so they are computed once and passed in.
+
+Every linear map of the transformer is without bias; every norm has a gain and no bias. Statistics,
+softmax and normalised keys are float32 whatever `dtype` is (the released code raises the epsilon of
+its norms to 1e-3 in half precision instead).
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+
+@dataclasses.dataclass(frozen=True)
+class DenoiserConfig:
+    """Sizes; the defaults are those of the released CompoDiff-Aesthetic."""
+
+    embed_dim: int = 768
+    text_dim: int = 1280
+    depth: int = 12
+    heads: int = 16
+    dim_head: int = 64
+    cross_heads: int = 8
+    mask_size: int = 64
+    timesteps: int = 1000
+
+
+KeysValues = tuple[jax.Array, jax.Array]
+"""Keys and values, each float[rows, length, heads, dim_head]."""
+
+ROTARY_DIM = 32
+"""Features of a head that are rotated; all of them when the head is smaller."""
+
+COSINE_SCALE = 16.0
+"""Self-attention logits = 16 cos(q, k)."""
+
+BUCKETS = 32
+"""Rows of the relative-position table; two positions and a null key only ever read rows 0 and 1."""
+
+# the default of torch.nn.Linear, which the released model was built with: U(+-1 / sqrt(inputs))
+_kernel_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+
+
+def linear(features: int, name: str | None = None, *, bias: bool = False, dtype: Any) -> nn.Dense:
+    return nn.Dense(features, use_bias=bias, dtype=dtype, kernel_init=_kernel_init, name=name)
+
+
+def norm(name: str | None = None, *, dtype: Any) -> nn.LayerNorm:
+    # the fast variance is E[x^2] - E[x]^2, which cancels
+    return nn.LayerNorm(1e-5, use_bias=False, use_fast_variance=False, dtype=dtype, name=name)
+
+
+def stabilised(x: jax.Array) -> jax.Array:
+    """x over its (signed) largest feature, a constant to gradients; goes before the final norm."""
+    return x / jax.lax.stop_gradient(x.max(axis=-1, keepdims=True))
+
+
+def sinusoid(time: jax.Array, width: int) -> jax.Array:
+    """int32[...] -> float32[..., width]: sines then cosines of the raw step number."""
+    half = width // 2
+    frequencies = np.exp(-np.log(10_000.0) * np.arange(half) / (half - 1)).astype(np.float32)
+    angles = time.astype(jnp.float32)[..., None] * frequencies.reshape(*[1] * time.ndim, half)
+    return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
+
+
+def rotary_frequencies(dim_head: int) -> np.ndarray:
+    """float32[rotated / 2]: radians per position of each feature pair."""
+    rotated = min(ROTARY_DIM, dim_head)
+    return (10_000.0 ** (-np.arange(0, rotated, 2) / rotated)).astype(np.float32)
+
+
+def rotate(x: jax.Array) -> jax.Array:
+    """Rotary positions of float32[..., position, dim_head]; pairs are neighbouring features."""
+    positions, dim_head = x.shape[-2:]
+    frequencies = rotary_frequencies(dim_head)
+    angles = np.arange(positions, dtype=np.float32)[:, None] * frequencies[None]
+    shape = (*[1] * (x.ndim - 2), positions, len(frequencies))
+    sin, cos = np.sin(angles).reshape(shape), np.cos(angles).reshape(shape)
+    rotated = 2 * len(frequencies)
+    even, odd = x[..., 0:rotated:2], x[..., 1:rotated:2]
+    pairs = jnp.stack([even * cos - odd * sin, odd * cos + even * sin], axis=-1)
+    return jnp.concatenate([pairs.reshape(*x.shape[:-1], rotated), x[..., rotated:]], axis=-1)
+
+
+def relative_buckets(positions: int) -> np.ndarray:
+    """int32[positions, 1 + positions]: T5's causal buckets, the null key counted as position 0.
+
+    Distances below 16 are their own bucket, and here there are two positions: 0 and 1 occur.
+    """
+    distance = np.arange(positions)[:, None] - np.arange(1 + positions)[None]
+    return np.maximum(distance, 0).astype(np.int32)
+
+
+def _unit(x: jax.Array) -> jax.Array:
+    x = x.astype(jnp.float32)
+    return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x * x, axis=-1, keepdims=True), 1e-24))
+
+
+class Mlp(nn.Module):
+    """Linear, SiLU, Linear, SiLU, Linear with biases; hidden width 2 * width."""
+
+    width: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = nn.silu(linear(2 * self.width, "fc1", bias=True, dtype=self.dtype)(x))
+        x = nn.silu(linear(2 * self.width, "fc2", bias=True, dtype=self.dtype)(x))
+        return linear(self.width, "fc3", bias=True, dtype=self.dtype)(x)
+
+
+class SelfAttention(nn.Module):
+    """Cosine attention of many query heads to one shared key and value head, plus a null key.
+
+    The released code scales q by 16 first, which the normalisation undoes: left out.
+    """
+
+    heads: int
+    dim_head: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, bias: jax.Array) -> jax.Array:
+        """x: float[..., positions, width]; bias: float32[heads, positions, 1 + positions]."""
+        dim_head, lead, width = self.dim_head, x.shape[:-1], x.shape[-1]
+        x = norm("norm", dtype=self.dtype)(x)
+        query = linear(self.heads * dim_head, "query", dtype=self.dtype)(x)
+        query = query.reshape(*lead, self.heads, dim_head)
+        key, value = jnp.split(linear(2 * dim_head, "key_value", dtype=self.dtype)(x), 2, axis=-1)
+        query = rotate(jnp.swapaxes(query, -2, -3).astype(jnp.float32))
+        key = rotate(key.astype(jnp.float32))
+        null = self.param("null_key_value", nn.initializers.normal(1.0), (2, dim_head))
+        # the null key stands first and is not rotated
+        key, value = (
+            jnp.concatenate(
+                [jnp.broadcast_to(first.astype(rest.dtype), (*lead[:-1], 1, dim_head)), rest], -2
+            )
+            for first, rest in zip(null, (key, value), strict=True)
+        )
+        logits = COSINE_SCALE * jnp.einsum("...hid,...jd->...hij", _unit(query), _unit(key))
+        weights = nn.softmax(logits + bias.reshape(*[1] * (logits.ndim - 3), *bias.shape))
+        mixed = jnp.einsum("...hij,...jd->...ihd", weights.astype(value.dtype), value)
+        out = linear(width, "out", dtype=self.dtype)(mixed.reshape(*lead, -1))
+        return norm("out_norm", dtype=self.dtype)(out)
+
+
+class CrossAttention(nn.Module):
+    """Dot-product attention of tokens to the conditions and a null key shared by the heads."""
+
+    width: int
+    heads: int
+    dim_head: int
+    dtype: Any = jnp.float32
+
+    def setup(self) -> None:
+        inner = self.heads * self.dim_head
+        self.norm = norm(dtype=self.dtype)
+        self.query = linear(inner, dtype=self.dtype)
+        self.key_value = linear(2 * inner, dtype=self.dtype)
+        self.null_key_value = self.param(
+            "null_key_value", nn.initializers.normal(1.0), (2, self.dim_head)
+        )
+        self.out = linear(self.width, dtype=self.dtype)
+        self.out_norm = norm(dtype=self.dtype)
+
+    def keys_values(self, *context: jax.Array) -> KeysValues:
+        """Parts float[rows or 1, length, width], not normalised -> those of all, null key first.
+
+        A part with one row (the null text) is projected once for all rows.
+        """
+        rows = max(part.shape[0] for part in context)
+        split = (2, self.heads, self.dim_head)
+        null = jnp.broadcast_to(
+            self.null_key_value.astype(self.dtype)[None, None, :, None], (1, 1, *split)
+        )
+        parts = [null] + [
+            self.key_value(part).reshape(*part.shape[:-1], *split) for part in context
+        ]
+        both = jnp.concatenate(
+            [jnp.broadcast_to(part, (rows, *part.shape[1:])) for part in parts], axis=1
+        )
+        return both[:, :, 0], both[:, :, 1]
+
+    def __call__(self, x: jax.Array, keys_values: KeysValues) -> jax.Array:
+        """x: float[rows, samples, tokens, width]; the samples of a row share keys and values."""
+        query = self.query(self.norm(x)).reshape(x.shape[0], -1, self.heads, self.dim_head)
+        mixed = jax.nn.dot_product_attention(query, *keys_values)
+        return self.out_norm(self.out(mixed.reshape(*x.shape[:-1], -1)))
+
+
+class FeedForward(nn.Module):
+    """Norm, Linear, SwiGLU (the gate is the second half), Linear; inner width 4 * width."""
+
+    width: int
+    dtype: Any = jnp.float32
+
+    def setup(self) -> None:
+        self.norm = norm(dtype=self.dtype)
+        self.fc1 = linear(8 * self.width, dtype=self.dtype)
+        self.fc2 = linear(self.width, dtype=self.dtype)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        value, gate = jnp.split(self.fc1(self.norm(x)), 2, axis=-1)
+        return self.fc2(value * nn.silu(gate))
+
+
+class Layer(nn.Module):
+    """Self-attention, cross-attention, feed-forward; each added to the stream."""
+
+    width: int
+    heads: int
+    dim_head: int
+    cross_heads: int
+    dtype: Any = jnp.float32
+
+    def setup(self) -> None:
+        self.self_attention = SelfAttention(self.heads, self.dim_head, self.dtype)
+        self.cross_attention = CrossAttention(
+            self.width, self.cross_heads, self.dim_head, self.dtype
+        )
+        self.feed_forward = FeedForward(self.width, self.dtype)
+
+    def keys_values(self, *context: jax.Array) -> KeysValues:
+        return self.cross_attention.keys_values(*context)
+
+    def __call__(self, x: jax.Array, bias: jax.Array, keys_values: KeysValues) -> jax.Array:
+        x = x + self.self_attention(x, bias)
+        x = x + self.cross_attention(x, keys_values)
+        return x + self.feed_forward(x)
+
+
+def released_names(config: DenoiserConfig) -> dict[str, tuple[tuple[str, ...], str]]:
+    """{released name: (path in the parameters of `Denoiser`, layout)}, a table for weights.convert.
+
+    Names as in the training file; the Hugging Face file puts "model." before each. Layouts: "same",
+    or "linear" = transposed.
+    """
+    names: dict[str, tuple[tuple[str, ...], str]] = {}
+
+    def linear(source: str, *path: str, bias: bool = False) -> None:
+        names[f"{source}.weight"] = ((*path, "kernel"), "linear")
+        if bias:
+            names[f"{source}.bias"] = ((*path, "bias"), "same")
+
+    def same(source: str, *path: str) -> None:
+        names[source] = (path, "same")
+
+    linear("net.to_text_embeds.0", "text_embedding", bias=True)
+    for source, ours in (("to_time_embeds.0.1", "time"), ("to_mask_embeds.1", "mask")):
+        for index, name in (("0.0", "fc1"), ("1.0", "fc2"), ("2", "fc3")):
+            linear(f"net.{source}.net.{index}", f"{ours}_embedding", name, bias=True)
+    same("net.transformer.rel_pos_bias.relative_attention_bias.weight", "relative_bias")
+    for index in range(config.depth):
+        source, ours = f"net.transformer.layers.{index}", f"layers_{index}"
+        for block, name in ((f"{source}.0", "self_attention"), (f"{source}.1", "cross_attention")):
+            same(f"{block}.norm.g", ours, name, "norm", "scale")
+            same(f"{block}.null_kv", ours, name, "null_key_value")
+            linear(f"{block}.to_q", ours, name, "query")
+            linear(f"{block}.to_kv", ours, name, "key_value")
+            linear(f"{block}.to_out.0", ours, name, "out")
+            same(f"{block}.to_out.1.g", ours, name, "out_norm", "scale")
+        same(f"{source}.2.0.g", ours, "feed_forward", "norm", "scale")
+        linear(f"{source}.2.1", ours, "feed_forward", "fc1")
+        linear(f"{source}.2.5", ours, "feed_forward", "fc2")
+    same("net.transformer.norm.g", "final_norm", "scale")
+    linear("net.transformer.project_out", "out")
+    return names

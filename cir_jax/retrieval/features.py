@@ -1,0 +1,287 @@
+"""Features of images and of composed queries, over a mesh, images computed once and stored."""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from cir_jax.composers.base import Composer, Params
+from cir_jax.errors import DataError
+from cir_jax.input import images
+from cir_jax.models.backbone import Backbone
+from cir_jax.retrieval.batches import map_rows, on_mesh
+from cir_jax.retrieval.cache import ChunkStore, fingerprint, source_identity
+from cir_jax.training.mesh import replicated
+
+Records = Sequence[Mapping[str, Any]]
+"""Random access to records with an encoded image: a `Table`, or any list of dictionaries."""
+
+
+class Rows(Sequence):
+    """Some records of a source, in the given order."""
+
+    def __init__(self, source: Records, rows: Sequence[int]):
+        self.source, self.rows = source, [int(row) for row in rows]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.source[self.rows[index]]
+
+
+def unit(x: np.ndarray) -> np.ndarray:
+    """Unit L2 norm along the last axis, as `composers.base.normalise`: zero stays zero."""
+    square = np.sum(np.square(x), axis=-1, keepdims=True)
+    return (x / np.sqrt(np.maximum(square, 1e-24))).astype(np.float32)
+
+
+def image_features(
+    backbone: Backbone,
+    params: Params,
+    source: Records,
+    field: str = "image",
+    *,
+    mesh: Mesh,
+    batch_size: int = 256,
+    cache_dir: Path | None = None,
+    normalise: bool = False,
+    skip_unreadable: bool = False,
+) -> np.ndarray:
+    """The backbone's image features of all records: float32[n, dim], un-normalised by default.
+
+    params: of the backbone, on the host or sharded over the mesh. batch_size: global, rounded up to
+        what the mesh needs. cache_dir: None = not stored; else see `cache.default_cache_dir`.
+    skip_unreadable: rows of NaN for images that do not decode, instead of DataError naming them.
+    """
+    description = {
+        "features": "backbone image features, un-normalised",
+        "weights": backbone.weights_id,
+        "parameters": "" if cache_dir is None else fingerprint(params),
+    }
+    params = on_mesh(mesh, params)
+    features = _embed(
+        lambda batch: _encode_images(backbone, mesh, params, batch),
+        backbone.image_transform,
+        source,
+        field,
+        description,
+        mesh=mesh,
+        batch_size=batch_size,
+        cache_dir=cache_dir,
+        skip_unreadable=skip_unreadable,
+    )
+    return unit(features) if normalise else features
+
+
+def uses_backbone_gallery(composer: Composer) -> bool:
+    """Whether the gallery features are the backbone's, so that all such methods share them."""
+    return type(composer).embed_gallery is Composer.embed_gallery
+
+
+def gallery_features(
+    composer: Composer,
+    params: Params,
+    frozen: Params,
+    gallery: Records,
+    *,
+    mesh: Mesh,
+    batch_size: int = 256,
+    cache_dir: Path | None = None,
+    skip_unreadable: bool = False,
+) -> np.ndarray:
+    """`composer.embed_gallery` of all gallery images: float32[n, dim] of unit norm."""
+    backbone = composer.backbone
+    options = dict(
+        mesh=mesh, batch_size=batch_size, cache_dir=cache_dir, skip_unreadable=skip_unreadable
+    )
+    if uses_backbone_gallery(composer):
+        return image_features(
+            backbone, frozen["backbone"], gallery, "image", normalise=True, **options
+        )
+    cached = cache_dir is not None
+    description = {
+        "features": f"{type(composer).__module__}.{type(composer).__qualname__}.embed_gallery",
+        # a setting whose repr holds an address never matches: computed again, never reused wrongly
+        "settings": {k: repr(v) for k, v in sorted(vars(composer).items()) if k != "backbone"},
+        "weights": backbone.weights_id,
+        "parameters": fingerprint({"params": params, "frozen": frozen}) if cached else "",
+    }
+    params, frozen = on_mesh(mesh, params), on_mesh(mesh, frozen)
+    return _embed(
+        lambda batch: _embed_gallery(composer, mesh, params, frozen, batch),
+        backbone.image_transform,
+        gallery,
+        "image",
+        description,
+        **options,
+    )
+
+
+def query_features(
+    composer: Composer,
+    params: Params,
+    frozen: Params,
+    token_ids: np.ndarray,
+    query_index: np.ndarray,
+    *,
+    reference_features: np.ndarray | None = None,
+    reference_images: Callable[[int], np.ndarray] | None = None,
+    mesh: Mesh,
+    batch_size: int = 256,
+    seed: int = 0,
+    description: str = "",
+) -> np.ndarray:
+    """`composer.compose` of n queries: float32[n, dim] of unit norm.
+
+    token_ids: int32[n, length]. query_index: int32[n], passed on, so that a method that draws noise
+        can draw the same for a query whatever the batch size.
+    reference_features: float32[n, dim] un-normalised, or reference_images: row -> uint8[h, w, 3].
+    """
+    params, frozen = on_mesh(mesh, params), on_mesh(mesh, frozen)
+
+    def load(row: int) -> dict[str, np.ndarray]:
+        query = {
+            "token_ids": np.asarray(token_ids[row], np.int32),
+            "query_index": np.asarray(query_index[row], np.int32),
+        }
+        if reference_images is not None:
+            return query | {"reference_images": reference_images(row)}
+        assert reference_features is not None
+        return query | {"reference_features": reference_features[row]}
+
+    pieces = map_rows(
+        lambda batch: _compose(composer, mesh, params, frozen, batch, np.uint32(seed)),
+        load,
+        len(token_ids),
+        mesh=mesh,
+        batch_size=batch_size,
+        description=description,
+        unit="query",
+    )
+    return np.concatenate(list(pieces))
+
+
+def read_image(source: Records, row: int, field: str, transform: Any) -> np.ndarray:
+    """Decoded and transformed: uint8[height, width, 3]. Raises DataError naming the record."""
+    return transform(images.decode(bytes(source[row][field]), _name(source, row)))
+
+
+def _embed(
+    step: Callable[[Any], jax.Array],
+    transform: Any,
+    source: Records,
+    field: str,
+    description: Mapping[str, Any],
+    *,
+    mesh: Mesh,
+    batch_size: int,
+    cache_dir: Path | None,
+    skip_unreadable: bool,
+) -> np.ndarray:
+    n = len(source)
+    if not n:
+        raise DataError(f"{source!r} holds no images; expected at least one.")
+    store, parts, done = None, [], 0
+    if cache_dir is not None:
+        identity = source_identity(source, field)
+        preprocessing = f"{type(transform).__module__}.{transform!r}"
+        store = ChunkStore(
+            cache_dir,
+            {**description, "preprocessing": preprocessing, "images": f"{identity} {field}"}
+            | {"unreadable": "NaN" if skip_unreadable else "error"},
+            n,
+        )
+        stored = store.load()
+        if stored is not None:
+            parts, done = [stored], len(stored)
+    if done < n:
+        load = functools.partial(_load, source, field, transform, skip_unreadable)
+        pieces = map_rows(
+            step,
+            load,
+            n,
+            first=done,
+            mesh=mesh,
+            batch_size=batch_size,
+            description="image features",
+        )
+        if store is None:
+            parts += list(pieces)
+        else:
+            parts += _stored(pieces, store, done)
+    features = np.concatenate(parts)
+    assert len(features) == n, (len(features), n)
+    return features
+
+
+def _stored(pieces: Any, store: ChunkStore, done: int) -> list[np.ndarray]:
+    """Cuts pieces of any length into chunks, and writes each as soon as it is complete."""
+    chunks, waiting, held = [], [], 0
+    for piece in pieces:
+        waiting.append(piece)
+        held += len(piece)
+        while held >= store.chunk_rows or (held and done + held == store.rows):
+            rows = np.concatenate(waiting)
+            chunk, rest = rows[: store.chunk_rows], rows[store.chunk_rows :]
+            store.write(done // store.chunk_rows, chunk)
+            chunks.append(chunk)
+            done, waiting, held = done + len(chunk), [rest], len(rest)
+    return chunks
+
+
+def _load(
+    source: Records, field: str, transform: Any, skip_unreadable: bool, row: int
+) -> dict[str, np.ndarray]:
+    ok = np.float32(1)  # NaN marks the row through the device, so that all processes see it
+    try:
+        image = read_image(source, row, field, transform)
+    except DataError:
+        if not skip_unreadable:
+            raise
+        image, ok = np.zeros((transform.crop, transform.crop, 3), np.uint8), np.float32(np.nan)
+    return {"image": image, "ok": ok}
+
+
+def _name(source: Records, row: int) -> str:
+    if isinstance(source, Rows):
+        return _name(source.source, source.rows[row])
+    name = getattr(source, "name", None)
+    if callable(name):
+        return name(row)
+    kind = "images" if isinstance(source, list | tuple) else repr(source)
+    return f"{kind}, record {row}"
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _encode_images(
+    backbone: Backbone, mesh: Mesh, params: Params, batch: dict[str, jax.Array]
+) -> jax.Array:
+    features = backbone.encode_image(params, batch["image"]) * batch["ok"][:, None]
+    return jax.lax.with_sharding_constraint(features, replicated(mesh))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _embed_gallery(
+    composer: Composer, mesh: Mesh, params: Params, frozen: Params, batch: dict[str, jax.Array]
+) -> jax.Array:
+    features = composer.embed_gallery(params, frozen, batch["image"]) * batch["ok"][:, None]
+    return jax.lax.with_sharding_constraint(features, replicated(mesh))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _compose(
+    composer: Composer,
+    mesh: Mesh,
+    params: Params,
+    frozen: Params,
+    query: dict[str, jax.Array],
+    seed: jax.Array,
+) -> jax.Array:
+    # the key is made here: a host's key array would have to be placed on every mesh
+    features = composer.compose(params, frozen, query, jax.random.key(seed))
+    return jax.lax.with_sharding_constraint(features, replicated(mesh))

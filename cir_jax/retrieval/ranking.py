@@ -1,0 +1,262 @@
+"""Ranks by blocks: matrix product and top-k, never a full sort of the gallery.
+
+Order everywhere: score descending, equal scores by gallery position, lowest first.
+Memory beside the features: the scores of one block of queries, at most SCORE_BYTES (or one row of
+the gallery, 4 bytes per image, where that is more), and one gallery block on the device.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cir_jax.composers.base import Composer
+from cir_jax.errors import CirError
+from cir_jax.retrieval.batches import to_host
+
+SCORE_BYTES = 64 << 20
+GALLERY_BLOCK = 16384
+QUERY_BLOCK = 1024
+RESIDENT_BYTES = 2 << 30
+"""A gallery up to this size stays on the device; a larger one is sent again per query block."""
+
+Score = Callable[[Any, jax.Array, jax.Array], jax.Array]
+"""(params, float32[batch, dim], float32[n, dim]) -> float32[batch, n]: a composer's `score`."""
+
+
+def dot_product(params: Any, queries: jax.Array, gallery: jax.Array) -> jax.Array:
+    """Cosine similarity of unit features: the default score."""
+    del params
+    return queries @ gallery.T
+
+
+def scoring(composer: Composer, params: Any) -> dict[str, Any]:
+    """The arguments `score` and `params` of `rank` for a composer."""
+    if type(composer).score is Composer.score:
+        return {"score": dot_product, "params": None}  # one program for all such methods
+    # every process ranks all queries by itself, on its own device
+    return {"score": composer.score, "params": jax.tree.map(to_host, params)}
+
+
+class Ranking(NamedTuple):
+    """top: int32[queries, k] gallery positions, -1 where fewer than k images are ranked.
+    scores: float32[queries, k], -inf there. target_ranks: int32[queries, targets], 0-based, -1 pad.
+    """
+
+    top: np.ndarray
+    scores: np.ndarray
+    target_ranks: np.ndarray
+
+
+def rank(
+    queries: np.ndarray,
+    gallery: np.ndarray,
+    *,
+    k: int,
+    targets: np.ndarray | None = None,
+    exclude: np.ndarray | None = None,
+    groups: np.ndarray | None = None,
+    members: np.ndarray | None = None,
+    score: Score = dot_product,
+    params: Any = None,
+    gallery_block: int = GALLERY_BLOCK,
+    query_block: int = QUERY_BLOCK,
+) -> Ranking:
+    """The k best images, and the exact ranks of given targets.
+
+    queries float32[batch, dim], gallery float32[n, dim]
+    targets: int32[batch, targets], -1 = none.
+    exclude: int32[batch], an image that is not ranked for the query (its reference), -1 = none.
+    groups, members: int32[batch] and bool[groups, n]: query i is ranked among members[groups[i]].
+    Raises CirError for features or scores that are not finite, ValueError for targets not ranked.
+    """
+    batch, n = len(queries), len(gallery)
+    for what, x in (("query", queries), ("gallery", gallery)):
+        bad = ~np.isfinite(x).all(axis=1)
+        if bad.any():
+            raise CirError(
+                f"{what} features: row {int(np.argmax(bad))} is not finite. "
+                "The checkpoint or the image behind it is damaged."
+            )
+    k = min(k, n)
+    targets = np.full((batch, 1), -1, np.int32) if targets is None else np.asarray(targets)
+    exclude = np.full(batch, -1, np.int32) if exclude is None else np.asarray(exclude)
+    groups = np.zeros(batch, np.int32) if groups is None else np.asarray(groups)
+    width = min(gallery_block, n)
+    starts = range(0, n, width)
+    allowed = np.zeros((1 if members is None else len(members), len(starts) * width), bool)
+    allowed[:, :n] = True if members is None else members  # the padding of the last block: never
+
+    def block(start: int) -> tuple[Any, Any]:
+        rows = _pad(gallery[start : start + width], width)
+        return rows, allowed[:, start : start + width]
+
+    keep = gallery.nbytes <= RESIDENT_BYTES
+    blocks = [jax.device_put(block(start)) for start in starts] if keep else None
+    step = max(1, min(batch, query_block, SCORE_BYTES // (4 * len(starts) * width)))
+    parts = []
+    # TPUs and GPUs would round to bfloat16 or TF32, and so change ranks
+    with jax.default_matmul_precision("highest"):
+        for first in range(0, batch, step):
+            rows = slice(first, first + step)
+            query, group = _pad(queries[rows], step), _pad(groups[rows], step)
+            wanted, excluded = _pad(targets[rows], step, -1), _pad(exclude[rows], step, -1)
+            scores = [
+                _scores(
+                    score,
+                    params,
+                    query,
+                    *(block(start) if blocks is None else blocks[i]),
+                    group,
+                    excluded,
+                    np.int32(start),
+                )
+                for i, start in enumerate(starts)
+            ]
+            part = _reduce(scores, wanted, k, starts)
+            parts.append([np.asarray(x)[: batch - first] for x in part])
+    top, best, ranks, found, broken = (np.concatenate(part) for part in zip(*parts, strict=True))
+    if broken.any():
+        raise CirError(f"query {int(np.argmax(broken))}: its scores are NaN.")
+    lost = (targets >= 0) & ~np.isfinite(found)
+    if lost.any():
+        raise ValueError(f"query {int(np.argmax(lost.any(axis=1)))}: its target is not ranked")
+    return Ranking(
+        np.where(np.isfinite(best), top, -1).astype(np.int32),
+        best,
+        np.where(targets >= 0, ranks, -1).astype(np.int32),
+    )
+
+
+def rank_candidates(
+    queries: np.ndarray,
+    gallery: np.ndarray,
+    candidates: np.ndarray,
+    targets: np.ndarray | None = None,
+    *,
+    score: Score = dot_product,
+    params: Any = None,
+    query_block: int = QUERY_BLOCK,
+) -> Ranking:
+    """Each query's own short list, ranked in full; `top` has the width of `candidates`.
+
+    candidates: int32[batch, candidates] gallery positions, -1 pads. targets: as in `rank`.
+    Raises ValueError for a target that is not a candidate.
+    """
+    batch = len(queries)
+    targets = np.full((batch, 1), -1, np.int32) if targets is None else np.asarray(targets)
+    step = min(batch, query_block)
+    parts = []
+    with jax.default_matmul_precision("highest"):
+        for first in range(0, batch, step):
+            rows = slice(first, first + step)
+            chosen = gallery[np.maximum(_pad(candidates[rows], step), 0)]
+            part = _candidate_scores(score, params, _pad(queries[rows], step), chosen)
+            parts.append(np.asarray(part)[: batch - first])
+    scores = np.where(candidates >= 0, np.concatenate(parts), -np.inf)
+    if np.isnan(scores).any():
+        raise CirError(f"query {int(np.argmax(np.isnan(scores).any(axis=1)))}: its scores are NaN.")
+    order = np.lexsort((candidates, -scores), axis=1)  # the last key is the first criterion
+    top = np.take_along_axis(candidates, order, axis=1)
+    # [batch, targets, candidates]
+    hits = (top[:, None, :] == targets[:, :, None]) & (targets >= 0)[:, :, None]
+    lost = (targets >= 0) & ~hits.any(axis=2)
+    if lost.any():
+        raise ValueError(f"query {int(np.argmax(lost.any(axis=1)))}: its target is no candidate")
+    return Ranking(
+        top.astype(np.int32),
+        np.take_along_axis(scores, order, axis=1).astype(np.float32),
+        np.where(targets >= 0, hits.argmax(axis=2), -1).astype(np.int32),
+    )
+
+
+def _pad(x: np.ndarray, rows: int, value: int = 0) -> np.ndarray:
+    """Blocks of one shape: one program for all of them."""
+    missing = rows - len(x)
+    if not missing:
+        return x
+    return np.pad(x, ((0, missing), *((0, 0),) * (x.ndim - 1)), constant_values=value)
+
+
+@functools.partial(jax.jit, static_argnames="score")
+def _scores(
+    score: Score,
+    params: Any,
+    queries: jax.Array,
+    gallery: jax.Array,
+    members: jax.Array,
+    group: jax.Array,
+    excluded: jax.Array,
+    start: jax.Array,
+) -> jax.Array:
+    """float32[batch, block]; -inf for images that are not ranked."""
+    position = start + jnp.arange(len(gallery))
+    ranked = members[group] & (position[None, :] != excluded[:, None])
+    return jnp.where(ranked, score(params, queries, gallery).astype(jnp.float32), -jnp.inf)
+
+
+@functools.partial(jax.jit, static_argnames="score")
+def _candidate_scores(
+    score: Score, params: Any, queries: jax.Array, chosen: jax.Array
+) -> jax.Array:
+    """[batch, dim], [batch, candidates, dim] -> [batch, candidates]."""
+    return jax.vmap(lambda query, images: score(params, query[None], images)[0])(queries, chosen)
+
+
+def _reduce(
+    scores: list[jax.Array], targets: np.ndarray, k: int, starts: range
+) -> tuple[jax.Array, ...]:
+    """Blocks of scores -> top, their scores, target ranks, target scores, whether any is NaN."""
+    batch = len(targets)
+    carry = (
+        jnp.full((batch, k), -1, jnp.int32),
+        jnp.full((batch, k), -jnp.inf),
+        jnp.full(targets.shape, -jnp.inf),
+        jnp.zeros(batch, bool),
+    )
+    for start, block in zip(starts, scores, strict=True):
+        carry = _merge(carry, block, targets, np.int32(start))
+    top, best, found, broken = carry
+    # the very same score arrays again: a recomputed score may differ in its last bit
+    ranks = jnp.zeros(targets.shape, jnp.int32)
+    for start, block in zip(starts, scores, strict=True):
+        ranks = _count(ranks, block, targets, found, np.int32(start))
+    return top, best, ranks, found, broken
+
+
+@jax.jit
+def _merge(carry: Any, scores: jax.Array, targets: jax.Array, start: jax.Array) -> Any:
+    top, best, found, broken = carry
+    k, width = best.shape[1], scores.shape[1]
+    values, positions = jax.lax.top_k(scores, min(k, width))
+    # earlier blocks first: top_k keeps the order of equal scores, so the lowest position wins
+    values = jnp.concatenate([best, values], axis=1)
+    positions = jnp.concatenate([top, positions.astype(jnp.int32) + start], axis=1)
+    best, order = jax.lax.top_k(values, k)
+    local = targets - start
+    here = (local >= 0) & (local < width)
+    mine = jnp.take_along_axis(scores, jnp.clip(local, 0, width - 1), axis=1)
+    return (
+        jnp.take_along_axis(positions, order, axis=1),
+        best,
+        jnp.where(here, mine, found),
+        broken | jnp.isnan(scores).any(axis=1),
+    )
+
+
+@jax.jit
+def _count(
+    ranks: jax.Array, scores: jax.Array, targets: jax.Array, found: jax.Array, start: jax.Array
+) -> jax.Array:
+    position = start + jnp.arange(scores.shape[1], dtype=jnp.int32)
+
+    def before(column: tuple[jax.Array, jax.Array]) -> jax.Array:
+        target, value = (x[:, None] for x in column)
+        ahead = (scores > value) | ((scores == value) & (position[None, :] < target))
+        return ahead.sum(axis=1, dtype=jnp.int32)
+
+    # one target at a time: [batch, block] is the largest array
+    return ranks + jax.lax.map(before, (targets.T, found.T)).T

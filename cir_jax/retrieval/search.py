@@ -1,0 +1,192 @@
+"""Composed search in one's own images: index a folder once, then one call per query."""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from absl import logging
+from jax.sharding import Mesh
+from PIL import Image
+
+from cir_jax import composers
+from cir_jax.composers.base import Composer, Params
+from cir_jax.errors import CirError, DataError
+from cir_jax.input import images
+from cir_jax.retrieval import features, ranking
+from cir_jax.retrieval.batches import on_mesh
+from cir_jax.retrieval.cache import default_cache_dir
+from cir_jax.training.mesh import make_mesh
+
+SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
+
+
+class Files(Sequence):
+    """Image files as records {"image": bytes}, read when asked for."""
+
+    def __init__(self, paths: Sequence[Path]):
+        self.paths = list(paths)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: Any) -> Any:
+        try:
+            return {"image": self.paths[index].read_bytes()}
+        except OSError as error:
+            raise DataError(f"{self.paths[index]}: cannot be read ({error.strerror}).") from error
+
+    def name(self, index: int) -> str:
+        return str(self.paths[index])
+
+    def identity(self) -> str:
+        """Paths, sizes and times: a changed file is another list."""
+        digest = hashlib.sha256()
+        for path in self.paths:
+            try:
+                stat = path.stat()
+                digest.update(f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+            except OSError:
+                digest.update(f"{path} missing\n".encode())
+        return f"files {digest.hexdigest()}"
+
+
+class Searcher:
+    """Finds images by an image, a text, or both.
+
+    mesh: None = all devices. cache_dir: where features are stored; None = the user's cache.
+    batch_size: global. seed: of methods that draw noise.
+    """
+
+    def __init__(
+        self,
+        composer: Composer,
+        params: Params,
+        frozen: Params,
+        *,
+        mesh: Mesh | None = None,
+        cache_dir: Path | None = None,
+        batch_size: int = 64,
+        seed: int = 0,
+    ):
+        self.composer, self.seed, self.batch_size = composer, seed, batch_size
+        self.mesh = make_mesh({"data": -1}) if mesh is None else mesh
+        self.params, self.frozen = on_mesh(self.mesh, params), on_mesh(self.mesh, frozen)
+        self.cache_dir = default_cache_dir() if cache_dir is None else Path(cache_dir)
+        self._text_only = composers.build("text_only", composer.backbone)
+        self._image_only = composers.build("image_only", composer.backbone)
+        self._scoring = ranking.scoring(composer, params)
+        self.paths: list[Path] = []
+        self.unreadable: list[Path] = []
+        self._gallery: np.ndarray | None = None
+        self._plain: np.ndarray | None = None
+
+    def index(self, where: str | Path | Sequence[str | Path]) -> int:
+        """Indexes a folder (with its subfolders) or a list of files; returns how many images.
+
+        Features are stored: an interrupted or repeated call goes on where it stood. Files that do
+        not decode are skipped, logged by name and kept in `unreadable`.
+        Raises DataError when there is no folder, or no readable image in it.
+        """
+        paths = list(_find(where))
+        if not paths:
+            raise DataError(
+                f"{where}: no images. Give a folder that holds files ending in "
+                f"{', '.join(sorted(SUFFIXES))}, or a list of files."
+            )
+        source = Files(paths)
+        options = dict(
+            mesh=self.mesh,
+            batch_size=self.batch_size,
+            cache_dir=self.cache_dir,
+            skip_unreadable=True,
+        )
+        gallery = features.gallery_features(
+            self.composer, self.params, self.frozen, source, **options
+        )
+        good = ~np.isnan(gallery[:, 0])
+        unreadable = [path for path, fine in zip(paths, good, strict=True) if not fine]
+        for path in unreadable:
+            logging.warning("skipped, not a readable image: %s", path)
+        if unreadable:
+            logging.warning("skipped %d of %d files", len(unreadable), len(paths))
+        if not good.any():
+            raise DataError(f"none of the {len(paths)} files is a readable image: {paths[0]}, ...")
+        plain = gallery
+        if not features.uses_backbone_gallery(self.composer):
+            # queries of one modality live in the backbone's own space
+            plain = features.image_features(
+                self.composer.backbone, self.frozen["backbone"], source, normalise=True, **options
+            )
+        self.paths = [path for path, fine in zip(paths, good, strict=True) if fine]
+        self.unreadable = unreadable
+        self._gallery, self._plain = gallery[good], plain[good]
+        return len(self.paths)
+
+    def search(
+        self,
+        image: str | Path | Image.Image | None = None,
+        text: str | None = None,
+        k: int = 10,
+    ) -> list[tuple[Path, float]]:
+        """The k best images with their scores, best first (cosine similarity for most methods).
+
+        image: a file or a PIL image, the reference. text: what to change. One of them may be None:
+        then the search is by the other alone. Raises CirError without an index or a query.
+        """
+        if self._gallery is None or self._plain is None:
+            raise CirError("nothing is indexed yet: call index(folder) first.")
+        text = (text or "").strip() or None
+        if image is None and text is None:
+            raise CirError("an empty query: give an image, a text, or both.")
+        if k < 1:
+            raise CirError(f"k={k}: ask for at least one image.")
+        # few different k, so that few programs are compiled
+        most = max(64, 1 << (k - 1).bit_length())
+        if image is not None and text is not None:
+            query = self._compose(self.composer, image, text)
+            ranked = ranking.rank(query, self._gallery, k=most, **self._scoring)
+        else:
+            alone = self._text_only if image is None else self._image_only
+            ranked = ranking.rank(self._compose(alone, image, text or ""), self._plain, k=most)
+        found = zip(ranked.top[0][:k], ranked.scores[0][:k], strict=True)
+        return [(self.paths[i], float(score)) for i, score in found if i >= 0]
+
+    def _compose(self, composer: Composer, image: Any, text: str) -> np.ndarray:
+        """float32[1, dim]; the same path as evaluation."""
+        backbone = composer.backbone
+        length = None if composer.pools_text else backbone.context_length
+        references: dict[str, Any] = {}
+        if image is None:
+            references["reference_features"] = np.zeros((1, backbone.dim), np.float32)
+        else:
+            if not isinstance(image, Image.Image):
+                image = images.read(Path(image))
+            pixels = backbone.image_transform(image)
+            references["reference_images"] = lambda row: pixels
+        params = self.params if composer is self.composer else {}
+        return features.query_features(
+            composer,
+            params,
+            self.frozen,
+            backbone.tokenizer([composer.prompt(text)], length),
+            np.zeros(1, np.int32),
+            **references,
+            mesh=self.mesh,
+            batch_size=1,
+            seed=self.seed,
+        )
+
+
+def _find(where: str | Path | Sequence[str | Path]) -> Iterator[Path]:
+    if not isinstance(where, str | Path):
+        yield from map(Path, where)
+        return
+    folder = Path(where).expanduser()
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such folder. Give a folder of images, or a list of files.")
+    # sorted: the order decides ties, and the name of the cache
+    yield from sorted(
+        path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file()
+    )

@@ -1,0 +1,159 @@
+"""Checkpoints of a stage: Orbax, asynchronous, sharded; corrupt ones are passed over, not fatal."""
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from cir_jax.errors import CheckpointError
+from cir_jax.training.step import TrainState
+
+ITEMS = ("params", "ema", "optimizer", "position")
+
+
+class Checkpoints:
+    """Checkpoints under one directory, each a Composite of params, ema, optimizer and position.
+
+    params and ema are items of their own so that evaluation reads only what it needs. position is
+    JSON: where the input pipeline stands (the next batch, and what it reads), restorable on any
+    number of processes and workers.
+    """
+
+    def __init__(self, directory: Path, keep: int = 2):
+        self.directory = Path(directory).absolute()
+        handlers = {
+            name: ocp.JsonCheckpointHandler()
+            if name == "position"
+            else ocp.StandardCheckpointHandler()
+            for name in ITEMS
+        }
+        self._manager = ocp.CheckpointManager(
+            self.directory,
+            options=ocp.CheckpointManagerOptions(
+                max_to_keep=keep, create=True, cleanup_tmp_directories=True
+            ),
+            item_names=ITEMS,
+            item_handlers=handlers,
+        )
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._manager.close()  # waits for the save in flight
+
+    def save(self, state: TrainState, position: Mapping[str, Any]) -> None:
+        """Starts writing `state`; returns before it is on disk. Raises CheckpointError if refused."""
+        step = int(jax.device_get(state.step))
+        items = {
+            "params": ocp.args.StandardSave(state.params),
+            "optimizer": ocp.args.StandardSave(_rest(state)),
+            "position": ocp.args.JsonSave(dict(position)),
+        }
+        if jax.tree.leaves(state.ema):
+            items["ema"] = ocp.args.StandardSave(state.ema)
+        if not self._manager.save(step, args=ocp.args.Composite(**items), force=True):
+            raise CheckpointError(
+                f"{self.directory}: step {step} was not saved (it exists already)."
+            )
+
+    def wait(self) -> None:
+        """Until the checkpoint in flight is on disk."""
+        self._manager.wait_until_finished()
+
+    def steps(self) -> list[int]:
+        """Steps with a finished checkpoint, newest first."""
+        return sorted(self._manager.all_steps(), reverse=True)
+
+    def restore(self, like: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
+        """The newest readable state and its position; None when there is no checkpoint.
+
+        like: abstract state with shardings (another mesh than the one that saved is fine).
+        A corrupt checkpoint is named in a warning, removed, and the one before is taken; raises
+        CheckpointError when none is readable.
+        """
+        failed = []
+        for step in self.steps():
+            try:
+                restored = self._manager.restore(step, args=ocp.args.Composite(**_restore(like)))
+            except Exception as error:  # Orbax, tensorstore and JSON raise many types
+                logging.warning(
+                    "checkpoint %s is not readable (%s); trying the one before.",
+                    self.directory / str(step),
+                    str(error).splitlines()[0] if str(error) else type(error).__name__,
+                )
+                failed.append(step)
+                continue
+            for bad in failed:
+                self._manager.delete(bad)  # its step will be saved again
+            rest = restored["optimizer"]
+            state = TrainState(
+                step=rest["step"],
+                params=restored["params"],
+                ema=restored["ema"] if jax.tree.leaves(like.ema) else {},
+                opt_state=rest["opt_state"],
+                rng=rest["rng"],
+            )
+            return state, restored["position"]
+        if failed:
+            raise CheckpointError(
+                f"{self.directory}: none of the checkpoints {sorted(failed)} is readable. "
+                "Restore them from a copy, or start in a new --workdir."
+            )
+        return None
+
+
+def _rest(state: TrainState) -> dict[str, Any]:
+    return {"opt_state": state.opt_state, "step": state.step, "rng": state.rng}
+
+
+def _restore(like: TrainState) -> dict[str, Any]:
+    items = {
+        "params": ocp.args.StandardRestore(like.params),
+        "optimizer": ocp.args.StandardRestore(_rest(like)),
+        "position": ocp.args.JsonRestore(),
+    }
+    if jax.tree.leaves(like.ema):
+        items["ema"] = ocp.args.StandardRestore(like.ema)
+    return items
+
+
+def load_scored(directory: Path, like: Any) -> tuple[Any, int]:
+    """Evaluated parameters (averaged where there is averaging) and their step, as numpy arrays.
+
+    like: tree of shapes of the parameters. Works whatever mesh and number of processes saved them.
+    Raises CheckpointError when there is no readable checkpoint.
+    """
+    directory = Path(directory).absolute()
+    found = directory.is_dir()
+    steps = (
+        sorted(
+            (int(path.name) for path in directory.iterdir() if path.name.isdigit()), reverse=True
+        )
+        if found
+        else []
+    )
+    reasons = []
+    for step in steps:
+        path = directory / str(step)
+        item = path / "ema" if (path / "ema").is_dir() else path / "params"
+        abstract = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), like)
+        restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), like)
+        try:
+            with ocp.PyTreeCheckpointer() as reader:
+                tree = reader.restore(
+                    item, args=ocp.args.PyTreeRestore(abstract, restore_args=restore_args)
+                )
+            return tree, step
+        except Exception as error:
+            reasons.append(f"{item}: {str(error).splitlines()[0][:200] if str(error) else error!r}")
+            logging.warning("checkpoint not readable, trying the one before: %s", reasons[-1])
+    raise CheckpointError(
+        f"{directory}: no readable checkpoint. "
+        + (" ".join(reasons) + " " if reasons else "")
+        + "Train first (`python launch/main.py` with the same --config and --workdir)."
+    )

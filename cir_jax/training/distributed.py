@@ -1,0 +1,132 @@
+"""One program for one process and for many: who am I, and is everybody here?"""
+
+import os
+import socket
+import threading
+import time
+from collections.abc import Mapping
+
+import jax
+
+from cir_jax.errors import ConfigError
+
+WAIT_SECONDS = 60
+
+
+def detect(environment: Mapping[str, str]) -> str | None:
+    """What says that several processes belong together: "slurm", "tpu", or None.
+
+    Only a count above one is proof: single-host TPU machines carry the same variables as pods.
+    """
+    if int(environment.get("SLURM_NTASKS", environment.get("SLURM_STEP_NUM_TASKS", "1"))) > 1:
+        return "slurm" if "SLURM_PROCID" in environment else None
+    hosts = [h for h in environment.get("TPU_WORKER_HOSTNAMES", "").split(",") if h]
+    if len(hosts) > 1 or int(environment.get("MEGASCALE_NUM_SLICES", "1")) > 1:
+        return "tpu"
+    return None
+
+
+def initialize(
+    coordinator: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+    wait_seconds: int = WAIT_SECONDS,
+) -> None:
+    """Joins the other processes, if there are any; before any other use of JAX.
+
+    coordinator: "host:port" of process 0, with num_processes and process_id; else SLURM's or the
+    TPU's environment decides. Raises ConfigError naming the processes that did not come.
+    """
+    given = [x is not None for x in (coordinator, num_processes, process_id)]
+    if any(given) and not all(given):
+        raise ConfigError(
+            "--coordinator, --num_processes and --process_id belong together: give all three "
+            "(for example --coordinator=host0:8476 --num_processes=4 --process_id=0), or none."
+        )
+    if all(given):
+        if not 0 <= process_id < num_processes:
+            raise ConfigError(f"--process_id={process_id} is not in 0..{num_processes - 1}.")
+        if num_processes == 1:
+            return
+        if "jax_cpu_collectives_implementation" in jax.config.values:
+            jax.config.update("jax_cpu_collectives_implementation", "gloo")
+        _roll_call(coordinator, num_processes, process_id, wait_seconds)
+        jax.distributed.initialize(
+            coordinator, num_processes, process_id, initialization_timeout=wait_seconds
+        )
+    elif kind := detect(os.environ):
+        watch = threading.Timer(wait_seconds, _print_waiting, (kind, wait_seconds))
+        watch.daemon = True
+        watch.start()
+        try:
+            jax.distributed.initialize(initialization_timeout=5 * wait_seconds)
+        finally:
+            watch.cancel()
+
+
+def _print_waiting(kind: str, seconds: int) -> None:
+    expected = os.environ.get("SLURM_NTASKS") or os.environ.get("TPU_WORKER_HOSTNAMES", "?")
+    print(
+        f"Still waiting for the other processes after {seconds} s ({kind} says: {expected}). Was "
+        "the same command started on every host? On SLURM: srun python launch/main.py ...; on a "
+        "TPU pod: gcloud compute tpus tpu-vm ssh NAME --worker=all --command=...",
+        flush=True,
+    )
+
+
+def _roll_call(coordinator: str, count: int, index: int, seconds: int) -> None:
+    """Every process says its number to process 0, which names those that are missing.
+
+    JAX's own rendezvous ends the program without saying who did not come.
+    """
+    host, _, port = coordinator.rpartition(":")
+    if not host or not port.isdigit():
+        raise ConfigError(f"--coordinator={coordinator!r} is not host:port.")
+    deadline = time.monotonic() + seconds
+    if index == 0:
+        missing = _collect(int(port), count, deadline)
+    else:
+        missing = _report(host, int(port), index, deadline)
+    if missing:
+        raise ConfigError(
+            f"after {seconds} s process(es) {missing} of {count} have not come to {coordinator}. "
+            "Was the same command started there, with that --process_id, and is the port open? "
+            f"Launch line: python launch/main.py --config=... --coordinator={coordinator} "
+            f"--num_processes={count} --process_id=ID"
+        )
+
+
+def _collect(port: int, count: int, deadline: float) -> str:
+    waiting = set(range(1, count))
+    connections = []
+    with socket.create_server(("", port), reuse_port=False) as server:
+        while waiting and (left := deadline - time.monotonic()) > 0:
+            server.settimeout(left)
+            try:
+                connection, _ = server.accept()
+                connection.settimeout(5)
+                waiting.discard(int(connection.recv(16) or b"-1"))
+                connections.append(connection)
+            except (TimeoutError, ValueError, OSError):
+                continue
+        missing = ",".join(map(str, sorted(waiting)))
+        for connection in connections:
+            with connection:
+                connection.sendall(missing.encode() or b"ok")
+    return missing
+
+
+def _report(host: str, port: int, index: int, deadline: float) -> str:
+    while (left := deadline - time.monotonic()) > 0:
+        try:
+            with socket.create_connection((host, port), timeout=min(left, 5)) as connection:
+                connection.sendall(str(index).encode())
+                connection.settimeout(left + 5)
+                answer = connection.recv(4096).decode()
+        except OSError:
+            time.sleep(0.2)
+            continue
+        if answer:
+            return "" if answer == "ok" else answer
+        time.sleep(0.2)
+    return "0"

@@ -1,0 +1,311 @@
+"""From a config to a trained workdir: stages in order, each resumed where it stopped."""
+
+import dataclasses
+import functools
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+from cir_jax.retrieval.features import image_features
+from jax.sharding import Mesh
+
+from cir_jax import composers
+from cir_jax.composers.base import Composer
+from cir_jax.errors import CheckpointError, ConfigError, unknown
+from cir_jax.input import records, text
+from cir_jax.input.pipeline import Part, Pipeline
+from cir_jax.input.tables import Table, default_data_dir
+from cir_jax.models.backbone import Backbone
+from cir_jax.training import durations, optimizers
+from cir_jax.training import mesh as meshes
+from cir_jax.training.checkpoints import load_scored
+from cir_jax.training.loop import Stage, Trainer, describe
+from cir_jax.weights import clip as weights
+
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+CONFIG_FILE = "config.json"
+FREE_FIELDS = ("mesh", "evaluation", "log_every", "checkpoint", "workers", "data_dir", "stages")
+"""Config fields that may change between runs of one workdir: they do not change what is learned."""
+
+TABLES = {"captions": "image", "pretrain": "image", "triplets": "reference"}
+"""Training tables -> the image field that stands for the record."""
+
+
+@dataclasses.dataclass
+class Experiment:
+    """A config brought to life: mesh, backbone, composer, frozen parameters."""
+
+    config: ml_collections.ConfigDict
+    mesh: Mesh
+    backbone: Backbone
+    composer: Composer
+    frozen: Any
+
+    @property
+    def data_dir(self) -> Path:
+        return data_dir(self.config)
+
+
+def data_dir(config: ml_collections.ConfigDict) -> Path:
+    """Where prepared datasets lie: `config.data_dir`, else `$CIR_JAX_DATA`, else the cache."""
+    return Path(config.data_dir).expanduser().absolute() if config.data_dir else default_data_dir()
+
+
+def setup(config: ml_collections.ConfigDict) -> Experiment:
+    """Loads the backbone and builds the composer. Raises ConfigError, MeshError, WeightsError."""
+    if config.dtype not in DTYPES:
+        raise ConfigError(unknown("config.dtype", config.dtype, DTYPES))
+    mesh = meshes.make_mesh(config.mesh)
+    settings = config.composer.to_dict()
+    name = settings.pop("name")
+    dtype = DTYPES[config.dtype]
+    if composers.composer_class(name).pretrained_backbone:
+        backbone, params = weights.load(config.backbone, dtype)
+    else:
+        backbone, params = weights.load_architecture(config.backbone, dtype), {}
+    composer = composers.build(name, backbone, **settings)
+    frozen = composer.freeze(params)
+    shardings = meshes.parameter_shardings(mesh, frozen)
+    frozen = jax.tree.map(
+        lambda x, s: jax.make_array_from_callback(x.shape, s, lambda index: x[index]),
+        frozen,
+        shardings,
+    )
+    return Experiment(config, mesh, backbone, composer, frozen)
+
+
+def stage_names(config: ml_collections.ConfigDict) -> tuple[str, ...]:
+    """The stages to run, checked against those that the experiment has."""
+    wanted = config.stages
+    wanted = tuple(wanted.split(",")) if isinstance(wanted, str) else tuple(wanted)
+    for name in wanted:
+        if name not in config.stage:
+            raise ConfigError(unknown(f"stage of experiment {config.name}:", name, config.stage))
+    return wanted
+
+
+def train(experiment: Experiment, workdir: Path) -> Any:
+    """Runs the config's stages in order and returns the last one's scored parameters.
+
+    A finished stage is read back, an interrupted one resumed, so the same command always continues.
+    """
+    config = experiment.config
+    claim_workdir(workdir, config)
+    params = None
+    for name in stage_names(config):
+        trainer = make_trainer(experiment, name, initial_params(experiment, name, workdir, params))
+        params = trainer.run(workdir / name)
+    return params
+
+
+def dry_run(experiment: Experiment) -> str:
+    """Shapes, shardings and bytes per device of every stage; nothing is computed or written."""
+    return "\n".join(
+        describe(make_trainer(experiment, name, None)) for name in stage_names(experiment.config)
+    )
+
+
+def make_trainer(experiment: Experiment, name: str, initial: Any) -> Trainer:
+    """The trainer of stage `name`, starting from `initial` (None = fresh parameters)."""
+    config = experiment.config
+    recipe = config.stage[name]
+    pipeline = make_pipeline(experiment, name)
+    to_steps = functools.partial(
+        durations.to_steps,
+        batch_size=recipe.batch_size,
+        epoch_examples=pipeline.epoch_examples,
+    )
+    steps = to_steps(recipe.duration, field=f"stage.{name}.duration")
+    stage = Stage(
+        name=name,
+        steps=steps,
+        seed=config.seed,
+        optimizer=optimizers.optimizer(recipe.optimizer, steps, to_steps),
+        ema=recipe.ema,
+        microbatches=recipe.microbatches,
+        log_every=config.log_every,
+        checkpoint_every=to_steps(
+            config.checkpoint.every, field="checkpoint.every", total_steps=steps
+        ),
+        keep=config.checkpoint.keep,
+    )
+    return Trainer(
+        stage, experiment.composer, experiment.frozen, pipeline, experiment.mesh, initial
+    )
+
+
+def make_pipeline(experiment: Experiment, name: str) -> Pipeline:
+    """Grain pipeline of stage `name`: the mixture of tables that config.stage.<name>.data says."""
+    config, backbone = experiment.config, experiment.backbone
+    data = config.stage[name].data
+    suffix = "features" if data.features else "images"
+    mixed = "triplets" in data.tables or data.with_reference
+    parts = []
+    for table_name, weight in data.tables.items():
+        if table_name not in TABLES:
+            raise ConfigError(unknown(f"table in stage.{name}.data.tables:", table_name, TABLES))
+        if not weight:
+            continue
+        table = Table(experiment.data_dir, data.dataset, table_name, "train")
+        triplets = table_name == "triplets"
+        fields = ("reference", "target") if triplets else ("image",)
+        features = {}
+        if data.features:
+            features = {field: _features(experiment, table, field) for field in fields}
+        source = records.Records(table, fields, backbone.image_transform, features)
+        transform = (
+            records.Triplets(backbone.tokenizer, suffix)
+            if triplets
+            else records.CaptionPairs(backbone.tokenizer, suffix, mixed)
+        )
+        parts.append(Part(table_name, source, transform, weight))
+    trim = records.TrimText(backbone.tokenizer.eos_id, text.BUCKET)
+    # on several processes every one must see the same shape, without asking the others
+    trims = jax.process_count() == 1 and experiment.composer.pools_text
+    return Pipeline(
+        parts=tuple(parts),
+        batch_size=config.stage[name].batch_size,
+        seed=config.seed,
+        group=data.group,
+        batch_transforms=(trim,) if trims else (),
+        workers=config.workers,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+
+
+def _features(experiment: Experiment, table: Table, field: str) -> Any:
+    return image_features(
+        experiment.backbone,
+        experiment.frozen["backbone"],
+        table,
+        field,
+        mesh=experiment.mesh,
+        batch_size=experiment.config.evaluation.batch_size,
+    )
+
+
+def initial_params(experiment: Experiment, name: str, workdir: Path, previous: Any) -> Any:
+    """What stage `name` starts from: the stage before, or config.init_from, or nothing.
+
+    Raises CheckpointError when the stage continues another one whose result is nowhere.
+    """
+    config = experiment.config
+    after = config.stage[name].after
+    if not after:
+        return None
+    if previous is not None:
+        return previous
+    own, given = workdir / after, Path(config.init_from).expanduser() if config.init_from else None
+    for directory in filter(None, (given and given / after, given, own)):
+        if (directory / "checkpoints").is_dir():
+            return scored_params(experiment, directory)
+    where = f" or {given}" if given else ""
+    raise CheckpointError(
+        f"stage {name!r} continues stage {after!r}, of which there is no checkpoint in {own}{where}. "
+        f"Run --config.stages={after},{name}, or set --config.init_from to a workdir with it."
+    )
+
+
+def scored_params(experiment: Experiment, directory: Path) -> Any:
+    """The scored parameters of a stage directory, on the mesh."""
+    like = jax.eval_shape(lambda: experiment.composer.init(jax.random.key(0)))
+    tree, _ = load_scored(directory / "checkpoints", like)
+    shardings = meshes.parameter_shardings(experiment.mesh, like)
+    return jax.tree.map(
+        lambda x, s: jax.make_array_from_callback(x.shape, s, lambda index: x[index]),
+        tree,
+        shardings,
+    )
+
+
+def claim_workdir(workdir: Path, config: ml_collections.ConfigDict) -> None:
+    """Writes the config into a new workdir, or checks that it is that of the run already there.
+
+    Raises CheckpointError naming the fields that differ, or that the directory is not writable.
+    """
+    file = workdir / CONFIG_FILE
+    values = json.loads(config.to_json_best_effort())
+    if file.is_file():
+        differ = differing_fields(read_config(workdir), values)
+        if differ:
+            raise CheckpointError(
+                f"{workdir} belongs to another run; these fields differ: {'; '.join(differ)}. "
+                "Use a new --workdir, or the config of the run there."
+            )
+        return
+    if jax.process_index():
+        return
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        scratch = file.with_suffix(".tmp")
+        scratch.write_text(json.dumps(values, indent=2) + "\n")
+        os.replace(scratch, file)
+    except OSError as error:
+        raise CheckpointError(
+            f"--workdir={workdir} cannot be written ({error.strerror}). Choose another directory."
+        ) from error
+
+
+def read_config(workdir: Path) -> dict[str, Any]:
+    """The config a workdir was made with. Raises CheckpointError when it is no workdir."""
+    file = workdir / CONFIG_FILE
+    try:
+        return json.loads(file.read_text())
+    except OSError as error:
+        raise CheckpointError(
+            f"{workdir}: no {CONFIG_FILE}, so this is no workdir of launch/main.py. "
+            "Give --workdir=DIR of a training run."
+        ) from error
+    except ValueError as error:
+        raise CheckpointError(f"{file}: not valid JSON ({error}).") from error
+
+
+def differing_fields(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """ "field (was a, is b)" for each field that matters and differs."""
+    found = []
+    for key in sorted(old.keys() | new.keys()):
+        name = f"{prefix}{key}"
+        if name in FREE_FIELDS:
+            continue
+        before, now = old.get(key), new.get(key)
+        if isinstance(before, Mapping) and isinstance(now, Mapping):
+            found += differing_fields(before, now, f"{name}.")
+        elif before != now:
+            found.append(f"{name} (was {before!r}, is {now!r})")
+    return found
+
+
+def required_tables(config: ml_collections.ConfigDict) -> dict[str, list[str]]:
+    """Dataset -> tables that the config's stages and benchmarks read."""
+    needed: dict[str, list[str]] = {}
+    for name in stage_names(config):
+        data = config.stage[name].data
+        needed.setdefault(data.dataset, []).extend(data.tables)
+    for benchmark in config.evaluation.benchmarks:
+        dataset, _, table = benchmark.partition("/")
+        tables = ["pretrain"] if table == "captions" else ["gallery", table]
+        needed.setdefault(dataset, []).extend(tables)
+    return {dataset: sorted(set(tables)) for dataset, tables in needed.items()}
+
+
+def export(experiment: Experiment, params: Any) -> None:
+    """Writes a trained backbone to config.export_to, if set, as a Hugging Face directory (fp16)."""
+    path = experiment.config.export_to
+    if not path:
+        return
+    if experiment.composer.pretrained_backbone:
+        raise ConfigError(
+            f"config.export_to={path!r}: composer {experiment.config.composer.name} trains no "
+            "backbone that could be exported."
+        )
+    host = jax.tree.map(lambda x: np.asarray(x), params)
+    if jax.process_index() == 0:
+        weights.save(Path(path), experiment.backbone, host, np.float16)
+        print(f"exported to {path}")

@@ -1,0 +1,257 @@
+"""The training loop of a stage: batches in, checkpoints and logs out, whatever the composer."""
+
+import contextlib
+import dataclasses
+import math
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+import tqdm
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+from cir_jax.composers.base import Composer
+from cir_jax.errors import CheckpointError, CirError, ConfigError
+from cir_jax.input.pipeline import Pipeline
+from cir_jax.training import mesh as meshes
+from cir_jax.training.checkpoints import Checkpoints
+from cir_jax.training.logs import MetricsLog
+from cir_jax.training.step import Step, TrainState, init_state, sharded
+
+
+class NanLoss(CirError):
+    """The loss is not finite; the last good checkpoint is kept."""
+
+
+class Preempted(Exception):
+    """SIGTERM came; the state is saved, the same command continues."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """What a training stage is, resolved from the config: everything in steps.
+
+    microbatches: parts a batch is encoded in, to save memory (same gradients).
+    """
+
+    name: str
+    steps: int
+    seed: int
+    optimizer: optax.GradientTransformation
+    ema: float = 0.0
+    microbatches: int = 1
+    log_every: int = 50
+    checkpoint_every: int = 500
+    keep: int = 2
+
+
+@dataclasses.dataclass
+class Trainer:
+    """One stage bound to its composer, frozen parameters, data and mesh.
+
+    initial: parameters to start from (another stage's or checkpoint's); None = composer.init.
+    """
+
+    stage: Stage
+    composer: Composer
+    frozen: Any
+    pipeline: Pipeline
+    mesh: Mesh
+    initial: Any = None
+
+    def __post_init__(self) -> None:
+        field = f"stage.{self.stage.name}.batch_size"
+        meshes.check_batch(self.mesh, self.pipeline.batch_size, field)
+        part = self.pipeline.batch_size // self.stage.microbatches
+        if self.pipeline.batch_size % self.stage.microbatches:
+            raise ConfigError(
+                f"config.{field}={self.pipeline.batch_size} is not divisible by "
+                f"microbatches={self.stage.microbatches}."
+            )
+        meshes.check_batch(self.mesh, part, f"{field} / microbatches")
+        self.abstract = jax.eval_shape(self._init, self.initial)
+        self.step = Step(
+            self.mesh,
+            self.abstract,
+            self.frozen,
+            composer=self.composer,
+            optimizer=self.stage.optimizer,
+            ema_decay=self.stage.ema,
+            microbatches=self.stage.microbatches,
+        )
+
+    def _init(self, initial: Any) -> TrainState:
+        return init_state(
+            self.composer,
+            self.stage.optimizer,
+            seed=self.stage.seed,
+            ema=self.stage.ema > 0,
+            params=initial,
+        )
+
+    def abstract_state(self) -> TrainState:
+        """Shapes with shardings, to restore into or to lower from."""
+        return jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+            self.abstract,
+            self.step.state_shardings,
+        )
+
+    def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes of the global batch."""
+        sharding = meshes.batch_sharding(self.mesh)
+        rows = self.pipeline.batch_size
+        return {
+            name: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype, sharding=sharding)
+            for name, x in self.pipeline.example().items()
+        }
+
+    def run(self, directory: Path) -> Any:
+        """Trains to the end, or from the newest checkpoint under `directory` to the end.
+
+        Returns the scored parameters (averaged where the stage averages). Raises NanLoss,
+        Preempted, CheckpointError.
+        """
+        stage = self.stage
+        with Checkpoints(directory / "checkpoints", stage.keep) as checkpoints:
+            state = self._restore(checkpoints)
+            start = int(jax.device_get(state.step))
+            if start >= stage.steps:
+                return state.scored
+            log = MetricsLog(directory, start) if jax.process_index() == 0 else None
+            try:
+                state = self._train(state, start, checkpoints, log)
+            finally:
+                if log:
+                    log.close()
+        return state.scored
+
+    def _restore(self, checkpoints: Checkpoints) -> TrainState:
+        restored = checkpoints.restore(self.abstract_state())
+        if restored is None:
+            return sharded(self.mesh, self._init, self.initial)
+        state, position = restored
+        if position["data"] != repr(self.pipeline):
+            raise CheckpointError(
+                f"{checkpoints.directory}: was trained on other data. It read\n  {position['data']}\n"
+                f"this run reads\n  {self.pipeline!r}\nUse a new --workdir, or the old data."
+            )
+        print(f"{self.stage.name}: resuming after step {int(jax.device_get(state.step))}")
+        return state
+
+    def _train(
+        self, state: TrainState, start: int, checkpoints: Checkpoints, log: MetricsLog | None
+    ) -> TrainState:
+        stage, last_saved = self.stage, start
+        pending: list[tuple[int, Any]] = []
+        window_start = time.perf_counter()
+        bar = tqdm.tqdm(
+            total=stage.steps,
+            initial=start,
+            desc=stage.name,
+            unit="step",
+            disable=jax.process_index() > 0,
+            mininterval=1.0,
+        )
+        batches = self.pipeline.batches(start, stage.steps)
+        with bar, contextlib.closing(batches), _preemption() as preempted:
+            for number, local in enumerate(batches, start + 1):
+                batch = meshes.global_batch(self.mesh, local)
+                # whatever the loop moves to or from a device, it moves explicitly
+                with jax.transfer_guard("disallow"):
+                    state, metrics = self.step(state, self.frozen, batch)
+                pending.append((number, metrics))
+                bar.update()
+                leaving = preempted(number)
+                save = number % stage.checkpoint_every == 0 or number == stage.steps or leaving
+                if save or number % stage.log_every == 0:
+                    values = self._check(pending, checkpoints.directory, last_saved)
+                    seconds = time.perf_counter() - window_start
+                    rate = len(pending) * self.pipeline.batch_size / seconds
+                    if log and (number % stage.log_every == 0 or number == stage.steps):
+                        log.write(number, values, {"samples_per_second": rate})
+                    bar.set_postfix_str(f"loss {values['loss']:.4f}, {rate:,.0f} samples/s")
+                    pending, window_start = [], time.perf_counter()
+                if save:
+                    checkpoints.save(state, {"next_batch": number, "data": repr(self.pipeline)})
+                    last_saved = number
+                if leaving and number < stage.steps:
+                    checkpoints.wait()
+                    raise Preempted(f"{stage.name}: stopped and saved after step {number}.")
+        return state
+
+    def _check(
+        self, pending: list[tuple[int, Any]], directory: Path, last_saved: int
+    ) -> dict[str, float]:
+        """The newest metrics as floats; raises NanLoss if any loss since the last look is not."""
+        rows = jax.device_get(pending)
+        for number, metrics in rows:
+            if not math.isfinite(metrics["loss"]):
+                kept = f"step {last_saved} in {directory}" if last_saved else "none was saved yet"
+                raise NanLoss(
+                    f"{self.stage.name}: the loss is {metrics['loss']} at step {number}; stopped. "
+                    f"Last good checkpoint: {kept}. Lower the learning rate, set "
+                    "optimizer.clip_norm, or look at the batch."
+                )
+        return {name: float(np.asarray(value)) for name, value in rows[-1][1].items()}
+
+
+@contextlib.contextmanager
+def _preemption() -> Iterator[Any]:
+    """Yields preempted(step) -> bool: has SIGTERM come (on any process: all stop at one step)?"""
+    if jax.process_count() > 1:
+        # jax.distributed catches the signal itself and lets all processes agree on a step
+        yield multihost_utils.reached_preemption_sync_point
+        return
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda step: False  # signals are delivered to the main thread only
+        return
+    came = threading.Event()
+    before = signal.signal(signal.SIGTERM, lambda *_: came.set())
+    try:
+        yield lambda step: came.is_set()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def describe(trainer: Trainer) -> str:
+    """Shapes, shardings and bytes per device of a stage, without computing (--dry_run)."""
+    lines = [
+        f"stage {trainer.stage.name}: {trainer.stage.steps} steps, mesh {dict(trainer.mesh.shape)}"
+    ]
+    groups = {
+        "trainable": (trainer.abstract.params, trainer.step.state_shardings.params),
+        "average": (trainer.abstract.ema, trainer.step.state_shardings.ema),
+        "optimizer": (trainer.abstract.opt_state, trainer.step.state_shardings.opt_state),
+        "frozen": (trainer.frozen, meshes.parameter_shardings(trainer.mesh, trainer.frozen)),
+    }
+    batch = trainer.abstract_batch()
+    groups["batch"] = (batch, {name: x.sharding for name, x in batch.items()})
+    for group, (tree, shardings) in groups.items():
+        leaves = jax.tree_util.tree_leaves_with_path(tree)
+        specs = jax.tree.leaves(shardings)
+        total = device = count = 0
+        rows = []
+        for (path, leaf), sharding in zip(leaves, specs, strict=True):
+            size = math.prod(leaf.shape) * leaf.dtype.itemsize
+            part = math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+            total, device, count = total + size, device + part, count + math.prod(leaf.shape)
+            if group in ("trainable", "batch"):
+                rows.append(
+                    f"    {jax.tree_util.keystr(path)} {leaf.dtype}{list(leaf.shape)} "
+                    f"{sharding.spec}"
+                )
+        lines.append(f"  {group}: {count:,} values, {_size(total)}, {_size(device)} per device")
+        lines += rows
+    return "\n".join(lines)
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**20:,.1f} MiB"

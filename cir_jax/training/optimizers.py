@@ -1,0 +1,87 @@
+"""Learning-rate schedules and optimisers, from config fields to optax."""
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import optax
+
+from cir_jax.errors import ConfigError, unknown
+
+SCHEDULES = ("constant", "cosine", "linear")
+
+
+def schedule(config: Mapping[str, Any], steps: int, to_steps: Callable[..., int]) -> optax.Schedule:
+    """Linear warm-up, then constant, or cosine or linear decay to `final` x learning_rate.
+
+    config: learning_rate, schedule, warmup (a duration), final (0..1).
+    """
+    peak, kind = config["learning_rate"], config["schedule"]
+    warmup = to_steps(config["warmup"], field="optimizer.warmup", total_steps=steps)
+    if kind not in SCHEDULES:
+        raise ConfigError(unknown("schedule", kind, SCHEDULES))
+    decay_steps = max(1, steps - warmup)
+    if kind == "cosine":
+        main = optax.cosine_decay_schedule(peak, decay_steps, alpha=config["final"])
+    elif kind == "linear":
+        main = optax.linear_schedule(peak, peak * config["final"], decay_steps)
+    else:
+        main = optax.constant_schedule(peak)
+    if not warmup:
+        return main
+    ramp = optax.linear_schedule(peak / warmup, peak, max(1, warmup - 1))
+    return optax.join_schedules([ramp, main], [warmup])
+
+
+def path_mask(pattern: str) -> Callable[[Any], Any]:
+    """tree -> tree of bools: does the parameter's path ("/text/layers_0/fc1/kernel") match?"""
+    matcher = re.compile(pattern)
+
+    def mask(tree: Any) -> Any:
+        return jax.tree_util.tree_map_with_path(
+            lambda path, _: bool(matcher.fullmatch("/" + "/".join(str(k.key) for k in path))), tree
+        )
+
+    return mask
+
+
+def optimizer(
+    config: Mapping[str, Any], steps: int, to_steps: Callable[..., int]
+) -> optax.GradientTransformation:
+    """The optimiser that `config` describes; see experiments/base.py for its fields and defaults.
+
+    weight_decay acts on the parameters whose path matches `decay` (default: matrices only).
+    muon: orthogonalised momentum on the matrices inside the blocks, Adam (adam_learning_rate) on
+    the rest.
+    """
+    rate = schedule(config, steps, to_steps)
+    name = config["name"]
+    adam = {"b1": config["b1"], "b2": config["b2"], "eps": config["eps"]}
+    if name == "adamw":
+        main = optax.adamw(
+            rate, **adam, weight_decay=config["weight_decay"], mask=path_mask(config["decay"])
+        )
+    elif name == "adam":
+        main = optax.adam(rate, **adam)
+    elif name == "muon":
+        ratio = config["adam_learning_rate"] / config["learning_rate"]
+        inside = path_mask(r".*/layers_\d+/.*/kernel")
+        matrix = optax.contrib.MuonDimensionNumbers()
+
+        def dimensions(tree: Any) -> Any:
+            return jax.tree.map(lambda chosen: matrix if chosen else None, inside(tree))
+
+        main = optax.contrib.muon(
+            rate,
+            ns_steps=4,
+            adam_b1=config["b1"],
+            adam_b2=config["b2"],
+            adam_learning_rate=lambda step: rate(step) * ratio,
+            muon_weight_dimension_numbers=dimensions,
+            weight_decay=config["weight_decay"],
+        )
+    else:
+        raise ConfigError(unknown("optimizer", name, ("adam", "adamw", "muon")))
+    clip = config["clip_norm"]
+    return optax.chain(optax.clip_by_global_norm(clip), main) if clip else main

@@ -1,0 +1,115 @@
+"""What happens to a batch: the one train step of all composers."""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from cir_jax.composers.base import Composer
+from cir_jax.training import mesh as meshes
+
+Batch = dict[str, jax.Array]
+Metrics = dict[str, jax.Array]
+
+
+@flax.struct.dataclass
+class TrainState:
+    """Everything a step changes. `ema` is an empty tree when there is no averaging."""
+
+    step: jax.Array
+    params: Any
+    ema: Any
+    opt_state: Any
+    rng: jax.Array
+
+    @property
+    def scored(self) -> Any:
+        """The parameters that are evaluated and handed to the next stage."""
+        return self.ema if jax.tree.leaves(self.ema) else self.params
+
+
+def train_step(
+    state: TrainState,
+    frozen: Any,
+    batch: Batch,
+    *,
+    composer: Composer,
+    optimizer: optax.GradientTransformation,
+    ema_decay: float,
+    microbatches: int,
+) -> tuple[TrainState, Metrics]:
+    """One update on the global batch. Randomness depends on the step only: a resumed run repeats."""
+    rng = jax.random.fold_in(state.rng, state.step)
+    grad_fn = jax.value_and_grad(composer.loss, has_aux=True)
+    (loss, metrics), grads = grad_fn(state.params, frozen, batch, rng, microbatches)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    ema = (
+        jax.tree.map(lambda e, p: ema_decay * e + (1 - ema_decay) * p, state.ema, params)
+        if jax.tree.leaves(state.ema)
+        else state.ema
+    )
+    metrics = metrics | {"loss": loss, "grad_norm": optax.tree.norm(grads)}
+    return TrainState(state.step + 1, params, ema, opt_state, state.rng), metrics
+
+
+def init_state(
+    composer: Composer,
+    optimizer: optax.GradientTransformation,
+    *,
+    seed: int,
+    ema: bool,
+    params: Any = None,
+) -> TrainState:
+    """A fresh state; `params` continue another stage or checkpoint instead of `composer.init`."""
+    init_rng, train_rng = jax.random.split(jax.random.key(seed))
+    params = composer.init(init_rng) if params is None else params
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        # a copy: donated buffers must not be shared
+        ema=jax.tree.map(jnp.copy, params) if ema else {},
+        opt_state=optimizer.init(params),
+        rng=train_rng,
+    )
+
+
+class Step:
+    """`train_step`, compiled once per batch shape; `traces` counts the compilations."""
+
+    def __init__(self, mesh: Mesh, state: Any, frozen: Any, **bound: Any):
+        """state, frozen: trees of arrays or of shapes; they give the shardings."""
+        self.traces = 0
+        self.state_shardings = meshes.parameter_shardings(mesh, state)
+
+        def counted(state: TrainState, frozen: Any, batch: Batch) -> tuple[TrainState, Metrics]:
+            self.traces += 1
+            return train_step(state, frozen, batch, **bound)
+
+        self._jitted = jax.jit(
+            counted,
+            in_shardings=(
+                self.state_shardings,
+                meshes.parameter_shardings(mesh, frozen),
+                meshes.batch_sharding(mesh),
+            ),
+            out_shardings=(self.state_shardings, meshes.replicated(mesh)),
+            donate_argnums=0,
+        )
+
+    def __call__(self, state: TrainState, frozen: Any, batch: Batch) -> tuple[TrainState, Metrics]:
+        return self._jitted(state, frozen, batch)
+
+    def lower(self, state: Any, frozen: Any, batch: Any) -> jax.stages.Lowered:
+        """Lowered from shapes alone, for a dry run or ahead-of-time compilation."""
+        return self._jitted.lower(state, frozen, batch)
+
+
+def sharded(mesh: Mesh, make: Callable[..., Any], *args: Any) -> Any:
+    """Runs `make(*args)` compiled, its results born sharded by the rules: no host copy."""
+    shardings = meshes.parameter_shardings(mesh, jax.eval_shape(make, *args))
+    return jax.jit(make, out_shardings=shardings)(*args)

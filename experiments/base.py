@@ -1,0 +1,104 @@
+"""What all experiments share: the fields, their meaning and their defaults. Values only."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from cir_jax.errors import ConfigError, unknown
+
+OPTIMIZER = {
+    "name": "adamw",  # adamw | adam | muon
+    "learning_rate": 1e-4,
+    "schedule": "constant",  # constant | cosine | linear
+    "warmup": 0,  # a duration
+    "final": 0.0,  # learning rate at the end, as a share of the peak
+    "weight_decay": 0.01,
+    "decay": r".*/(kernel|embedding)",  # paths that decay: matrices
+    "b1": 0.9,
+    "b2": 0.999,
+    "eps": 1e-8,
+    "clip_norm": 0.0,  # of the global gradient; 0 = no clipping
+    "adam_learning_rate": 1e-3,  # muon only: for everything outside the blocks
+}
+
+
+def experiment(name: str, composer: Mapping[str, Any]) -> ConfigDict:
+    """The fields of every experiment. `composer` holds its name and its constructor's arguments."""
+    config = ConfigDict()
+    config.name = name
+    config.seed = 0
+    config.backbone = "data/shapes/clip"  # Hugging Face directory or hub id
+    config.dtype = "float32"  # of the computation; parameters stay float32
+    config.composer = ConfigDict(dict(composer))
+    config.stage = ConfigDict()
+    config.stages = ()  # which to run, in order
+    config.init_from = ""  # workdir whose result a first stage continues
+    config.export_to = ""  # Hugging Face directory to write a trained backbone to
+    config.data_dir = ""  # "" = $CIR_JAX_DATA, else ~/.cache/cir_jax/data
+    config.workers = 0  # Grain worker processes; 0 = threads
+    config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})  # -1 = whatever is left
+    config.log_every = 50
+    config.checkpoint = ConfigDict({"every": 500, "keep": 2})
+    config.evaluation = ConfigDict()
+    config.evaluation.benchmarks = (
+        "shapes/circo",
+        "shapes/cirr",
+        "shapes/fashioniq",
+        "shapes/genecis",
+    )
+    config.evaluation.split = "test_0"  # hyper-parameters are chosen on val
+    config.evaluation.batch_size = 256
+    return config
+
+
+def stage(
+    *,
+    tables: Mapping[str, float],
+    batch_size: int,
+    duration: int | str,
+    optimizer: Mapping[str, Any],
+    dataset: str = "shapes",
+    features: bool = False,
+    with_reference: bool = False,
+    group: int = 1,
+    ema: float = 0.0,
+    microbatches: int = 1,
+    after: str = "",
+) -> ConfigDict:
+    """One training stage.
+
+    tables: training table -> share of the rows. features: read precomputed image features instead
+    of images. with_reference: caption rows carry an empty reference (stages that share a batch
+    layout with triplets). group: consecutive records kept in one batch. duration: "500 steps", "2 epochs", "300k examples". ema: decay of the
+    averaged parameters, 0 = none. microbatches: parts a batch is encoded in. after: the stage
+    whose result this one continues.
+    """
+    if wrong := sorted(set(optimizer) - set(OPTIMIZER)):
+        raise ConfigError(unknown("optimizer field", wrong[0], OPTIMIZER))
+    config = ConfigDict()
+    config.data = ConfigDict(
+        {
+            "dataset": dataset,
+            "tables": dict(tables),
+            "features": features,
+            "with_reference": with_reference,
+            "group": group,
+        }
+    )
+    config.batch_size = batch_size
+    config.duration = duration
+    config.optimizer = ConfigDict(OPTIMIZER | dict(optimizer))
+    config.ema = ema
+    config.microbatches = microbatches
+    config.after = after
+    return config
+
+
+def apply(config: ConfigDict, presets: Mapping[str, Mapping[str, Any]], name: str) -> ConfigDict:
+    """`config` with the dotted overrides of preset `name`. Raises ConfigError listing the presets."""
+    if name not in presets:
+        raise ConfigError(unknown(f"preset of experiments/{config.name}.py:", name, presets))
+    config.update_from_flattened_dict(dict(presets[name]))
+    config.preset = name
+    return config

@@ -1,0 +1,521 @@
+"""CompoDiff: the denoiser against the released code, the objectives, the sampled query."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cir_jax.composers import compodiff
+from cir_jax.composers.compodiff import CompoDiff, Denoiser
+from cir_jax.diffusion.sampling import ddim, guided, stack_branches
+from cir_jax.diffusion.schedule import cosine, q_sample
+from cir_jax.errors import ConfigError, WeightsError
+from cir_jax.models import denoiser as layers
+from cir_jax.weights.convert import flatten
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "compodiff_tiny.npz"
+SIZES = {"depth": 2, "heads": 2, "dim_head": 8, "cross_heads": 2}
+
+
+class Golden:
+    """The fixture: tensors, inputs, outputs, our denoiser with its parameters."""
+
+    def __init__(self):
+        with np.load(GOLDEN, allow_pickle=False) as file:
+            self.arrays = dict(file)
+        self.meta = json.loads(str(self.arrays.pop("meta")))
+        self.tensors = {
+            k.removeprefix("param/"): v for k, v in self.arrays.items() if k.startswith("param/")
+        }
+        self.config = compodiff.released_config(self.tensors)
+        self.params = compodiff.from_released(self.tensors)
+        self.denoiser = Denoiser(self.config)
+
+    def __getattr__(self, name):
+        return jnp.asarray(self.arrays[f"in/{name}"])
+
+    def apply(self, *args, method=None):
+        return self.denoiser.apply({"params": self.params}, *args, method=method)
+
+    def check(self, name, got):
+        expected = self.arrays[f"out/{name}"]
+        rule = self.meta["tolerance"]
+        sampled = name.startswith("sample")
+        tolerance = float(rule["exceptions"]["sample*"] if sampled else rule["tol"])
+        error = np.abs(np.asarray(got) - expected).max() / np.abs(expected).max()
+        print(f"{name}: relative error {error:.2e}")
+        assert error <= tolerance, f"{name}: relative error {error:.2e}"
+
+    def conditions(self, negative):
+        """Three passes of guidance; `negative` in the place of the null text."""
+        image, mask = self.image_cond[:, 0], self.input_mask
+        return [
+            (self.text_cond, image, mask),
+            (negative, image, mask),
+            (negative, jnp.zeros_like(image), mask),
+        ]
+
+
+@pytest.fixture(scope="module")
+def golden():
+    return Golden()
+
+
+@pytest.fixture(scope="module")
+def forward(golden):
+    """(x, time, text, image, mask) -> prediction of the fixture's denoiser, compiled once."""
+    return jax.jit(golden.apply)
+
+
+@pytest.fixture(scope="module")
+def made(tiny):
+    """(composer, params, frozen) on the tiny backbone."""
+    backbone, backbone_params = tiny
+    composer = CompoDiff(backbone, **SIZES, steps=3, samples_per_query=2)
+    params = jax.jit(composer.init)(jax.random.key(5))
+    return composer, params, {"backbone": backbone_params}
+
+
+@pytest.fixture(scope="module")
+def batch(tiny):
+    """Six rows: text to image, masked and triplet objectives, two of each."""
+    backbone, _ = tiny
+    rng = np.random.default_rng(7)
+    mask = np.zeros((6, 64, 64), np.float32)
+    mask[2:4, 10:30, 20:40] = 1
+    return {
+        "target_features": rng.normal(size=(6, 24)).astype(np.float32),
+        "reference_features": rng.normal(size=(6, 24)).astype(np.float32),
+        "has_reference": np.arange(6) >= 2,
+        "token_ids": backbone.tokenizer(["a red star", "make it blue", "no star"] * 2, 16),
+        "mask": mask,
+    }
+
+
+# --- the network
+
+
+def test_forward_equals_the_released_code(golden, forward):
+    time = golden.timestep[:, None]
+    conditions = golden.text_cond, golden.image_cond[:, 0], golden.input_mask
+    golden.check("net_forward", forward(golden.noisy_image_embed, time, *conditions))
+    golden.check("time_embed", golden.apply(time, method="embed_time"))
+    golden.check("rel_pos_bias", golden.apply(method="position_bias"))
+    mask = golden.denoiser.bind({"params": golden.params}).mask_embedding(
+        golden.input_mask.reshape(2, 1, -1)
+    )
+    golden.check("mask_embed", mask)
+
+
+def test_guidance_equals_the_released_code_and_three_passes(golden, forward):
+    x, time = golden.noisy_image_embed, golden.timestep
+    passes = golden.conditions(golden.negative_text_cond)
+    weights = jnp.asarray([golden.meta["config"]["cond_scale"]])
+
+    @jax.jit
+    def run():
+        stacked = jax.tree.map(
+            stack_branches, *(golden.apply(*c, method="condition") for c in passes)
+        )
+
+        def denoise(x, time):
+            return golden.apply(x, jnp.repeat(time, 3)[:, None], stacked, method="denoise")
+
+        return guided(denoise, weights)(x, time)
+
+    got = run()
+    golden.check("net_forward_cond_scale", got)
+    a, b, c = (forward(x, time[:, None], *condition) for condition in passes)
+    w_image, w_text = golden.meta["config"]["cond_scale"]
+    by_hand = c + w_image * (b - c) + w_text * (a - b)
+    np.testing.assert_allclose(got, by_hand, rtol=0, atol=5e-5)
+
+
+def test_sampling_equals_the_released_code(golden):
+    passes = golden.conditions(golden.negative_text_cond)
+    noise = jnp.concatenate([golden.initial_noise[None], golden.step_noise])
+    schedule = cosine(golden.config.timesteps)
+    weights = jnp.asarray([golden.meta["config"]["cond_scale"]])
+
+    @jax.jit
+    def sample():
+        stacked = jax.tree.map(
+            stack_branches, *(golden.apply(*c, method="condition") for c in passes)
+        )
+
+        def denoise(x, time):
+            return golden.apply(x, time[None, None], stacked, method="denoise")
+
+        steps = golden.meta["config"]["sample_steps"] - 1
+        return ddim(guided(denoise, weights), schedule, steps, lambda draw: noise[draw])
+
+    result, (path, predicted) = sample()
+    golden.check("sample_x_t", path)
+    golden.check("sample_pred_x_start", predicted)
+    golden.check("sample", result[:, 0])
+
+
+def test_samples_and_shared_rows_are_independent(golden, forward):
+    """Samples of a row share its keys and values, and conditions may have one row for all."""
+    x = jax.random.normal(jax.random.key(0), (2, 3, 16))
+    text, image, mask = golden.text_cond[:1], golden.image_cond[:, 0], golden.input_mask[:1]
+    time = jnp.asarray([[3, 500, 999]])
+    together = forward(x, time, text, image, mask)
+    for i in range(3):
+        times = jnp.repeat(time[:, i : i + 1], 2, axis=0)
+        conditions = jnp.repeat(text, 2, axis=0), image, jnp.repeat(mask, 2, axis=0)
+        alone = forward(x[:, i : i + 1], times, *conditions)
+        np.testing.assert_allclose(together[:, i], alone[:, 0], rtol=0, atol=2e-5)
+
+
+# --- released checkpoints
+
+
+@pytest.mark.parametrize("prefix", ["", "model."])
+def test_checkpoints_survive_a_round_trip(golden, prefix):
+    tensors = {prefix + name: tensor for name, tensor in golden.tensors.items()}
+    assert compodiff.released_config(tensors) == golden.config
+    params = compodiff.from_released(tensors)
+    back = compodiff.to_released(params, golden.config)
+    assert sorted(back) == sorted(golden.tensors)
+    for name, tensor in golden.tensors.items():
+        np.testing.assert_allclose(back[name], tensor, rtol=2e-7, atol=1e-12, err_msg=name)
+
+
+def test_a_shared_tensor_may_be_stored_once(golden):
+    tensors = dict(golden.tensors)
+    del tensors["net.transformer.layers.1.0.rotary_emb.freqs"]
+    compodiff.from_released(tensors)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"noise_scheduler.betas": np.linspace(0, 0.02, 1000, dtype=np.float32)}, "betas differs"),
+        ({"net.transformer.layers.0.0.rotary_emb.freqs": np.ones(4, np.float32)}, "freqs differs"),
+        ({"net.transformer.surprise": np.ones(4, np.float32)}, "net.transformer.surprise"),
+        ({"net.transformer.norm.g": None}, "net.transformer.norm.g"),
+        ({"net.to_text_embeds.0.weight": None}, "not a CompoDiff checkpoint"),
+    ],
+)
+def test_wrong_checkpoints_are_refused(golden, change, message):
+    tensors = {k: v for k, v in (golden.tensors | change).items() if v is not None}
+    with pytest.raises(WeightsError, match=message):
+        compodiff.from_released(tensors)
+
+
+def test_the_released_size():
+    """Parameters and names of CompoDiff-Aesthetic, from shapes alone."""
+    config = layers.DenoiserConfig()
+    shapes = jax.eval_shape(
+        lambda rng: Denoiser(config).init(
+            rng,
+            jnp.zeros((1, 1, 768)),
+            jnp.zeros((1, 1), jnp.int32),
+            jnp.zeros((1, 77, 1280)),
+            jnp.zeros((1, 768)),
+            jnp.zeros((1, 64, 64)),
+        )["params"],
+        jax.random.key(0),
+    )
+    flat = flatten(shapes)
+    rotary = 16  # the one tensor that is stored and is no parameter here
+    assert sum(leaf.size for leaf in flat.values()) + rotary == 140_043_792
+    names = layers.released_names(config)
+    assert sorted(path for path, _ in names.values()) == sorted(flat)
+    released = {
+        name: flat[path].shape[::-1] if layout == "linear" else flat[path].shape
+        for name, (path, layout) in names.items()
+    }
+    block = "net.transformer.layers.11"
+    for name, shape in {
+        "net.to_text_embeds.0.weight": (768, 1280),
+        "net.to_text_embeds.0.bias": (768,),
+        "net.to_time_embeds.0.1.net.0.0.weight": (1536, 768),
+        "net.to_time_embeds.0.1.net.1.0.bias": (1536,),
+        "net.to_mask_embeds.1.net.0.0.weight": (1536, 4096),
+        "net.to_mask_embeds.1.net.2.weight": (768, 1536),
+        "net.transformer.rel_pos_bias.relative_attention_bias.weight": (32, 16),
+        f"{block}.0.norm.g": (768,),
+        f"{block}.0.null_kv": (2, 64),
+        f"{block}.0.to_q.weight": (1024, 768),
+        f"{block}.0.to_kv.weight": (128, 768),
+        f"{block}.0.to_out.0.weight": (768, 1024),
+        f"{block}.0.to_out.1.g": (768,),
+        f"{block}.1.norm.g": (768,),
+        f"{block}.1.null_kv": (2, 64),
+        f"{block}.1.to_q.weight": (512, 768),
+        f"{block}.1.to_kv.weight": (1024, 768),
+        f"{block}.1.to_out.0.weight": (768, 512),
+        f"{block}.1.to_out.1.g": (768,),
+        f"{block}.2.0.g": (768,),
+        f"{block}.2.1.weight": (6144, 768),
+        f"{block}.2.5.weight": (768, 3072),
+        "net.transformer.norm.g": (768,),
+        "net.transformer.project_out.weight": (768, 768),
+    }.items():
+        assert released[name] == shape, name
+    # 14 around the layers, 1 table, 15 per layer, 2 at the end
+    assert len(released) == 14 + 1 + 12 * 15 + 2
+    constants = compodiff.released_constants(config)
+    assert sum(name.startswith("noise_scheduler.") for name in constants) == 13
+
+
+# --- training
+
+
+@pytest.fixture(scope="module")
+def step(made):
+    """(batch, rng) -> ((loss, metrics), gradients), compiled once."""
+    composer, params, frozen = made
+    compiled = jax.jit(jax.value_and_grad(composer.loss, has_aux=True))
+    return lambda batch, rng: compiled(params, frozen, batch, rng)
+
+
+@pytest.fixture(scope="module")
+def encode(made):
+    """(batch, rngs) -> rows, compiled once."""
+    composer, params, frozen = made
+    compiled = jax.jit(composer.encode)
+    return lambda batch, rngs: compiled(params, frozen, batch, rngs)
+
+
+def test_rows_of_all_objectives_in_one_batch(step, batch):
+    (value, metrics), _ = step(batch, jax.random.key(0))
+    assert sorted(metrics) == ["mse_masked", "mse_text", "mse_triplet"]
+    np.testing.assert_allclose(value, np.mean(list(metrics.values())), rtol=1e-5)  # two rows each
+    assert value == step(batch, jax.random.key(0))[0][0]
+    assert value != step(batch, jax.random.key(1))[0][0]
+
+
+@pytest.mark.parametrize(("has", "objective"), [(False, "mse_text"), (True, "mse_triplet")])
+def test_a_batch_of_one_objective(step, batch, has, objective):
+    """Stage 1, and triplets only: the metric of an empty group is 0 and not NaN."""
+    change = {"has_reference": np.full(6, has), "mask": np.zeros_like(batch["mask"])}
+    (value, metrics), grads = step(batch | change, jax.random.key(0))
+    np.testing.assert_allclose(metrics.pop(objective), value, rtol=1e-5)
+    assert np.isfinite(value) and not any(metrics.values())
+    assert all(np.isfinite(grad).all() for grad in jax.tree.leaves(grads))
+
+
+def test_the_gradient_reaches_every_parameter(step, batch):
+    _, grads = step(batch, jax.random.key(2))
+    grads = flatten(grads)
+    # two positions and a null key only read the first two rows of the relative-position table
+    table = grads.pop(("relative_bias",))
+    assert np.abs(table[:2]).min() > 0 and not table[2:].any()
+    for path, grad in grads.items():
+        assert np.abs(grad).max() > 0, path
+
+
+def test_a_row_depends_on_itself_alone(encode, batch):
+    """Its randomness too, so that microbatches and shards change nothing."""
+    order, rngs = np.array([3, 1, 5, 0, 2, 4]), jax.random.split(jax.random.key(0), 6)
+    rows = encode(batch, rngs)
+    moved = encode({name: x[order] for name, x in batch.items()}, rngs[order])
+    np.testing.assert_allclose(moved["error"], rows["error"][order], rtol=1e-5)
+    np.testing.assert_array_equal(rows["has_image"], batch["has_reference"])
+    np.testing.assert_array_equal(rows["masked"], [False, False, True, True, False, False])
+
+
+def test_masked_rows_noise_their_reference(made, encode, errors, batch):
+    """Equation (2): the noisy input is made from the masked image, the target is the whole one."""
+    composer, _, frozen = made
+    rngs = jax.random.split(jax.random.key(4), 6)
+    time, noise, no_text, no_image = jax.vmap(composer.draw)(rngs)
+    has = jnp.asarray(batch["has_reference"]) & ~no_image
+    image = jnp.where(has[:, None], batch["reference_features"], 0)
+    text = jnp.where(
+        no_text[:, None, None],
+        composer.hidden_states(frozen, composer.null_token_ids),
+        composer.hidden_states(frozen, batch["token_ids"]),
+    )
+    masked = jnp.asarray([False, False, True, True, False, False])
+    start = jnp.where(masked[:, None], batch["reference_features"], batch["target_features"])
+    noisy = q_sample(composer.schedule, start, time, noise)
+    (_, expected), _ = errors(batch["target_features"], noisy, time, text, image, batch["mask"])
+    np.testing.assert_allclose(encode(batch, rngs)["error"], expected, rtol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def errors(made):
+    """(target, noisy, time, text, image, mask) -> ((mean, per row), gradients), compiled once."""
+    composer, params, _ = made
+
+    def mean(params, *args):
+        error = composer.errors(params, *args)
+        return error.mean(), error
+
+    compiled = jax.jit(jax.value_and_grad(mean, has_aux=True))
+    return lambda *args: compiled(params, *args)
+
+
+def test_errors_are_finite_at_both_ends_of_time(made, errors, batch):
+    composer, _, frozen = made
+    target = jnp.asarray(batch["target_features"])
+    text = composer.hidden_states(frozen, batch["token_ids"])
+    image = jnp.asarray(batch["reference_features"])
+    for time in (0, 999):
+        time = jnp.full(6, time, jnp.int32)
+        noisy = q_sample(composer.schedule, target, time, jnp.ones_like(target))
+        result = errors(target, noisy, time, text, image, batch["mask"])
+        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(result))
+
+
+def test_draws_have_the_rates_of_the_config(tiny):
+    composer = CompoDiff(tiny[0], **SIZES, drop_text=0.3, drop_image=0.1)
+    rngs = jax.random.split(jax.random.key(0), 20_000)
+    time, noise, no_text, no_image = jax.jit(jax.vmap(composer.draw))(rngs)
+    assert time.min() == 0 and time.max() == 999 and abs(time.mean() - 499.5) < 10
+    assert abs(noise.mean()) < 0.01 and abs(noise.std() - 1) < 0.01
+    # standard errors: 0.0032, 0.0021, 0.0012
+    assert abs(no_text.mean() - 0.3) < 0.015
+    assert abs(no_image.mean() - 0.1) < 0.01
+    assert abs((no_text & no_image).mean() - 0.03) < 0.006
+
+
+def test_stage_one_needs_no_reference_at_all(made, batch):
+    composer, _, frozen = made
+    image, has = composer.image_condition(frozen, {"token_ids": batch["token_ids"]})
+    assert image.shape == (6, 24) and not image.any() and not has.any()
+
+
+# --- composing
+
+
+@pytest.fixture(scope="module")
+def query(made, batch):
+    """Everything a query may hold, at the values that an absent field has."""
+    composer, _, _ = made
+    return {
+        "reference_features": batch["reference_features"],
+        "token_ids": batch["token_ids"],
+        "negative_token_ids": np.repeat(composer.null_token_ids, 6, axis=0),
+        "mask": np.zeros_like(batch["mask"]),
+        "has_reference": np.ones(6, bool),
+        "guidance": np.tile(np.float32(composer.guidance), (6, 1)),
+        "query_index": np.arange(6, dtype=np.int32),
+    }
+
+
+@pytest.fixture(scope="module")
+def compose(made):
+    """(query, seed) -> features; one program per set of fields and batch size."""
+    composer, params, frozen = made
+    compiled = jax.jit(composer.compose)
+    return lambda query, seed=0: np.asarray(compiled(params, frozen, query, jax.random.key(seed)))
+
+
+def test_compose_is_deterministic_and_unit_norm(compose, query):
+    first = compose(query)
+    np.testing.assert_allclose(np.linalg.norm(first, axis=-1), 1, rtol=1e-5)
+    np.testing.assert_array_equal(first, compose(query))
+    assert np.abs(first - compose(query, seed=1)).max() > 1e-3
+
+
+def test_batched_equals_one_by_one(compose, query):
+    """A query alone, without the optional fields, and in a batch, with all of them."""
+    together = compose(query)
+    for i in (0, 3, 5):
+        fields = ("reference_features", "token_ids", "query_index")
+        alone = compose({name: query[name][i : i + 1] for name in fields})
+        np.testing.assert_allclose(alone[0], together[i], atol=2e-5)
+
+
+def test_each_field_of_a_query_counts(compose, query, batch):
+    plain = compose(query)
+    for change in (
+        {"negative_token_ids": query["token_ids"][::-1]},
+        {"mask": np.ones_like(query["mask"])},
+        {"guidance": query["guidance"] * 0.5},
+        {"has_reference": np.zeros(6, bool)},
+        {"query_index": query["query_index"] + 6},
+    ):
+        assert np.abs(compose(query | change) - plain).min(axis=0).max() > 1e-4, change
+    # without an image its weight does nothing, and neither do the features
+    alone = {"has_reference": np.zeros(6, bool)}
+    weight = {"guidance": query["guidance"] * np.float32([0, 1])}
+    other = {"reference_features": batch["target_features"]}
+    np.testing.assert_allclose(
+        compose(query | alone | weight | other), compose(query | alone), atol=2e-5
+    )
+
+
+def test_text_shorter_than_the_context_equals_padded(tiny, made, batch):
+    backbone, _ = tiny
+    composer, _, frozen = made
+    hidden_states = jax.jit(composer.hidden_states)
+    ids = batch["token_ids"]
+    assert (ids[:, 8:] == backbone.tokenizer.pad_id).all()
+    padded = hidden_states(frozen, ids)
+    assert padded.shape == (6, 16, 32)
+    np.testing.assert_allclose(hidden_states(frozen, ids[:, :8]), padded, atol=1e-6)
+
+
+def test_padding_is_a_condition_that_the_text_tower_hides_from_itself(tiny, made):
+    """As the release encodes text: all positions are kept, none attends to padding."""
+    backbone, backbone_params = tiny
+    composer, _, frozen = made
+    ids = backbone.tokenizer(["a red star"], 16)
+    end = int((ids == backbone.tokenizer.eos_id).argmax())
+    hidden = composer.hidden_states(frozen, ids)
+    plain = backbone.text_hidden_states(backbone_params, ids)
+    np.testing.assert_allclose(hidden[:, : end + 1], plain[:, : end + 1], atol=1e-5)
+    assert np.abs(hidden - plain)[:, end + 1 :].max() > 1e-3
+
+
+def test_samples_are_averaged_and_mixed_with_the_source(tiny, made, query, monkeypatch):
+    backbone, _ = tiny
+    _, params, frozen = made
+    samples = np.random.default_rng(0).normal(size=(6, 3, 24)).astype(np.float32)
+    monkeypatch.setattr(compodiff, "ddim", lambda *_: (samples, None))
+    monkeypatch.setattr(CompoDiff, "branches", lambda *_: None)
+    reference = query["reference_features"]
+    for weight in (0.0, 0.1, 1.0):
+        composer = CompoDiff(backbone, **SIZES, source_mixing=weight)
+        expected = (1 - weight) * samples.mean(1) + weight * reference
+        expected /= np.linalg.norm(expected, axis=-1, keepdims=True)
+        got = composer.compose(params, frozen, query, jax.random.key(0))
+        np.testing.assert_allclose(got, expected, atol=1e-6)
+
+
+def test_scale_of_features(tiny, query):
+    features = query["reference_features"]
+    plain, scaled = (
+        CompoDiff(tiny[0], **SIZES, feature_scale=scale).scaled(features)
+        for scale in ("none", "unit_variance")
+    )
+    np.testing.assert_array_equal(plain, features)
+    np.testing.assert_allclose(np.mean(np.square(scaled), axis=-1), 1, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"feature_scale": "unit_var"}, "Did you mean 'unit_variance'"),
+        ({"steps": 0}, "steps=0: expected 1 to timesteps=1000"),
+        ({"guidance": (7.5,)}, "two weights"),
+        ({"drop_text": 1.5}, "drop_text=1.5: expected a fraction"),
+        ({"samples_per_query": 0}, "samples_per_query=0"),
+        ({"dim_head": 7}, "dim_head=7"),
+    ],
+)
+def test_settings_that_cannot_work_are_named(tiny, setting, message):
+    with pytest.raises(ConfigError) as error:
+        CompoDiff(tiny[0], **(SIZES | setting))
+    assert message in str(error.value)
+
+
+def test_it_computes_in_the_dtype_of_its_backbone(tiny, made, query):
+    backbone, _ = tiny
+    _, params, frozen = made
+    half = dataclasses.replace(backbone, model=backbone.model.clone(dtype=jnp.bfloat16))
+    composer = CompoDiff(half, **SIZES, steps=3, samples_per_query=2)
+    kept = jax.eval_shape(composer.branches, params, frozen, query, query["reference_features"])
+    assert {leaf.dtype for leaf in jax.tree.leaves(kept)} == {jnp.bfloat16}
+    result = jax.eval_shape(composer.compose, params, frozen, query, jax.random.key(0))
+    assert result.dtype == jnp.float32

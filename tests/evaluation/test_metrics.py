@@ -1,0 +1,152 @@
+"""Metrics against the official code's numbers, and by hand."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cir_jax.evaluation import metrics, protocols
+from cir_jax.evaluation.protocols import Outcome
+from cir_jax.retrieval import ranking
+from cir_jax.retrieval.features import unit
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+
+
+def load(name):
+    return dict(np.load(GOLDEN / f"metrics_{name}.npz"))
+
+
+def test_circo_equals_the_official_evaluation():
+    data = load("circo")
+    where = {int(image): i for i, image in enumerate(data["in/index_ids"])}
+    targets = np.vectorize(lambda x: where.get(x, -1))(data["in/gt_img_ids"]).astype(np.int32)
+    assert (targets[:, 0] == [where[i] for i in data["in/target_img_id"]]).all()
+    ranked = ranking.rank(
+        unit(data["in/query_features"]),
+        unit(data["in/index_features"]),
+        k=50,
+        targets=targets,
+        gallery_block=1000,
+        query_block=96,
+    )
+    np.testing.assert_array_equal(data["in/index_ids"][ranked.top], data["out/top50_ids"])
+    names = [str(i) for i in range(9)]
+    aspects = tuple(
+        tuple(n for n, on in zip(names, row, strict=True) if on)
+        for row in data["in/semantic_aspects"]
+    )
+    count = len(targets)
+    outcome = Outcome(ranked.target_ranks, np.full(count, -1), ("",) * count, aspects)
+    found = protocols.measure(protocols.CIRCO, outcome)
+    ks = (5, 10, 25, 50)
+    for prefix, key in (("mAP", "out/map_at"), ("R", "out/recall_at")):
+        ours = [found[f"{prefix}@{k}"].value for k in ks]
+        np.testing.assert_allclose(ours, 100 * data[key], rtol=1e-6)
+    ours = [found[f"mAP@10/{name}"].value for name in names]
+    np.testing.assert_allclose(ours, 100 * data["out/semantic_map_at10"], rtol=1e-6)
+
+
+def test_cirr_equals_the_official_evaluation():
+    data = load("cirr")
+    query, gallery = unit(data["in/query_features"]), unit(data["in/index_features"])
+    target = data["in/target_index"][:, None]
+    ranked = ranking.rank(
+        query, gallery, k=50, targets=target, exclude=data["in/reference_index"], gallery_block=150
+    )
+    np.testing.assert_array_equal(ranked.top, data["out/top50_index"])
+    np.testing.assert_array_equal(ranked.target_ranks[:, 0], data["out/target_rank"])
+    subset = ranking.rank_candidates(query, gallery, data["in/group_members"], target)
+    count = len(target)
+    outcome = Outcome(ranked.target_ranks, subset.target_ranks[:, 0], ("",) * count, ((),) * count)
+    found = protocols.measure(protocols.CIRR, outcome)
+    ours = [found[f"R@{k}"].value for k in (1, 5, 10, 50)]
+    np.testing.assert_allclose(ours, data["out/recall_at"], rtol=1e-6)
+    ours = [found[f"Rs@{k}"].value for k in (1, 2, 3)]
+    np.testing.assert_allclose(ours, data["out/group_recall_at"], rtol=1e-6)
+    assert found["Avg"].value == pytest.approx((found["R@5"].value + found["Rs@1"].value) / 2)
+
+
+def test_fashioniq_equals_the_official_evaluation():
+    data = load("fashioniq")
+    ranked = ranking.rank(
+        unit(data["in/query_features"]),
+        unit(data["in/index_features"]),
+        k=50,
+        targets=data["in/target_index"][:, None],
+        gallery_block=256,
+    )
+    np.testing.assert_array_equal(ranked.target_ranks[:, 0], data["out/target_rank"])
+    count = len(ranked.top)
+    outcome = Outcome(ranked.target_ranks, np.full(count, -1), ("dress",) * count, ((),) * count)
+    found = protocols.measure(protocols.FASHIONIQ, outcome)
+    ours = [found["R@10"].value, found["R@50"].value]
+    np.testing.assert_allclose(ours, data["out/recall_at"], rtol=1e-6)
+
+
+def test_average_precision_by_hand():
+    ranks = np.array([[3, 0, -1], [7, 2, 4], [9, -1, -1]])
+    # query 0: hits at 1 and 4; query 1: hits at 3, 5, (8); query 2: hit at 10
+    expected5 = [(1 / 1 + 2 / 4) / 2, (1 / 3 + 2 / 5) / 3, 0]
+    expected2 = [(1 / 1) / 2, 0, 0]
+    expected10 = [(1 / 1 + 2 / 4) / 2, (1 / 3 + 2 / 5 + 3 / 8) / 3, 1 / 10]
+    for k, expected in ((2, expected2), (5, expected5), (10, expected10)):
+        ours = metrics.average_precision(ranks, k)
+        np.testing.assert_allclose(ours, 100 * np.array(expected), rtol=1e-12)
+
+
+def test_average_precision_divides_by_k_when_there_are_more_ground_truths():
+    assert metrics.average_precision(np.array([[0, 1, 2, 30]]), 2)[0] == pytest.approx(100)
+    with pytest.raises(ValueError, match="query 1 has no ground truth"):
+        metrics.average_precision(np.array([[0], [-1]]), 5)
+
+
+def test_recall_and_standard_error_by_hand():
+    values = metrics.recall(np.array([0, 4, 5, 9]), 5)
+    np.testing.assert_array_equal(values, [100, 100, 0, 0])
+    found = metrics.estimate(values)
+    # sample deviation of (100, 100, 0, 0) is 57.735, over sqrt(4)
+    assert (found.value, found.n) == (50, 4) and found.se == pytest.approx(28.8675, abs=1e-4)
+    assert np.isnan(metrics.estimate(values[:1]).se)
+    with pytest.raises(ValueError, match="rank >= 0"):
+        metrics.recall(np.array([0, -1]), 5)
+
+
+def test_categories_count_the_same_whatever_their_size():
+    # "a": 1 of 1 in the top 10 and "b": 1 of 3
+    ranks = np.array([[0], [9], [10], [60]])
+    outcome = Outcome(ranks, np.full(4, -1), ("a", "b", "b", "b"), ((),) * 4)
+    found = protocols.measure(protocols.FASHIONIQ, outcome)
+    assert found["R@10/a"].value == 100 and found["R@10/b"].value == pytest.approx(100 / 3)
+    assert found["R@10"].value == pytest.approx((100 + 100 / 3) / 2)
+    assert found["Avg"].value == pytest.approx((found["R@10"].value + found["R@50"].value) / 2)
+
+
+def test_best_rank_ignores_padding():
+    best = metrics.best_rank(np.array([[4, 2, -1], [-1, -1, -1]]))
+    np.testing.assert_array_equal(best, [2, -1])
+
+
+def test_concatenated_outcomes_measure_as_one():
+    def outcome(ranks):
+        return Outcome(np.array(ranks), np.full(len(ranks), -1), ("",) * len(ranks), ((),) * 2)
+
+    both = protocols.concatenate([outcome([[0], [3]]), outcome([[1, 5], [2, -1]])])
+    np.testing.assert_array_equal(both.target_ranks, [[0, -1], [3, -1], [1, 5], [2, -1]])
+    assert protocols.measure(protocols.CIRCO, both)["R@5"].n == 4
+
+
+def test_the_protocol_id_changes_with_what_moves_the_numbers():
+    import dataclasses
+
+    changed = dataclasses.replace(protocols.CIRCO, remove_reference=True)
+    assert protocols.CIRCO.id == "circo(gallery=all, reference=kept, captions=single)"
+    assert changed.id != protocols.CIRCO.id
+
+
+def test_fashioniq_captions_are_stripped_and_joined_in_both_orders():
+    texts = protocols.FASHIONIQ.join([" is red. ", "no sleeves?, "], "query")
+    assert texts == ["is red and no sleeves", "no sleeves and is red"]
+    assert protocols.CIRR.join([" kept as it is."], "query") == [" kept as it is."]
+    with pytest.raises(Exception, match="record 3: 2 texts, protocol cirr"):
+        protocols.CIRR.join(["a", "b"], "record 3")

@@ -1,0 +1,253 @@
+"""Each row once on any mesh; features stored, resumed, and never reused for something else."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from cir_jax.composers.base import Composer, normalise
+from cir_jax.errors import DataError
+from cir_jax.retrieval import cache, features
+from cir_jax.retrieval.batches import map_rows
+from cir_jax.training.mesh import make_mesh, replicated
+from tests import tiny as factory
+
+
+def mesh(devices):
+    return make_mesh({"data": -1}, jax.devices()[:devices])
+
+
+@pytest.mark.parametrize("devices", [1, 3, 8])
+def test_every_row_counts_once_whatever_the_number_of_rows(devices):
+    place = mesh(devices)
+    step = jax.jit(lambda batch: batch["x"] * 2, out_shardings=replicated(place))
+    loaded = []
+
+    def load(row):
+        loaded.append(row)
+        return {"x": np.full(3, row, np.float32)}
+
+    for n in range(1, 34):
+        loaded.clear()
+        out = np.concatenate(list(map_rows(step, load, n, mesh=place, batch_size=8)))
+        np.testing.assert_array_equal(out, np.tile(2.0 * np.arange(n)[:, None], (1, 3)))
+        assert sorted(loaded) == list(range(n))  # padding is not loaded again
+    tail = np.concatenate(list(map_rows(step, load, 33, first=20, mesh=place, batch_size=8)))
+    np.testing.assert_array_equal(tail[:, 0], 2.0 * np.arange(20, 33))
+
+
+def test_fsdp_and_tensor_axes_give_the_same_rows():
+    place = make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
+    step = jax.jit(lambda batch: batch["x"], out_shardings=replicated(place))
+    load = lambda row: {"x": np.float32(row)}  # noqa: E731
+    out = np.concatenate(list(map_rows(step, load, 11, mesh=place, batch_size=4)))
+    np.testing.assert_array_equal(out, np.arange(11))
+
+
+def test_an_error_of_the_loader_arrives_and_ends_the_threads():
+    import threading
+
+    place = mesh(1)
+
+    def load(row):
+        if row == 5:
+            raise DataError("record 5 is broken")
+        return {"x": np.float32(row)}
+
+    with pytest.raises(DataError, match="record 5 is broken"):
+        list(map_rows(lambda batch: batch["x"], load, 9, mesh=place, batch_size=2))
+    assert not [t for t in threading.enumerate() if t.name.startswith("load")]
+
+
+class Table(factory.MemoryTable):
+    """Counts what is read, and can be killed."""
+
+    def __init__(self, records):
+        super().__init__(records)
+        self.reads, self.dies_at = [], None
+
+    def identity(self):
+        return "table 1"
+
+    def __getitem__(self, index):
+        if index == self.dies_at:
+            raise KeyboardInterrupt
+        self.reads.append(int(index))
+        return super().__getitem__(index)
+
+
+@pytest.fixture
+def table():
+    rng = np.random.default_rng(0)
+    return Table([{"image": factory.png(rng)} for _ in range(22)])
+
+
+def run(tiny, table, cache_dir, devices=1, params=None, **kwargs):
+    backbone, own = tiny
+    return features.image_features(
+        backbone,
+        own if params is None else params,
+        table,
+        "image",
+        mesh=mesh(devices),
+        batch_size=4,
+        cache_dir=cache_dir,
+        **kwargs,
+    )
+
+
+def test_features_are_the_backbones_and_stored_once(tiny, table, tmp_path):
+    backbone, params = tiny
+    pixels = np.stack(
+        [features.read_image(table, i, "image", backbone.image_transform) for i in range(22)]
+    )
+    expected = np.asarray(jax.jit(backbone.encode_image)(params, pixels))
+    table.reads.clear()
+    found = run(tiny, table, tmp_path)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+    assert len(table.reads) == 22 and found.dtype == np.float32
+    again = run(tiny, table, tmp_path)
+    np.testing.assert_array_equal(again, found)
+    assert len(table.reads) == 22  # nothing was read
+    unit = run(tiny, table, tmp_path, normalise=True)
+    np.testing.assert_allclose(np.linalg.norm(unit, axis=1), 1, rtol=1e-6)
+    assert len(table.reads) == 22  # the normalised ones share the store
+
+
+def test_a_killed_extraction_resumes_with_the_same_features(tiny, table, tmp_path, monkeypatch):
+    monkeypatch.setattr(cache, "CHUNK_ROWS", 6)
+    whole = run(tiny, table, None)
+    table.reads.clear()
+    table.dies_at = 19
+    with pytest.raises(KeyboardInterrupt):
+        run(tiny, table, tmp_path)
+    stored = sorted(path.name for path in tmp_path.glob("*/chunk_*"))
+    assert stored[:2] == ["chunk_00000.npy", "chunk_00001.npy"] and len(stored) < 4
+    table.dies_at = None
+    table.reads.clear()
+    resumed = run(tiny, table, tmp_path)
+    assert min(table.reads) == 6 * len(stored)
+    np.testing.assert_allclose(resumed, whole, rtol=1e-5, atol=1e-6)
+    assert not list(tmp_path.glob("*/.*"))
+
+
+def test_a_damaged_chunk_is_computed_again(tiny, table, tmp_path, monkeypatch):
+    monkeypatch.setattr(cache, "CHUNK_ROWS", 6)
+    whole = run(tiny, table, tmp_path)
+    second = next(tmp_path.glob("*/chunk_00001.npy"))
+    second.write_bytes(second.read_bytes()[:100])
+    table.reads.clear()
+    np.testing.assert_allclose(run(tiny, table, tmp_path), whole, rtol=1e-5, atol=1e-6)
+    assert min(table.reads) == 6
+
+
+def test_other_weights_preprocessing_or_images_are_never_reused(tiny, table, tmp_path):
+    backbone, params = tiny
+    first = run(tiny, table, tmp_path)
+
+    def reads(*args, **kwargs):
+        table.reads.clear()
+        found = run(*args, **kwargs)
+        return len(table.reads), found
+
+    # fine-tuned parameters under the old name
+    tuned = jax.tree.map(lambda x: x * 1.01, params)
+    count, found = reads(tiny, table, tmp_path, params=tuned)
+    assert count == 22 and not np.allclose(found, first, atol=1e-4)
+    transform = dataclasses.replace(backbone.image_transform, resize=18)
+    other = dataclasses.replace(backbone, image_transform=transform)
+    assert reads((other, params), table, tmp_path)[0] == 22
+    renamed = dataclasses.replace(backbone, weights_id="other@1")
+    assert reads((renamed, params), table, tmp_path)[0] == 22
+    table.identity = lambda: "table 2"
+    assert reads(tiny, table, tmp_path)[0] == 22
+    assert reads(tiny, table, tmp_path)[0] == 0
+
+
+def test_a_description_that_does_not_match_is_not_trusted(tiny, table, tmp_path):
+    run(tiny, table, tmp_path)
+    meta = next(tmp_path.glob("*/meta.json"))
+    meta.write_text(json.dumps(json.loads(meta.read_text()) | {"weights": "forged"}))
+    table.reads.clear()
+    run(tiny, table, tmp_path)
+    assert len(table.reads) == 22
+
+
+def test_records_without_an_identity_are_told_apart_by_content(table):
+    records = [dict(record) for record in table.records]
+    before = cache.source_identity(records, "image")
+    assert before == cache.source_identity([dict(r) for r in records], "image")
+    records[3]["image"] += b"0"
+    assert before != cache.source_identity(records, "image")
+
+
+def test_unreadable_images_are_errors_or_rows_of_nan(tiny, table, tmp_path):
+    table.records[4] = {"image": b"nothing"}
+    with pytest.raises(DataError, match="record 4"):
+        run(tiny, table, tmp_path)
+    for _ in range(2):  # computed, then from the store
+        found = run(tiny, table, tmp_path, skip_unreadable=True, normalise=True)
+        assert np.isnan(found[4]).all() and np.isfinite(np.delete(found, 4, axis=0)).all()
+
+
+class Scaled(Composer):
+    """Has gallery features of its own."""
+
+    def __init__(self, backbone, factor=1.0):
+        super().__init__(backbone)
+        self.factor = factor
+
+    def embed_gallery(self, params, frozen, images):
+        x = images.astype(np.float32).mean(axis=(1, 2)) + params["shift"] * self.factor
+        return normalise(x)
+
+
+def test_gallery_features_of_a_composers_own_are_stored_by_parameters_and_settings(
+    tiny, table, tmp_path
+):
+    backbone, params = tiny
+
+    def reads(shift, factor=1.0):
+        table.reads.clear()
+        found = features.gallery_features(
+            Scaled(backbone, factor),
+            {"shift": np.full((1, 3), shift, np.float32)},
+            {"backbone": params},
+            table,
+            mesh=mesh(1),
+            batch_size=4,
+            cache_dir=tmp_path,
+        )
+        assert found.shape == (22, 3)
+        return len(table.reads)
+
+    assert [reads(1), reads(1), reads(2), reads(1, 3.0), reads(1, 3.0)] == [22, 0, 22, 22, 0]
+
+
+def test_noise_belongs_to_the_query_not_to_the_batch(tiny):
+    backbone, params = tiny
+
+    class Noisy(Composer):
+        def compose(self, params, frozen, query, rng):
+            def one(i):
+                return jax.random.normal(jax.random.fold_in(rng, i), (4,))
+
+            return jax.vmap(one)(query["query_index"])
+
+    def run(seed, **kwargs):
+        return features.query_features(
+            Noisy(backbone),
+            {},
+            {"backbone": params},
+            np.ones((7, 8), np.int32),
+            np.arange(7, dtype=np.int32),
+            reference_features=np.zeros((7, 24), np.float32),
+            seed=seed,
+            **kwargs,
+        )
+
+    first = run(0, mesh=mesh(1), batch_size=7)
+    np.testing.assert_array_equal(first, run(0, mesh=mesh(3), batch_size=3))
+    assert not np.array_equal(first, run(1, mesh=mesh(1), batch_size=7))

@@ -1,0 +1,134 @@
+"""Blocked ranking equals the dense one, ties and exclusions included."""
+
+import numpy as np
+import pytest
+
+from cir_jax.errors import CirError
+from cir_jax.retrieval import ranking
+
+
+def dense(scores, k, targets, exclude=None, allowed=None):
+    """The definition: a stable sort of all scores."""
+    top, ranks = [], []
+    for i, row in enumerate(scores):
+        order = [
+            j
+            for j in np.argsort(-row, kind="stable")
+            if (exclude is None or j != exclude[i]) and (allowed is None or allowed[i][j])
+        ]
+        top.append([*order, *[-1] * k][:k])
+        ranks.append([order.index(t) if t >= 0 else -1 for t in targets[i]])
+    return np.array(top), np.array(ranks)
+
+
+@pytest.fixture(scope="module")
+def data():
+    rng = np.random.default_rng(0)
+    # small integers: products are exact, and most scores are tied
+    queries = rng.integers(-2, 3, (13, 4)).astype(np.float32)
+    gallery = rng.integers(-2, 3, (101, 4)).astype(np.float32)
+    targets = np.stack([rng.choice(101, 3, replace=False) for _ in queries]).astype(np.int32)
+    targets[::2, 1:] = -1
+    return queries, gallery, targets
+
+
+@pytest.mark.parametrize(("gallery_block", "query_block"), [(17, 5), (101, 13), (1000, 1), (3, 4)])
+def test_blocked_ranks_are_the_dense_ranks(data, gallery_block, query_block):
+    queries, gallery, targets = data
+    top, ranks = dense(queries @ gallery.T, 20, targets)
+    assert any(len(set(row)) < 20 for row in queries @ gallery.T)  # there are ties
+    found = ranking.rank(
+        queries,
+        gallery,
+        k=20,
+        targets=targets,
+        gallery_block=gallery_block,
+        query_block=query_block,
+    )
+    np.testing.assert_array_equal(found.top, top)
+    np.testing.assert_array_equal(found.target_ranks, ranks)
+
+
+def test_a_gallery_that_does_not_stay_on_the_device_ranks_the_same(data, monkeypatch):
+    queries, gallery, targets = data
+    options = dict(k=9, targets=targets, gallery_block=17, query_block=5)
+    kept = ranking.rank(queries, gallery, **options)
+    monkeypatch.setattr(ranking, "RESIDENT_BYTES", 0)
+    monkeypatch.setattr(ranking, "SCORE_BYTES", 4 * 2 * 102)  # two queries at a time
+    sent = ranking.rank(queries, gallery, **options)
+    for ours, theirs in zip(sent, kept, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_reference_and_other_categories_are_not_ranked(data):
+    queries, gallery, targets = data
+    targets = targets[:, :1]
+    exclude = np.asarray([(t + 1) % 101 for t in targets[:, 0]], np.int32)
+    members = np.stack([np.arange(101) % 2 == 0, np.arange(101) < 70])
+    groups = np.asarray([0 if t % 2 == 0 else 1 for t in targets[:, 0]], np.int32)
+    members[1, targets[groups == 1, 0]] = True
+    top, ranks = dense(queries @ gallery.T, 101, targets, exclude, members[groups])
+    found = ranking.rank(
+        queries,
+        gallery,
+        k=500,
+        targets=targets,
+        exclude=exclude,
+        groups=groups,
+        members=members,
+        gallery_block=30,
+    )
+    np.testing.assert_array_equal(found.top, top)
+    np.testing.assert_array_equal(found.target_ranks, ranks)
+    assert (found.top == -1).any() and np.isneginf(found.scores[found.top == -1]).all()
+
+
+def test_equal_scores_are_ordered_by_gallery_position():
+    gallery = np.array([[0, 1], [1, 0], [1, 0], [0, 1], [1, 0]], np.float32)
+    query = np.array([[1, 0]], np.float32)
+    targets = np.array([[4, 1, 0]], np.int32)
+    for block in (1, 2, 5):
+        found = ranking.rank(query, gallery, k=5, targets=targets, gallery_block=block)
+        assert found.top.tolist() == [[1, 2, 4, 0, 3]]
+        assert found.target_ranks.tolist() == [[2, 0, 3]]
+    short = ranking.rank_candidates(query, gallery, np.array([[4, 0, 2]]), targets[:, :1])
+    assert short.top.tolist() == [[2, 4, 0]] and short.target_ranks.tolist() == [[1]]
+
+
+def test_candidates_of_different_number():
+    gallery = np.eye(4, dtype=np.float32)
+    queries = np.array([[0.1, 0.2, 0.3, 0.4], [0.4, 0.3, 0.2, 0.1]], np.float32)
+    candidates = np.array([[0, 2, 3], [3, 1, -1]], np.int32)
+    found = ranking.rank_candidates(queries, gallery, candidates, np.array([[2], [3]], np.int32))
+    assert found.top.tolist() == [[3, 2, 0], [1, 3, -1]]
+    assert found.target_ranks.tolist() == [[1], [1]]
+    with pytest.raises(ValueError, match="query 1: its target is no candidate"):
+        ranking.rank_candidates(queries, gallery, candidates, np.array([[2], [0]], np.int32))
+
+
+def euclidean(params, queries, gallery):
+    return -params * ((queries[:, None, :] - gallery[None, :, :]) ** 2).sum(-1)
+
+
+def test_a_score_of_the_composers_own_decides(data):
+    queries, gallery, targets = data
+    scores = -((queries[:, None] - gallery[None]) ** 2).sum(-1)
+    top, ranks = dense(scores, 7, targets)
+    assert (top != dense(queries @ gallery.T, 7, targets)[0]).any()
+    options = dict(score=euclidean, params=np.float32(2))
+    found = ranking.rank(queries, gallery, k=7, targets=targets, gallery_block=40, **options)
+    np.testing.assert_array_equal(found.top, top)
+    np.testing.assert_array_equal(found.target_ranks, ranks)
+    candidates = np.tile(np.arange(101, dtype=np.int32), (13, 1))
+    short = ranking.rank_candidates(queries, gallery, candidates, targets, **options)
+    np.testing.assert_array_equal(short.top[:, :7], top)
+    np.testing.assert_array_equal(short.target_ranks, ranks)
+
+
+def test_numbers_that_are_not_finite_are_errors(data):
+    queries, gallery, targets = (x.copy() for x in data)
+    queries[3, 1] = np.nan
+    with pytest.raises(CirError, match="query features: row 3 is not finite"):
+        ranking.rank(queries, gallery, k=3)
+    with pytest.raises(ValueError, match="query 0: its target is not ranked"):
+        ranking.rank(data[0], gallery, k=3, targets=targets, exclude=targets[:, 0])

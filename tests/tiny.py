@@ -1,0 +1,80 @@
+"""Small things that many tests need: a random CLIP, an in-memory table."""
+
+import io
+from typing import Any
+
+import jax
+import numpy as np
+from PIL import Image
+
+from cir_jax.input.images import ImageTransform
+from cir_jax.input.text import word_tokenizer
+from cir_jax.models.backbone import Backbone
+from cir_jax.models.clip import Clip, ClipConfig, TextConfig, VisionConfig
+
+WORDS = "a photo of that is red blue green star circle make it and has no two".split()
+
+
+def backbone(context_length: int = 16, seed: int = 0) -> tuple[Backbone, Any]:
+    """A random CLIP of 16 x 16 images, dim 24, and its parameters (numpy)."""
+    tokenizer = word_tokenizer(WORDS, context_length)
+    shared = {"num_hidden_layers": 2, "num_attention_heads": 2}
+    config = ClipConfig(
+        text=TextConfig(
+            hidden_size=32,
+            intermediate_size=64,
+            vocab_size=5 + len(WORDS),
+            max_position_embeddings=context_length,
+            bos_token_id=tokenizer.bos_id,
+            eos_token_id=tokenizer.eos_id,
+            pad_token_id=tokenizer.pad_id,
+            **shared,
+        ),
+        vision=VisionConfig(
+            hidden_size=48, intermediate_size=96, image_size=16, patch_size=8, **shared
+        ),
+        projection_dim=24,
+    )
+    transform = ImageTransform(resize=16, crop=16)
+    made = Backbone(Clip(config), tokenizer, transform, weights_id=f"tiny@{seed}")
+    return made, jax.device_get(made.init(jax.random.key(seed)))
+
+
+def png(rng: np.random.Generator, size: int = 20) -> bytes:
+    """An encoded random image."""
+    buffer = io.BytesIO()
+    Image.fromarray(rng.integers(0, 255, (size, size, 3), np.uint8)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+class MemoryTable:
+    """Records in memory with the interface of `cir_jax.input.tables.Table`."""
+
+    def __init__(self, records: list[dict[str, Any]], name: str = "memory"):
+        self.records, self.name = records, name
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: Any) -> dict[str, Any]:
+        return self.records[int(index)]
+
+    def column(self, name: str) -> np.ndarray:
+        return np.asarray([record[name] for record in self.records])
+
+    def __repr__(self) -> str:
+        return f"MemoryTable({self.name})"
+
+
+def caption_table(count: int = 64, seed: int = 0) -> MemoryTable:
+    """Image-caption records: {id, image, captions}."""
+    rng = np.random.default_rng(seed)
+    records = [
+        {
+            "id": i,
+            "image": png(rng),
+            "captions": [" ".join(rng.choice(WORDS, rng.integers(2, 9))).encode() for _ in range(3)],
+        }
+        for i in range(count)
+    ]
+    return MemoryTable(records)

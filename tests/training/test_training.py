@@ -1,0 +1,159 @@
+"""The train step and its loop: independent of mesh, of microbatches, of interruptions."""
+
+import functools
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+from cir_jax.composers.clip_pretraining import ClipPretraining
+from cir_jax.errors import CheckpointError, MeshError
+from cir_jax.input.pipeline import Part, Pipeline
+from cir_jax.input.records import CaptionPairs, Records, TrimText
+from cir_jax.training import logs
+from cir_jax.training.loop import NanLoss, Stage, Trainer, describe
+from cir_jax.training.mesh import make_mesh
+from tests import tiny as factory
+
+ONE = {"data": 1, "fsdp": 1, "tensor": 1}
+
+
+@functools.cache
+def table():
+    return factory.caption_table()
+
+
+def make_trainer(tiny, sizes=ONE, steps=4, batch_size=16, trim=False, **stage):
+    backbone, _ = tiny
+    mesh = make_mesh(sizes, jax.devices()[: int(np.prod(list(sizes.values())))])
+    source = Records(table(), ("image",), backbone.image_transform)
+    pipeline = Pipeline(
+        parts=(Part("captions", source, CaptionPairs(backbone.tokenizer, "images")),),
+        batch_size=batch_size,
+        seed=3,
+        batch_transforms=(TrimText(backbone.tokenizer.eos_id, 8),) if trim else (),
+    )
+    defaults = {"optimizer": optax.adamw(1e-3), "log_every": 1, "checkpoint_every": 2}
+    stage = Stage("contrastive", steps, seed=0, **(defaults | stage))
+    return Trainer(stage, ClipPretraining(backbone), {}, pipeline, mesh)
+
+
+def losses(directory):
+    return [row["loss"] for row in logs.read(directory / "metrics.jsonl")]
+
+
+@pytest.fixture(scope="module")
+def reference_run(tiny, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("one")
+    params = make_trainer(tiny).run(directory)
+    return losses(directory), jax.device_get(params)
+
+
+@pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 2, 2), (1, 8, 1)], ids=str)
+def test_losses_do_not_depend_on_the_mesh(tiny, tmp_path, reference_run, sizes):
+    trainer = make_trainer(tiny, dict(zip(("data", "fsdp", "tensor"), sizes, strict=True)))
+    trainer.run(tmp_path)
+    np.testing.assert_allclose(losses(tmp_path), reference_run[0], rtol=1e-5)
+    assert trainer.step.traces == 1
+
+
+def test_fsdp_and_tensor_axes_really_split_parameters(tiny):
+    trainer = make_trainer(tiny, {"data": 2, "fsdp": 2, "tensor": 2})
+    kernel = trainer.step.state_shardings.params["text"]["layers_0"]["fc1"]["kernel"]
+    assert kernel.shard_shape((32, 64)) == (16, 32)
+    momentum = trainer.step.state_shardings.opt_state[0].mu["text"]["layers_0"]["fc2"]["kernel"]
+    assert momentum.shard_shape((64, 32)) == (32, 16)
+
+
+def test_microbatches_keep_all_negatives(tiny, tmp_path, reference_run):
+    make_trainer(tiny, microbatches=4).run(tmp_path)
+    np.testing.assert_allclose(losses(tmp_path), reference_run[0], rtol=1e-5)
+
+
+def test_resumed_equals_unbroken(tiny, tmp_path, reference_run):
+    make_trainer(tiny, steps=2).run(tmp_path)
+    params = make_trainer(tiny, steps=4).run(tmp_path)
+    assert losses(tmp_path) == reference_run[0]
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(params), reference_run[1])
+
+
+def test_corrupt_checkpoint_falls_back_to_the_one_before(tiny, tmp_path, reference_run, caplog):
+    make_trainer(tiny).run(tmp_path)
+    broken = tmp_path / "checkpoints" / "4" / "params"
+    for file in broken.rglob("*"):
+        if file.is_file():
+            file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    params = make_trainer(tiny).run(tmp_path)
+    assert "checkpoints/4" in caplog.text and "not readable" in caplog.text
+    assert losses(tmp_path) == reference_run[0]
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(params), reference_run[1])
+
+
+def test_all_checkpoints_corrupt_is_an_error(tiny, tmp_path):
+    make_trainer(tiny, steps=2).run(tmp_path)
+    for file in (tmp_path / "checkpoints").rglob("*"):
+        if file.is_file():
+            file.write_bytes(b"")
+    with pytest.raises(CheckpointError, match="none of the checkpoints .* is readable"):
+        make_trainer(tiny).run(tmp_path)
+
+
+def test_checkpoint_of_one_mesh_restores_on_another(tiny, tmp_path, reference_run):
+    make_trainer(tiny, {"data": 2, "fsdp": 4, "tensor": 1}, steps=2).run(tmp_path)
+    make_trainer(tiny, ONE).run(tmp_path)
+    np.testing.assert_allclose(losses(tmp_path), reference_run[0], rtol=1e-5)
+
+
+def test_averaged_parameters_are_scored(tiny, tmp_path):
+    trainer = make_trainer(tiny, ema=0.5, steps=1)
+    start = jax.device_get(trainer.composer.init(jax.random.split(jax.random.key(0))[0]))
+    averaged = jax.device_get(trainer.run(tmp_path / "averaged"))
+    last = jax.device_get(make_trainer(tiny, steps=1).run(tmp_path / "last"))
+    jax.tree.map(
+        lambda a, s, e: np.testing.assert_allclose(a, 0.5 * s + 0.5 * e, rtol=1e-5, atol=1e-7),
+        averaged,
+        start,
+        last,
+    )
+
+
+def test_one_compilation_per_text_bucket(tiny, tmp_path):
+    trainer = make_trainer(tiny, trim=True, steps=12, batch_size=8)
+    lengths = {b["token_ids"].shape[1] for b in trainer.pipeline.batches(0, 12)}
+    trainer.run(tmp_path)
+    assert lengths <= {8, 16}
+    assert trainer.step.traces == len(lengths)
+
+
+def test_nan_stops_and_keeps_the_last_good_checkpoint(tiny, tmp_path):
+    exploding = optax.chain(optax.adamw(1e-3), optax.scale_by_schedule(
+        lambda step: jax.numpy.where(step >= 2, jax.numpy.nan, 1.0)))
+    trainer = make_trainer(tiny, steps=6, optimizer=exploding, log_every=6)
+    with pytest.raises(NanLoss, match="nan at step 4.*step 2 in"):
+        trainer.run(tmp_path)
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir() if p.is_dir()) == ["2"]
+
+
+def test_batch_that_does_not_divide(tiny):
+    with pytest.raises(MeshError, match=r"stage.contrastive.batch_size=12 .*= 8.*multiple of 8"):
+        make_trainer(tiny, {"data": 8, "fsdp": 1, "tensor": 1}, batch_size=12)
+
+
+def test_mesh_larger_than_the_devices():
+    with pytest.raises(MeshError, match="needs 32 devices, there are 8"):
+        make_mesh({"data": 4, "fsdp": 8, "tensor": 1})
+    with pytest.raises(MeshError, match="8 devices are not divisible by 3"):
+        make_mesh({"data": -1, "fsdp": 3, "tensor": 1})
+
+
+def test_other_data_in_the_same_directory_is_refused(tiny, tmp_path):
+    make_trainer(tiny, steps=2).run(tmp_path)
+    with pytest.raises(CheckpointError, match="was trained on other data"):
+        make_trainer(tiny, batch_size=8).run(tmp_path)
+
+
+def test_dry_run_names_shapes_shardings_and_bytes(tiny):
+    text = describe(make_trainer(tiny, {"data": 1, "fsdp": 8, "tensor": 1}))
+    assert "['text']['layers_0']['fc1']['kernel'] float32[32, 64] P('fsdp'" in text
+    assert "per device" in text and "target_images" in text
