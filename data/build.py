@@ -12,6 +12,7 @@ import importlib
 import io
 import os
 import shutil
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -94,7 +95,7 @@ def _build(dataset: str, table: str, folder: Path) -> None:
         raise DataError(f"{folder} exists but is no complete table: delete it and try again.")
     scratch = folder.parent / ".building"
     shutil.rmtree(scratch, ignore_errors=True)  # of a builder that died
-    logging.info("building %s/%s in %s", dataset, table, folder)
+    print(f"building {dataset}/{table} in {folder}", file=sys.stderr, flush=True)
     try:
         with _quiet_tfds():
             builder = _builder_class(dataset)(

@@ -70,9 +70,9 @@ def stage(
 
     tables: training table -> share of the rows. features: read precomputed image features instead
     of images. with_reference: caption rows carry an empty reference (stages that share a batch
-    layout with triplets). group: consecutive records kept in one batch. duration: "500 steps", "2 epochs", "300k examples". ema: decay of the
-    averaged parameters, 0 = none. microbatches: parts a batch is encoded in. after: the stage
-    whose result this one continues.
+    layout with triplets). group: consecutive records kept in one batch. duration: "500 steps",
+    "2 epochs", "300k examples". ema: decay of the averaged parameters, 0 = none. microbatches:
+    parts a batch is encoded in. after: the stage whose result this one continues.
     """
     if wrong := sorted(set(optimizer) - set(OPTIMIZER)):
         raise ConfigError(unknown("optimizer field", wrong[0], OPTIMIZER))
@@ -96,7 +96,7 @@ def stage(
 
 
 def apply(config: ConfigDict, presets: Mapping[str, Mapping[str, Any]], name: str) -> ConfigDict:
-    """`config` with the dotted overrides of preset `name`. Raises ConfigError listing the presets."""
+    """`config` with the dotted overrides of preset `name`. ConfigError lists the presets."""
     if name not in presets:
         raise ConfigError(unknown(f"preset of experiments/{config.name}.py:", name, presets))
     config.update_from_flattened_dict(dict(presets[name]))

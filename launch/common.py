@@ -1,13 +1,13 @@
 """Flags of the binaries, and errors shown as one message instead of a traceback."""
 
-import logging
-import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 
 from absl import app, flags
-from ml_collections import config_flags
+from absl import logging as absl_logging
+from ml_collections import ConfigDict, config_flags
 
 from cir_jax.errors import CirError, ConfigError, unknown
 
@@ -37,15 +37,29 @@ def workdir() -> Path:
     return Path(WORKDIR.value or f"runs/{config.name}/{config.preset}").expanduser().absolute()
 
 
-def command() -> str:
+def command() -> list[str]:
     """The command line, as it is stored with results."""
-    return shlex.join(["python", *sys.argv])
+    return ["python", *sys.argv]
+
+
+def join(distributed: ModuleType) -> None:
+    """Joins the other processes as the flags or the environment say; before any use of JAX."""
+    distributed.initialize(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
+
+
+def prepare(config: ConfigDict) -> None:
+    """Builds what the config reads and this project can make itself (the embedded world)."""
+    from cir_jax.training import experiment
+    from data import build
+
+    for dataset, tables in experiment.required_tables(config).items():
+        build.prepare(dataset, tables, experiment.data_dir(config))
 
 
 def _guarded(main: Callable[[], None]) -> None:
     from cir_jax.training.loop import Preempted
 
-    logging.getLogger().setLevel(logging.WARNING)
+    absl_logging.set_verbosity(absl_logging.WARNING)
     if CONFIG.value is None:
         raise ConfigError("--config is missing: --config=experiments/NAME.py[:PRESET].")
     try:
@@ -59,12 +73,24 @@ def _guarded(main: Callable[[], None]) -> None:
 
 def _parse(argv: list[str]) -> list[str]:
     try:
-        return app.parse_flags_with_usage(argv)
-    except (KeyError, AttributeError, TypeError, ValueError) as error:
-        if isinstance(error, CirError):
-            raise
-        # ml_collections names the closest field ("Did you mean ...")
-        raise ConfigError(str(error).strip("'\"")) from error
+        return flags.FLAGS(argv)
+    except (flags.Error, KeyError, AttributeError, TypeError, ValueError) as error:
+        for cause in _chain(error):
+            if isinstance(cause, CirError):
+                # of a config file: ml_collections puts the traceback into the message
+                last = str(cause).strip().splitlines()[-1]
+                raise ConfigError(last.partition("Error: ")[2] or last) from None
+        # absl and ml_collections name the closest flag or field ("Did you mean ...")
+        message = str(error.args[0] if error.args else error)
+        for escaped, plain in (("\\n", " "), ("\\'", "'")):
+            message = message.replace(escaped, plain)
+        raise ConfigError(message.strip("\"' ")) from error
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__context__
 
 
 def _check_config_path(argv: list[str]) -> None:

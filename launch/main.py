@@ -23,21 +23,21 @@ DRY_RUN = flags.DEFINE_bool(
 def main() -> None:
     from cir_jax.training import distributed
 
-    distributed.initialize(
-        common.COORDINATOR.value, common.NUM_PROCESSES.value, common.PROCESS_ID.value
-    )
+    common.join(distributed)
+    from cir_jax.evaluation import runner
     from cir_jax.training import experiment as experiments
-    from data import build
 
-    config = common.CONFIG.value
-    for dataset, tables in experiments.required_tables(config).items():
-        build.prepare(dataset, tables, experiments.data_dir(config))
+    config, workdir = common.CONFIG.value, common.workdir()
+    if not DRY_RUN.value:
+        experiments.claim_workdir(workdir, config)
+    common.prepare(config)
     experiment = experiments.setup(config)
     if DRY_RUN.value:
         print(experiments.dry_run(experiment))
         return
-    params = experiments.train(experiment, common.workdir())
+    params = experiments.train(experiment, workdir)
     experiments.export(experiment, params)
+    runner.run(experiment, params, workdir, common.command())
 
 
 if __name__ == "__main__":

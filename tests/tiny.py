@@ -37,7 +37,7 @@ def backbone(context_length: int = 16, seed: int = 0) -> tuple[Backbone, Any]:
     )
     transform = ImageTransform(resize=16, crop=16)
     made = Backbone(Clip(config), tokenizer, transform, weights_id=f"tiny@{seed}")
-    return made, jax.device_get(made.init(jax.random.key(seed)))
+    return made, jax.device_get(jax.jit(made.init)(jax.random.key(seed)))
 
 
 def png(rng: np.random.Generator, size: int = 20) -> bytes:

@@ -1,7 +1,7 @@
 """The protocol every composed-retrieval method fulfils; all the rest is written once.
 
-A composer holds no parameters: `params` (trainable, from `init`) and `frozen` (beside them, never in
-the optimiser) are arguments of every function. Training and evaluation call the same `compose`.
+A composer holds no parameters: `params` (trainable, from `init`) and `frozen` (beside them, never
+in the optimiser) are arguments of every function. Training and evaluation call the same `compose`.
 """
 
 from typing import Any
@@ -18,6 +18,8 @@ Query = dict[str, jax.Array]
 reference_images   uint8[batch, height, width, 3], or instead of them
 reference_features float32[batch, dim], un-normalised image features (precomputed)
 token_ids          int32[batch, length] of the modification text in the composer's prompt
+query_index        int32[batch], optional: number of the query in its benchmark, so that the noise
+                   of a query does not depend on its batch
 """
 
 
@@ -32,6 +34,9 @@ class Composer:
 
     pretrained_backbone: bool = True
     """Whether `freeze` wants the weights of the backbone; False = it is trained from scratch."""
+
+    needs_reference_images: bool = False
+    """Whether queries must carry reference_images, where precomputed features do not suffice."""
 
     pools_text: bool = True
     """Whether text counts up to its end token only; False = padded positions count, too."""

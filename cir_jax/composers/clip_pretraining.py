@@ -1,7 +1,7 @@
 """Contrastive image-text pretraining (CLIP, arXiv 2103.00020): the backbone itself is trained.
 
-Symmetric InfoNCE over the global batch. Not a way to compose: as one, it is text-to-image retrieval,
-which is how the pretrained model is judged.
+Symmetric InfoNCE over the global batch. Not a way to compose: as one, it is text-to-image
+retrieval, which is how the pretrained model is judged.
 """
 
 import jax

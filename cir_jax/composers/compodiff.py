@@ -185,7 +185,7 @@ class CompoDiff(Composer):
         )
         self.denoiser = Denoiser(self.config, backbone.model.dtype)
         self.schedule = cosine(timesteps)
-        self.drop_text, self.drop_image = drop_text, drop_image
+        self.drop_text, self.drop_image = float(drop_text), float(drop_image)
         self.guidance = (float(guidance[0]), float(guidance[1]))
         self.steps, self.samples_per_query = steps, samples_per_query
         self.source_mixing, self.feature_scale = source_mixing, feature_scale
@@ -232,15 +232,20 @@ class CompoDiff(Composer):
             jnp.where(no_image[:, None], 0.0, image),
             mask,
         )
-        return {"error": error, "has_image": has_image, "masked": masked}
+        rows = {"error": error, "has_image": has_image}
+        return rows | {"masked": masked} if "mask" in batch else rows
 
     def objective(self, params: Params, rows: Params) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Mean over the rows of all objectives.
 
-        Metrics: mse_text, mse_masked, mse_triplet of one objective each, 0 where it has no rows.
+        Metrics: mse_text, mse_triplet and, for data with masks, mse_masked, of one objective each;
+        0 where a batch has no rows of it.
         """
-        error, has_image, masked = rows["error"], rows["has_image"], rows["masked"]
-        groups = {"text": ~has_image, "masked": masked, "triplet": has_image & ~masked}
+        error, has_image = rows["error"], rows["has_image"]
+        groups = {"text": ~has_image, "triplet": has_image}
+        if "masked" in rows:
+            groups["masked"] = rows["masked"]
+            groups["triplet"] = has_image & ~rows["masked"]
         metrics = {
             f"mse_{name}": jnp.sum(error * group) / jnp.maximum(jnp.sum(group), 1)
             for name, group in groups.items()

@@ -4,8 +4,8 @@
 
 v: unit reference image feature, w: unit feature of the raw modification text (no prompt),
 alpha: weight of the text. Paper: alpha 0.9 on CIRR, 0.8 on CIRCO and FashionIQ.
-Differences from the released code: none in value; there NaN gradients leak through `where` where the
-vectors coincide, and opposite vectors give NaN; here both branches are safe.
+Differences from the released code: none in value; there NaN gradients leak through `where` where
+the vectors coincide, and opposite vectors give NaN; here both branches are safe.
 """
 
 import jax

@@ -28,7 +28,7 @@ def evaluate(
     cache_dir: Path | None = None,
     method: str = "",
 ) -> Result:
-    """`t2i R@k/kind` and `i2t R@k/kind` (text to image and back), for detailed and for partial captions.
+    """`t2i R@k/kind` and `i2t R@k/kind`: text to image and back, detailed and partial captions.
 
     composer: one whose `compose` reads text alone (ClipPretraining, TextOnly). Every caption is a
     text query; an image finds its text when any of its captions of the kind is in the top k.

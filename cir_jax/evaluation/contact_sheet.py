@@ -17,7 +17,7 @@ TILE = 128
 GAP = 14
 FRAME = 4
 SHOWN = 5
-TEXT_WIDTH = 196
+TEXT_WIDTH = 176
 MARGIN = 26
 HEADER = 92
 ROW = TILE + 30
@@ -46,8 +46,8 @@ def contact_sheet(
     if (result.benchmark, result.split) != (benchmark.name, benchmark.split):
         raise ValueError(f"a result of {result.benchmark} {result.split}, not of {benchmark.name}")
     chosen = _choose(result.best_rank, rows)
-    columns = (SHOWN + 2) * (TILE + GAP) + TEXT_WIDTH + 3 * GAP
-    sheet = Image.new("RGB", (2 * MARGIN + columns, HEADER + ROW * len(chosen) + 8), BACKGROUND)
+    width = _columns()[-1] + TILE + MARGIN
+    sheet = Image.new("RGB", (width, HEADER + ROW * len(chosen) + 8), BACKGROUND)
     draw = ImageDraw.Draw(sheet)
     _title(draw, result, sheet.width)
     for line, position in enumerate(chosen):
@@ -90,7 +90,11 @@ def _title(draw: ImageDraw.ImageDraw, result: Result, width: int) -> None:
     labels = [(reference, "reference"), (text, "modification"), (missed, "missed")]
     for x0, label in [*labels, *((x0, str(i + 1)) for i, x0 in enumerate(shown))]:
         draw.text((x0, HEADER - 30), label, FAINT, _font(14))
-    legend = (("hit", HIT), ("not a ground truth", OTHER), ("ground truth below 5", MISSED))
+    legend = (
+        ("hit", HIT),
+        ("not a ground truth", OTHER),
+        ("ground truth, missed", MISSED),
+    )
     x0 = width - MARGIN
     for label, colour in reversed(legend):
         x0 -= int(draw.textlength(label, _font(14)))

@@ -147,7 +147,7 @@ def _queries(
     rows = np.asarray([benchmark.queries[position].reference for position in index])
     references: dict = {}
     # a method that reads more of the reference than its pooled feature says so
-    if getattr(composer, "needs_reference_images", False) or "backbone" not in frozen:
+    if composer.needs_reference_images or "backbone" not in frozen:
         references["reference_images"] = lambda row: features.read_image(
             gallery, int(rows[row]), "image", backbone.image_transform
         )

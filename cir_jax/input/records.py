@@ -65,7 +65,8 @@ class Records:
             logging.warning("skipped (%d so far): %s", len(self.corrupt), error)
         if len(self.corrupt) > self.max_corrupt:
             raise DataError(
-                f"{self.table!r}: more than {self.max_corrupt} unreadable records, the last: {error}"
+                f"{self.table!r}: more than {self.max_corrupt} unreadable records; the last: "
+                f"{error}"
             ) from error
 
     def __repr__(self) -> str:
@@ -119,7 +120,7 @@ def _tokenise(tokenizer: Tokenizer, text: str) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class TrimText(grain.transforms.Map):
-    """Cuts the padding columns that no text of the batch needs, in buckets: equal features, less work.
+    """Cuts the padding columns that no text of the batch needs, in buckets: the same features.
 
     Features are pooled at the end token of a causal tower, so the columns behind it do not count.
     """

@@ -1,7 +1,7 @@
-"""CLIP (Radford et al., arXiv 2103.00020) with a ViT image tower, as Flax Linen.
+"""CLIP (Radford et al., arXiv 2103.00020) with a ViT or ResNet image tower, as Flax Linen.
 
-Sizes and activation come from a Hugging Face `config.json`, never from a flag: OpenAI's weights want
-QuickGELU, LAION's the exact GELU, and the wrong one costs many points in silence.
+Sizes and activation come from the checkpoint's own config, never from a flag: OpenAI's weights
+want QuickGELU, LAION's the exact GELU, and the wrong one costs many points in silence.
 Dimension names: see CONTRIBUTING.md. All functions take the parameter tree of `Clip.init`.
 """
 
@@ -12,6 +12,10 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+from cir_jax.errors import DataError, WeightsError, unknown
+from cir_jax.models.resnet import ResNetConfig, ResNetTower
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
@@ -30,6 +34,15 @@ class TowerConfig:
     hidden_act: str = "quick_gelu"
     layer_norm_eps: float = 1e-5
 
+    def __post_init__(self) -> None:
+        if self.hidden_act not in ACTIVATIONS:
+            raise WeightsError(unknown("activation", self.hidden_act, ACTIVATIONS))
+        if self.hidden_size % self.num_attention_heads:
+            raise WeightsError(
+                f"hidden_size={self.hidden_size} is not divisible by "
+                f"num_attention_heads={self.num_attention_heads}: correct the checkpoint's config."
+            )
+
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "TowerConfig":
         known = {field.name for field in dataclasses.fields(cls)}
@@ -38,6 +51,8 @@ class TowerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TextConfig(TowerConfig):
+    """eos_token_id: the pooled token; 2, of configs older than the field, means the largest id."""
+
     vocab_size: int = 49408
     max_position_embeddings: int = 77
     bos_token_id: int = 49406
@@ -59,22 +74,27 @@ class ClipConfig:
     """A whole CLIP; `projection_dim` is the joint dimension `dim`."""
 
     text: TextConfig = TextConfig()
-    vision: VisionConfig = VisionConfig()
+    vision: VisionConfig | ResNetConfig = VisionConfig()
     projection_dim: int = 512
     logit_scale_init_value: float = 2.6592
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> "ClipConfig":
         """From the dictionary of a Hugging Face CLIP `config.json`."""
+        # some early configs say it in text_config_dict, which goes first; as transformers reads it
+        text, vision = (
+            {**(config.get(name) or {}), **(config.get(f"{name}_dict") or {})}
+            for name in ("text_config", "vision_config")
+        )
         return cls(
-            text=TextConfig.from_dict(config.get("text_config") or {}),
-            vision=VisionConfig.from_dict(config.get("vision_config") or {}),
+            text=TextConfig.from_dict(text),
+            vision=VisionConfig.from_dict(vision),
             projection_dim=config.get("projection_dim", 512),
             logit_scale_init_value=config.get("logit_scale_init_value", 2.6592),
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """The dictionary of a Hugging Face `config.json`."""
+        """The dictionary of a Hugging Face `config.json`, which has no form for ResNets."""
         return {
             "architectures": ["CLIPModel"],
             "model_type": "clip",
@@ -160,7 +180,7 @@ class PatchEmbedding(nn.Module):
         size = self.patch_size
         shape = (size, size, channels, self.width)
         kernel = self.param("kernel", nn.initializers.lecun_normal(in_axis=(0, 1, 2)), shape)
-        # [batch, rows, size, columns, size, channels] -> [batch, rows * columns, size * size * channels]
+        # [batch, rows, size, columns, size, channels] -> [batch, patches, size * size * channels]
         grid = images.reshape(batch, height // size, size, width // size, size, channels)
         patches = grid.swapaxes(2, 3).reshape(batch, -1, size * size * channels)
         return patches @ kernel.astype(self.dtype).reshape(-1, self.width)
@@ -187,7 +207,7 @@ class VisionTower(nn.Module):
         self.post_norm = nn.LayerNorm(eps, dtype=self.dtype)
 
     def __call__(self, images: jax.Array) -> jax.Array:
-        """images: float[batch, height, width, 3], normalised. Returns float[batch, tokens, width]."""
+        """Normalised float[batch, height, width, 3] -> float[batch, tokens, width]."""
         patches = self.patch_embedding(images.astype(self.dtype))
         first = jnp.broadcast_to(
             self.class_embedding.astype(self.dtype), (patches.shape[0], 1, patches.shape[-1])
@@ -236,7 +256,7 @@ class TextTower(nn.Module):
         """
         length = embeddings.shape[1]
         if length > self.config.max_position_embeddings:
-            raise ValueError(
+            raise DataError(
                 f"text of {length} tokens; this text tower takes at most "
                 f"{self.config.max_position_embeddings}. Truncate it when tokenising."
             )
@@ -260,31 +280,50 @@ class Clip(nn.Module):
 
     def setup(self) -> None:
         config = self.config
-        self.vision = VisionTower(config.vision, self.dtype)
         self.text = TextTower(config.text, self.dtype)
-        self.visual_projection, self.text_projection = (
-            nn.Dense(
-                config.projection_dim,
-                use_bias=False,
-                dtype=self.dtype,
-                kernel_init=nn.initializers.normal(tower.hidden_size**-0.5),
-            )
-            for tower in (config.vision, config.text)
-        )
+        self.text_projection = self._projection(config.text.hidden_size)
+        if isinstance(config.vision, ResNetConfig):
+            self.vision = ResNetTower(config.vision, config.projection_dim, self.dtype)
+        else:
+            self.vision = VisionTower(config.vision, self.dtype)
+            self.visual_projection = self._projection(config.vision.hidden_size)
         self.logit_scale = self.param(
             "logit_scale", nn.initializers.constant(config.logit_scale_init_value), ()
         )
 
+    def _projection(self, width: int) -> nn.Dense:
+        return nn.Dense(
+            self.config.projection_dim,
+            use_bias=False,
+            dtype=self.dtype,
+            kernel_init=nn.initializers.normal(width**-0.5),
+        )
+
     def visual_tokens(self, images: jax.Array) -> jax.Array:
-        """float[batch, height, width, 3] normalised -> float[batch, tokens, vision width]."""
+        """float[batch, height, width, 3] normalised -> float[batch, tokens, vision width].
+
+        ViT: class token first, before the post-norm. ResNet: the cells of the last map.
+        """
+        size = self.config.vision.image_size
+        if images.ndim != 4 or images.shape[1:] != (size, size, 3):
+            raise DataError(
+                f"images of shape {images.shape}; this model takes [batch, {size}, {size}, 3]. "
+                "Use the image transform that comes with the weights."
+            )
+        _check_batch(images, "images")
         return self.vision(images)
 
     def encode_image(self, images: jax.Array) -> jax.Array:
         """float[batch, height, width, 3] normalised -> float[batch, dim], projected."""
-        return self.visual_projection(self.vision.pool(self.vision(images)))
+        pooled = self.vision.pool(self.visual_tokens(images))
+        # the attention pool of a ResNet ends in the joint dimension
+        if isinstance(self.config.vision, ResNetConfig):
+            return pooled
+        return self.visual_projection(pooled)
 
     def embed_tokens(self, token_ids: jax.Array) -> jax.Array:
         """int32[batch, length] -> float[batch, length, token_dim]."""
+        check_token_ids(token_ids, self.config.text.vocab_size)
         return self.text.embed(token_ids)
 
     def text_hidden_states(
@@ -299,8 +338,9 @@ class Clip(nn.Module):
         embeddings: float[batch, length, token_dim] in place of the embedded `token_ids`
         (pseudo-words); the ids then only say where the end token is.
         """
+        _check_batch(token_ids, "texts")
         if embeddings is None:
-            embeddings = self.text.embed(token_ids)
+            embeddings = self.embed_tokens(token_ids)
         hidden = self.text(embeddings)
         end = end_positions(token_ids, self.config.text.eos_token_id)
         pooled = jnp.take_along_axis(hidden, end[:, None, None], axis=1)[:, 0]
@@ -309,6 +349,27 @@ class Clip(nn.Module):
     def __call__(self, images: jax.Array, token_ids: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Image and text features; used to create all parameters."""
         return self.encode_image(images), self.encode_text(token_ids)
+
+
+def check_token_ids(token_ids: jax.Array, vocab_size: int) -> None:
+    """Raises DataError naming the first row with an id out of range.
+
+    Under jit the ids have no values yet; there an id out of range gives NaN features.
+    """
+    if isinstance(token_ids, jax.core.Tracer):
+        return
+    ids = np.asarray(token_ids)
+    if (bad := (ids < 0) | (ids >= vocab_size)).any():
+        row, column = np.argwhere(bad)[0]
+        raise DataError(
+            f"row {row}, position {column}: token id {ids[row, column]} is not one of the model's "
+            f"{vocab_size}. Use the tokenizer that comes with the weights."
+        )
+
+
+def _check_batch(rows: jax.Array, what: str) -> None:
+    if not len(rows):
+        raise DataError(f"a batch of no {what}: give at least one.")
 
 
 def end_positions(token_ids: jax.Array, eos_token_id: int) -> jax.Array:

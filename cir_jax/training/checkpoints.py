@@ -47,7 +47,7 @@ class Checkpoints:
         self._manager.close()  # waits for the save in flight
 
     def save(self, state: TrainState, position: Mapping[str, Any]) -> None:
-        """Starts writing `state`; returns before it is on disk. Raises CheckpointError if refused."""
+        """Starts writing `state` and returns before it is on disk. CheckpointError if refused."""
         step = int(jax.device_get(state.step))
         items = {
             "params": ocp.args.StandardSave(state.params),

@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
-from cir_jax.retrieval.features import image_features
 from jax.sharding import Mesh
 
 from cir_jax import composers
@@ -22,6 +21,7 @@ from cir_jax.input import records, text
 from cir_jax.input.pipeline import Part, Pipeline
 from cir_jax.input.tables import Table, default_data_dir
 from cir_jax.models.backbone import Backbone
+from cir_jax.retrieval.features import image_features
 from cir_jax.training import durations, optimizers
 from cir_jax.training import mesh as meshes
 from cir_jax.training.checkpoints import load_scored
@@ -96,7 +96,6 @@ def train(experiment: Experiment, workdir: Path) -> Any:
     A finished stage is read back, an interrupted one resumed, so the same command always continues.
     """
     config = experiment.config
-    claim_workdir(workdir, config)
     params = None
     for name in stage_names(config):
         trainer = make_trainer(experiment, name, initial_params(experiment, name, workdir, params))
@@ -144,6 +143,12 @@ def make_pipeline(experiment: Experiment, name: str) -> Pipeline:
     """Grain pipeline of stage `name`: the mixture of tables that config.stage.<name>.data says."""
     config, backbone = experiment.config, experiment.backbone
     data = config.stage[name].data
+    if not data.dataset:
+        raise ConfigError(
+            f"config.stage.{name}.data.dataset is empty: this preset's corpora do not come with "
+            "the project. Name a prepared dataset with the tables "
+            f"{', '.join(data.tables)}: --config.stage.{name}.data.dataset=NAME."
+        )
     suffix = "features" if data.features else "images"
     mixed = "triplets" in data.tables or data.with_reference
     parts = []
@@ -208,7 +213,8 @@ def initial_params(experiment: Experiment, name: str, workdir: Path, previous: A
             return scored_params(experiment, directory)
     where = f" or {given}" if given else ""
     raise CheckpointError(
-        f"stage {name!r} continues stage {after!r}, of which there is no checkpoint in {own}{where}. "
+        f"stage {name!r} continues stage {after!r}, of which there is no checkpoint in "
+        f"{own}{where}. "
         f"Run --config.stages={after},{name}, or set --config.init_from to a workdir with it."
     )
 
@@ -225,27 +231,31 @@ def scored_params(experiment: Experiment, directory: Path) -> Any:
     )
 
 
+def check_workdir(workdir: Path, config: ml_collections.ConfigDict) -> None:
+    """Raises CheckpointError naming the fields in which `config` is not that of the run there."""
+    if not (workdir / CONFIG_FILE).is_file():
+        return
+    values = json.loads(config.to_json_best_effort())
+    if differ := differing_fields(read_config(workdir), values):
+        raise CheckpointError(
+            f"{workdir} belongs to another run; these fields differ: {'; '.join(differ)}. "
+            "Use a new --workdir, or the config of the run there."
+        )
+
+
 def claim_workdir(workdir: Path, config: ml_collections.ConfigDict) -> None:
     """Writes the config into a new workdir, or checks that it is that of the run already there.
 
     Raises CheckpointError naming the fields that differ, or that the directory is not writable.
     """
+    check_workdir(workdir, config)
     file = workdir / CONFIG_FILE
-    values = json.loads(config.to_json_best_effort())
-    if file.is_file():
-        differ = differing_fields(read_config(workdir), values)
-        if differ:
-            raise CheckpointError(
-                f"{workdir} belongs to another run; these fields differ: {'; '.join(differ)}. "
-                "Use a new --workdir, or the config of the run there."
-            )
-        return
-    if jax.process_index():
+    if jax.process_index() or file.is_file():
         return
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         scratch = file.with_suffix(".tmp")
-        scratch.write_text(json.dumps(values, indent=2) + "\n")
+        scratch.write_text(config.to_json_best_effort(indent=2) + "\n")
         os.replace(scratch, file)
     except OSError as error:
         raise CheckpointError(

@@ -140,7 +140,8 @@ class Trainer:
         state, position = restored
         if position["data"] != repr(self.pipeline):
             raise CheckpointError(
-                f"{checkpoints.directory}: was trained on other data. It read\n  {position['data']}\n"
+                f"{checkpoints.directory}: was trained on other data. It read\n"
+                f"  {position['data']}\n"
                 f"this run reads\n  {self.pipeline!r}\nUse a new --workdir, or the old data."
             )
         print(f"{self.stage.name}: resuming after step {int(jax.device_get(state.step))}")

@@ -42,7 +42,7 @@ def train_step(
     ema_decay: float,
     microbatches: int,
 ) -> tuple[TrainState, Metrics]:
-    """One update on the global batch. Randomness depends on the step only: a resumed run repeats."""
+    """One update on the global batch. Randomness depends on the step only: resumed runs repeat."""
     rng = jax.random.fold_in(state.rng, state.step)
     grad_fn = jax.value_and_grad(composer.loss, has_aux=True)
     (loss, metrics), grads = grad_fn(state.params, frozen, batch, rng, microbatches)

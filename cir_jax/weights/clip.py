@@ -95,7 +95,8 @@ def resolve(name_or_path: str) -> Path:
     else:
         reason = "no such directory with a config.json"
     raise WeightsError(
-        f"backbone {name_or_path!r}: {reason}. Give a directory in Hugging Face format (config.json, "
+        f"backbone {name_or_path!r}: {reason}. "
+        "Give a directory in Hugging Face format (config.json, "
         "model.safetensors, tokenizer.json, preprocessor_config.json), or download one where there "
         f"is a network, `hf download {name_or_path} --local-dir DIR`, and set "
         "--config.backbone=DIR."

@@ -1,7 +1,7 @@
 """Other people's tensors <-> our parameter trees, by explicit bidirectional name tables.
 
-A family gives one table {source name: (target path, layout)}; every source tensor is used once, every
-target parameter is filled once, and leftovers on either side are an error that lists them.
+A family gives one table {source name: (target path, layout)}; every source tensor is used once,
+every target parameter is filled once, and leftovers on either side are an error that lists them.
 """
 
 import re
@@ -12,12 +12,36 @@ import numpy as np
 
 from cir_jax.errors import WeightsError
 
-Target = tuple[tuple[str, ...], str]
+Path = tuple[str | tuple[str, ...], ...]
+"""Path in our tree. An element may be a tuple of names, ("attention", ("query", "key"), "kernel"):
+the source holds those parameters in one tensor, one after the other along its first axis."""
+
+Target = tuple[Path, str]
 """Path in our tree, and the layout of the source tensor."""
 
-# layout -> axes of our array in the source array; PyTorch stores Linear [out, in], Conv2d [out, in, h, w]
+# layout -> axes of our array in the source's; PyTorch: Linear [out, in], Conv2d [out, in, h, w]
 _TO_OURS = {"same": None, "linear": (1, 0), "conv": (2, 3, 1, 0)}
 _TO_SOURCE = {"same": None, "linear": (1, 0), "conv": (3, 2, 0, 1)}
+
+
+class Names(dict[str, Target]):
+    """A name table, with the entries of PyTorch's usual modules."""
+
+    def norm(self, source: str, *path: str | tuple[str, ...]) -> None:
+        """LayerNorm: weight, bias -> scale, bias."""
+        self[f"{source}.weight"] = ((*path, "scale"), "same")
+        self[f"{source}.bias"] = ((*path, "bias"), "same")
+
+    def batch_norm(self, source: str, *path: str | tuple[str, ...]) -> None:
+        """BatchNorm with its running statistics -> scale, bias, mean, var."""
+        self.norm(source, *path)
+        self[f"{source}.running_mean"] = ((*path, "mean"), "same")
+        self[f"{source}.running_var"] = ((*path, "var"), "same")
+
+    def linear(self, source: str, *path: str | tuple[str, ...]) -> None:
+        """Linear: weight, bias -> kernel, bias."""
+        self[f"{source}.weight"] = ((*path, "kernel"), "linear")
+        self[f"{source}.bias"] = ((*path, "bias"), "same")
 
 
 def to_ours(
@@ -26,10 +50,12 @@ def to_ours(
     *,
     ignore: Sequence[str] = (),
     what: str = "weights",
+    dtype: Any = None,
 ) -> dict[str, Any]:
     """Nested parameter tree from source tensors.
 
     ignore: patterns of source names that are known and not parameters.
+    dtype: of the parameters; None = as they are stored.
     Raises WeightsError listing tensors that no parameter takes, and parameters without a tensor.
     """
     unused = [n for n in tensors if n not in names and not any(re.fullmatch(p, n) for p in ignore)]
@@ -42,26 +68,37 @@ def to_ours(
         )
     tree: dict[str, Any] = {}
     for name, (path, layout) in names.items():
+        array, paths = np.asarray(tensors[name]), _expand(path)
         axes = _TO_OURS[layout]
-        array = np.asarray(tensors[name])
-        node = tree
-        for key in path[:-1]:
-            node = node.setdefault(key, {})
-        node[path[-1]] = array if axes is None else np.ascontiguousarray(array.transpose(axes))
+        if (axes and array.ndim != len(axes)) or (len(paths) > 1 and len(array) % len(paths)):
+            raise WeightsError(
+                f"{what}: {name} has shape {array.shape}, which is no {layout} tensor"
+                + (f" of {len(paths)} parts." if len(paths) > 1 else ".")
+            )
+        # one part is the tensor itself, which may be a scalar
+        parts = np.split(array, len(paths)) if len(paths) > 1 else [array]
+        for (*parents, leaf), part in zip(paths, parts, strict=True):
+            node = tree
+            for key in parents:
+                node = node.setdefault(key, {})
+            part = part if axes is None else part.transpose(axes)
+            node[leaf] = np.asarray(part, dtype or array.dtype, order="C")
     return tree
 
 
 def to_source(params: Mapping[str, Any], names: Mapping[str, Target]) -> dict[str, np.ndarray]:
-    """The inverse: source tensors from our tree. Raises WeightsError for parameters without a name."""
+    """The inverse: source tensors from our tree. WeightsError for parameters without a name."""
     flat = flatten(params)
-    paths = {path for path, _ in names.values()}
+    paths = {one for path, _ in names.values() for one in _expand(path)}
     if extra := ["/".join(path) for path in flat if path not in paths]:
         raise WeightsError(f"parameters without a name in this format: {_some(extra)}.")
     tensors = {}
     for name, (path, layout) in names.items():
         axes = _TO_SOURCE[layout]
-        array = np.asarray(flat[path])
-        tensors[name] = array if axes is None else np.ascontiguousarray(array.transpose(axes))
+        parts = [np.asarray(flat[one]) for one in _expand(path)]
+        parts = parts if axes is None else [part.transpose(axes) for part in parts]
+        joined = np.concatenate(parts) if len(parts) > 1 else parts[0]
+        tensors[name] = np.asarray(joined, order="C")
     return tensors
 
 
@@ -87,6 +124,15 @@ def flatten(tree: Mapping[str, Any], prefix: tuple[str, ...] = ()) -> dict[tuple
         else:
             flat[(*prefix, key)] = value
     return flat
+
+
+def _expand(path: Path) -> list[tuple[str, ...]]:
+    """The paths of a fused tensor's parts, in their order; of any other tensor, its one path."""
+    paths: list[tuple[str, ...]] = [()]
+    for key in path:
+        keys = key if isinstance(key, tuple) else (key,)
+        paths = [(*one, each) for one in paths for each in keys]
+    return paths
 
 
 def _some(names: Sequence[str], limit: int = 12) -> str:

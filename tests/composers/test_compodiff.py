@@ -270,40 +270,45 @@ def test_the_released_size():
 
 @pytest.fixture(scope="module")
 def step(made):
-    """(batch, rng) -> ((loss, metrics), gradients), compiled once."""
+    """(batch, one key per row) -> ((loss, (metrics, rows)), gradients), compiled once."""
     composer, params, frozen = made
-    compiled = jax.jit(jax.value_and_grad(composer.loss, has_aux=True))
-    return lambda batch, rng: compiled(params, frozen, batch, rng)
+
+    @jax.jit
+    def compiled(params, batch, rngs):
+        def loss(params):
+            rows = composer.encode(params, frozen, batch, rngs)
+            value, metrics = composer.objective(params, rows)
+            return value, (metrics, rows)
+
+        return jax.value_and_grad(loss, has_aux=True)(params)
+
+    return lambda batch, rngs: compiled(params, batch, rngs)
 
 
-@pytest.fixture(scope="module")
-def encode(made):
-    """(batch, rngs) -> rows, compiled once."""
-    composer, params, frozen = made
-    compiled = jax.jit(composer.encode)
-    return lambda batch, rngs: compiled(params, frozen, batch, rngs)
+def keys(seed, n=6):
+    return jax.random.split(jax.random.key(seed), n)
 
 
 def test_rows_of_all_objectives_in_one_batch(step, batch):
-    (value, metrics), _ = step(batch, jax.random.key(0))
+    (value, (metrics, _)), _ = step(batch, keys(0))
     assert sorted(metrics) == ["mse_masked", "mse_text", "mse_triplet"]
     np.testing.assert_allclose(value, np.mean(list(metrics.values())), rtol=1e-5)  # two rows each
-    assert value == step(batch, jax.random.key(0))[0][0]
-    assert value != step(batch, jax.random.key(1))[0][0]
+    assert value == step(batch, keys(0))[0][0]
+    assert value != step(batch, keys(1))[0][0]
 
 
 @pytest.mark.parametrize(("has", "objective"), [(False, "mse_text"), (True, "mse_triplet")])
 def test_a_batch_of_one_objective(step, batch, has, objective):
     """Stage 1, and triplets only: the metric of an empty group is 0 and not NaN."""
     change = {"has_reference": np.full(6, has), "mask": np.zeros_like(batch["mask"])}
-    (value, metrics), grads = step(batch | change, jax.random.key(0))
+    (value, (metrics, _)), grads = step(batch | change, keys(0))
     np.testing.assert_allclose(metrics.pop(objective), value, rtol=1e-5)
     assert np.isfinite(value) and not any(metrics.values())
     assert all(np.isfinite(grad).all() for grad in jax.tree.leaves(grads))
 
 
 def test_the_gradient_reaches_every_parameter(step, batch):
-    _, grads = step(batch, jax.random.key(2))
+    _, grads = step(batch, keys(2))
     grads = flatten(grads)
     # two positions and a null key only read the first two rows of the relative-position table
     table = grads.pop(("relative_bias",))
@@ -312,63 +317,42 @@ def test_the_gradient_reaches_every_parameter(step, batch):
         assert np.abs(grad).max() > 0, path
 
 
-def test_a_row_depends_on_itself_alone(encode, batch):
+def test_a_row_depends_on_itself_alone(step, batch):
     """Its randomness too, so that microbatches and shards change nothing."""
-    order, rngs = np.array([3, 1, 5, 0, 2, 4]), jax.random.split(jax.random.key(0), 6)
-    rows = encode(batch, rngs)
-    moved = encode({name: x[order] for name, x in batch.items()}, rngs[order])
+    order = np.array([3, 1, 5, 0, 2, 4])
+    (_, (_, rows)), _ = step(batch, keys(0))
+    (_, (_, moved)), _ = step({name: x[order] for name, x in batch.items()}, keys(0)[order])
     np.testing.assert_allclose(moved["error"], rows["error"][order], rtol=1e-5)
     np.testing.assert_array_equal(rows["has_image"], batch["has_reference"])
     np.testing.assert_array_equal(rows["masked"], [False, False, True, True, False, False])
 
 
-def test_masked_rows_noise_their_reference(made, encode, errors, batch):
+@pytest.mark.parametrize(("drop_text", "drop_image"), [(0, 0), (1, 0), (0, 1)])
+def test_what_is_noised_and_what_is_dropped(tiny, batch, monkeypatch, drop_text, drop_image):
     """Equation (2): the noisy input is made from the masked image, the target is the whole one."""
-    composer, _, frozen = made
-    rngs = jax.random.split(jax.random.key(4), 6)
-    time, noise, no_text, no_image = jax.vmap(composer.draw)(rngs)
-    has = jnp.asarray(batch["has_reference"]) & ~no_image
-    image = jnp.where(has[:, None], batch["reference_features"], 0)
-    text = jnp.where(
-        no_text[:, None, None],
-        composer.hidden_states(frozen, composer.null_token_ids),
-        composer.hidden_states(frozen, batch["token_ids"]),
+    composer = CompoDiff(tiny[0], **SIZES, drop_text=drop_text, drop_image=drop_image)
+    monkeypatch.setattr(
+        CompoDiff, "hidden_states", lambda _, __, ids: ids[..., None] * jnp.ones((1, 1, 2))
     )
-    masked = jnp.asarray([False, False, True, True, False, False])
-    start = jnp.where(masked[:, None], batch["reference_features"], batch["target_features"])
-    noisy = q_sample(composer.schedule, start, time, noise)
-    (_, expected), _ = errors(batch["target_features"], noisy, time, text, image, batch["mask"])
-    np.testing.assert_allclose(encode(batch, rngs)["error"], expected, rtol=1e-5)
+    monkeypatch.setattr(CompoDiff, "errors", lambda _, *args: args)
+    _, target, noisy, at, text, image, mask = composer.encode({}, {}, batch, keys(4))["error"]
+    time, noise, _, _ = jax.vmap(composer.draw)(keys(4))
+    whole, reference = batch["target_features"], batch["reference_features"]
+    np.testing.assert_array_equal(target, whole)
+    start = np.concatenate([whole[:2], reference[2:4], whole[4:]])
+    np.testing.assert_allclose(noisy, q_sample(composer.schedule, start, time, noise), rtol=1e-6)
+    np.testing.assert_array_equal(at, time)
+    expected = np.repeat(composer.null_token_ids, 6, axis=0) if drop_text else batch["token_ids"]
+    np.testing.assert_array_equal(text[..., 0], expected)
+    kept = (1 - drop_image) * batch["has_reference"][:, None]
+    np.testing.assert_array_equal(image, reference * kept)
+    np.testing.assert_array_equal(mask, batch["mask"])
 
 
-@pytest.fixture(scope="module")
-def errors(made):
-    """(target, noisy, time, text, image, mask) -> ((mean, per row), gradients), compiled once."""
-    composer, params, _ = made
-
-    def mean(params, *args):
-        error = composer.errors(params, *args)
-        return error.mean(), error
-
-    compiled = jax.jit(jax.value_and_grad(mean, has_aux=True))
-    return lambda *args: compiled(params, *args)
-
-
-def test_errors_are_finite_at_both_ends_of_time(made, errors, batch):
-    composer, _, frozen = made
-    target = jnp.asarray(batch["target_features"])
-    text = composer.hidden_states(frozen, batch["token_ids"])
-    image = jnp.asarray(batch["reference_features"])
-    for time in (0, 999):
-        time = jnp.full(6, time, jnp.int32)
-        noisy = q_sample(composer.schedule, target, time, jnp.ones_like(target))
-        result = errors(target, noisy, time, text, image, batch["mask"])
-        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(result))
-
-
-def test_draws_have_the_rates_of_the_config(tiny):
-    composer = CompoDiff(tiny[0], **SIZES, drop_text=0.3, drop_image=0.1)
-    rngs = jax.random.split(jax.random.key(0), 20_000)
+def test_draws_have_the_rates_of_the_config_and_both_ends_of_time_are_finite(made, step, batch):
+    composer, _, _ = made
+    rngs = keys(0, 20_000)
+    composer = CompoDiff(composer.backbone, **SIZES, drop_text=0.3, drop_image=0.1)
     time, noise, no_text, no_image = jax.jit(jax.vmap(composer.draw))(rngs)
     assert time.min() == 0 and time.max() == 999 and abs(time.mean() - 499.5) < 10
     assert abs(noise.mean()) < 0.01 and abs(noise.std() - 1) < 0.01
@@ -376,6 +360,16 @@ def test_draws_have_the_rates_of_the_config(tiny):
     assert abs(no_text.mean() - 0.3) < 0.015
     assert abs(no_image.mean() - 0.1) < 0.01
     assert abs((no_text & no_image).mean() - 0.03) < 0.006
+    # the time does not depend on the rates
+    ends = np.array([int(time.argmin()), int(time.argmax())] * 3)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(step(batch, rngs[ends])))
+
+
+def test_data_without_masks_has_no_metric_of_them(made):
+    composer, params, _ = made
+    rows = {"error": jnp.asarray([1.0, 2.0, 4.0]), "has_image": jnp.asarray([False, True, True])}
+    value, metrics = composer.objective(params, rows)
+    assert abs(value - 7 / 3) < 1e-6 and metrics == {"mse_text": 1.0, "mse_triplet": 3.0}
 
 
 def test_stage_one_needs_no_reference_at_all(made, batch):
@@ -516,6 +510,6 @@ def test_it_computes_in_the_dtype_of_its_backbone(tiny, made, query):
     half = dataclasses.replace(backbone, model=backbone.model.clone(dtype=jnp.bfloat16))
     composer = CompoDiff(half, **SIZES, steps=3, samples_per_query=2)
     kept = jax.eval_shape(composer.branches, params, frozen, query, query["reference_features"])
-    assert {leaf.dtype for leaf in jax.tree.leaves(kept)} == {jnp.bfloat16}
+    assert {leaf.dtype for leaf in jax.tree.leaves(kept)} == {jnp.dtype(jnp.bfloat16)}
     result = jax.eval_shape(composer.compose, params, frozen, query, jax.random.key(0))
     assert result.dtype == jnp.float32

@@ -1,0 +1,21 @@
+"""Slerp: spherical interpolation of image and text features, no training (arXiv 2405.00571).
+
+    python launch/eval.py --config=experiments/slerp.py
+
+Paper: alpha 0.8 on CIRCO and FashionIQ, 0.9 on CIRR. On the embedded world 0.8 was chosen on val.
+"""
+
+from ml_collections import ConfigDict
+
+from experiments import base
+
+PRESETS = {
+    "shapes": {},
+    "vit_b32": {"backbone": "openai/clip-vit-base-patch32"},
+    "vit_l14": {"backbone": "openai/clip-vit-large-patch14"},
+}
+
+
+def get_config(preset: str = "shapes") -> ConfigDict:
+    config = base.experiment("slerp", {"name": "slerp", "alpha": 0.8})
+    return base.apply(config, PRESETS, preset)
