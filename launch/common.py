@@ -44,6 +44,13 @@ def command() -> list[str]:
 
 def join(distributed: ModuleType) -> None:
     """Joins the other processes as the flags or the environment say; before any use of JAX."""
+    import jax
+
+    if not jax.config.jax_compilation_cache_dir:  # $JAX_COMPILATION_CACHE_DIR
+        # a resumed run, and an evaluation after training, need not compile again
+        jax.config.update(
+            "jax_compilation_cache_dir", str(Path.home() / ".cache" / "cir_jax" / "xla")
+        )
     distributed.initialize(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
 
 

@@ -1,0 +1,64 @@
+"""Runs the binaries as a user would: real processes, on the tiny world."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+SMOKE = "experiments/compodiff.py:smoke"
+LIMIT = 420
+
+
+def environment(scratch: Path, devices: int = 1) -> dict[str, str]:
+    """Everything a run writes outside its workdir goes under `scratch`."""
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_", "CIR_"))}
+    return inherited | {
+        "CIR_JAX_DATA": str(scratch / "data"),
+        "CIR_JAX_CACHE": str(scratch / "features"),
+        "JAX_COMPILATION_CACHE_DIR": str(scratch / "xla"),
+        "JAX_PLATFORMS": "cpu",
+        "JAX_NUM_CPU_DEVICES": str(devices),
+    }
+
+
+def start(binary: str, *flags: str, scratch: Path, devices: int = 1, log: Path) -> subprocess.Popen:
+    """Starts `python launch/<binary>.py flags`; its output goes to the file `log`."""
+    with log.open("ab") as output:
+        return subprocess.Popen(
+            [sys.executable, f"launch/{binary}.py", *flags],
+            cwd=ROOT,
+            env=environment(scratch, devices),
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
+
+
+def run(binary: str, *flags: str, scratch: Path, devices: int = 1) -> tuple[int, str]:
+    """Exit status and output of a whole run."""
+    done = subprocess.run(
+        [sys.executable, f"launch/{binary}.py", *flags],
+        cwd=ROOT,
+        env=environment(scratch, devices),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        timeout=LIMIT,
+        text=True,
+    )
+    return done.returncode, done.stdout
+
+
+def kill_when(process: subprocess.Popen, condition: Callable[[], bool], log: Path) -> bool:
+    """kill -9 as soon as the condition holds; False if the process ended before."""
+    deadline = time.monotonic() + LIMIT
+    while not condition():
+        if process.poll() is not None:
+            return False
+        assert time.monotonic() < deadline, log.read_text()[-3000:]
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    return True

@@ -1,0 +1,177 @@
+"""The binaries from start to end, interrupted, on many devices and in several processes."""
+
+import json
+import signal
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import cir_jax
+from cir_jax.training import logs
+from tests.launch.binaries import SMOKE, kill_when, run, start
+
+pytestmark = pytest.mark.slow
+
+LONGER = (  # so that there is time to interrupt
+    "--config.stage.stage1.duration=24",
+    "--config.stage.stage2.duration=24",
+    "--config.evaluation.benchmarks=('shapes_tiny/circo',)",
+)
+
+
+def metrics(workdir):
+    results = json.loads((workdir / "results.json").read_text())["results"]
+    return {(r["benchmark"], r["method"]): r["metrics"] for r in results}
+
+
+def losses(workdir, stage):
+    return [(row["step"], row["loss"]) for row in logs.read(workdir / stage / "metrics.jsonl")]
+
+
+@pytest.fixture(scope="module")
+def scratch(tmp_path_factory):
+    return tmp_path_factory.mktemp("scratch")
+
+
+@pytest.fixture(scope="module")
+def finished(scratch, tmp_path_factory):
+    """An unbroken run on one device."""
+    workdir = tmp_path_factory.mktemp("run") / "compodiff"
+    status, output = run(
+        "main", f"--config={SMOKE}", f"--workdir={workdir}", *LONGER, scratch=scratch
+    )
+    assert status == 0, output
+    return workdir, output
+
+
+def test_main_trains_evaluates_and_draws(finished):
+    workdir, output = finished
+    assert "protocol circo(gallery=all" in output and "compodiff" in output
+    found = metrics(workdir)
+    for method in ("image_only", "text_only", "image_text", "compodiff"):
+        assert 0 <= found["shapes_tiny/circo", method]["mAP@10"]["value"] <= 100
+    assert Image.open(workdir / "shapes_tiny_circo.png").width > 1000
+    assert [step for step, _ in losses(workdir, "stage1")] == list(range(2, 25, 2))
+
+
+def test_eval_of_the_workdir_gives_the_same_numbers(finished, scratch):
+    workdir, _ = finished
+    before = metrics(workdir)
+    flags = (f"--config={SMOKE}", f"--workdir={workdir}", *LONGER)
+    status, output = run("eval", *flags, scratch=scratch, devices=4)
+    assert status == 0, output
+    assert metrics(workdir) == before
+
+
+def test_training_free_methods_need_no_workdir(scratch, tmp_path):
+    status, output = run(
+        "eval",
+        "--config=experiments/slerp.py",
+        "--config.evaluation.benchmarks=('shapes_tiny/cirr',)",
+        f"--workdir={tmp_path}",
+        scratch=scratch,
+    )
+    assert status == 0, output
+    assert ("shapes_tiny/cirr", "slerp") in metrics(tmp_path)
+
+
+def test_load_gives_a_search_of_a_folder(finished, tmp_path):
+    workdir, _ = finished
+    rng = np.random.default_rng(0)
+    for i in range(5):
+        Image.fromarray(rng.integers(0, 255, (40, 50, 3), np.uint8)).save(tmp_path / f"{i}.png")
+    search = cir_jax.load(workdir)
+    search.index(tmp_path)
+    found = search.search(tmp_path / "3.png", "is red", k=3)
+    assert len(found) == 3 and len({path for path, _ in found}) == 3
+    scores = [score for _, score in found]
+    assert scores == sorted(scores, reverse=True)
+
+
+def test_killed_at_any_moment_the_same_command_ends_with_the_same_numbers(finished, tmp_path):
+    unbroken, _ = finished
+    scratch, workdir, log = tmp_path / "scratch", tmp_path / "run", tmp_path / "log"
+    scratch.mkdir()
+    flags = (f"--config={SMOKE}", f"--workdir={workdir}", *LONGER)
+
+    def lines(stage):
+        file = workdir / stage / "metrics.jsonl"
+        return file.read_bytes().count(b"\n") if file.exists() else 0
+
+    def writing(stage):
+        return any((workdir / stage / "checkpoints").glob("*.orbax-checkpoint-tmp*"))
+
+    moments = {
+        "while data are prepared": lambda: any((scratch / "data").rglob(".building/*")),
+        "in a stage": lambda: lines("stage1") >= 4,
+        "while a checkpoint is written": lambda: lines("stage1") >= 8 and writing("stage1"),
+        "between stages": lambda: (workdir / "stage2").exists(),
+        "in the next stage": lambda: lines("stage2") >= 6 and writing("stage2"),
+    }
+    for moment, condition in moments.items():
+        process = start("main", *flags, scratch=scratch, log=log)
+        assert kill_when(process, condition, log), f"{moment}: ended before\n{log.read_text()}"
+    process = start("main", *flags, scratch=scratch, log=log)
+    assert process.wait() == 0, log.read_text()[-3000:]
+    for stage in ("stage1", "stage2"):
+        assert losses(workdir, stage) == losses(unbroken, stage)
+    assert metrics(workdir) == metrics(unbroken)
+
+
+def test_preemption_saves_and_the_same_command_continues(finished, scratch, tmp_path):
+    unbroken, _ = finished
+    workdir, log = tmp_path / "run", tmp_path / "log"
+    flags = (f"--config={SMOKE}", f"--workdir={workdir}", *LONGER, "--config.checkpoint.every=100")
+    process = start("main", *flags, scratch=scratch, log=log)
+    file = workdir / "stage1" / "metrics.jsonl"
+    while process.poll() is None and not (file.exists() and file.stat().st_size):
+        time.sleep(0.002)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait() == 143, log.read_text()[-3000:]
+    assert "stopped and saved after step" in log.read_text()
+    status, output = run("main", *flags, scratch=scratch)
+    assert status == 0 and "resuming after step" in output
+    assert losses(workdir, "stage2") == losses(unbroken, "stage2")
+    assert metrics(workdir) == metrics(unbroken)
+
+
+def test_two_processes_train_the_same_run(finished, scratch, tmp_path):
+    unbroken, _ = finished
+    workdir = tmp_path / "run"
+    flags = [f"--config={SMOKE}", f"--workdir={workdir}", *LONGER, "--config.mesh.fsdp=2"]
+    logs_of = [tmp_path / "log0", tmp_path / "log1"]
+    processes = [
+        start(
+            "main",
+            *flags,
+            "--coordinator=localhost:19751",
+            "--num_processes=2",
+            f"--process_id={i}",
+            scratch=scratch,
+            devices=4,
+            log=log,
+        )
+        for i, log in enumerate(logs_of)
+    ]
+    assert [p.wait() for p in processes] == [0, 0], logs_of[0].read_text()[-3000:]
+    for stage in ("stage1", "stage2"):
+        ours, one = np.asarray(losses(workdir, stage)), np.asarray(losses(unbroken, stage))
+        np.testing.assert_allclose(ours, one, rtol=1e-5)
+    before = metrics(workdir)
+    assert before == metrics(unbroken)
+    assert "protocol" not in logs_of[1].read_text()  # reports come from process 0
+    status, output = run("eval", *flags[:-1], scratch=scratch)  # one process, one device
+    assert status == 0, output
+    assert metrics(workdir) == before
+
+
+def test_dry_run_prints_and_writes_nothing(scratch, tmp_path):
+    workdir = tmp_path / "run"
+    flags = (f"--config={SMOKE}", f"--workdir={workdir}", "--config.mesh.fsdp=4", "--dry_run")
+    status, output = run("main", *flags, scratch=scratch, devices=8)
+    assert status == 0, output
+    assert "stage stage2: 12 steps, mesh {'data': 2, 'fsdp': 4, 'tensor': 1}" in output
+    assert "per device" in output and "['target_features'] float32[32, 128]" in output
+    assert not workdir.exists()
