@@ -73,7 +73,9 @@ def caption_table(count: int = 64, seed: int = 0) -> MemoryTable:
         {
             "id": i,
             "image": png(rng),
-            "captions": [" ".join(rng.choice(WORDS, rng.integers(2, 9))).encode() for _ in range(3)],
+            "captions": [
+                " ".join(rng.choice(WORDS, rng.integers(2, 9))).encode() for _ in range(3)
+            ],
         }
         for i in range(count)
     ]

@@ -340,10 +340,7 @@ class CompoDiff(Composer):
         token_ids = jnp.pad(token_ids, ((0, 0), (0, missing)), constant_values=tokenizer.pad_id)
         end = jnp.argmax(token_ids == tokenizer.eos_id, axis=-1)
         visible = jnp.arange(token_ids.shape[1])[None] <= end[:, None]
-        embeddings = self.backbone.embed_tokens(frozen["backbone"], token_ids)
-        return self.backbone.model.apply(
-            {"params": frozen["backbone"]}, embeddings, visible, method="text_hidden_states"
-        )
+        return self.backbone.text_hidden_states(frozen["backbone"], token_ids, visible)
 
     def target(self, frozen: Params, batch: dict[str, jax.Array]) -> jax.Array:
         """Scaled target features, float32[batch, dim]."""

@@ -56,7 +56,8 @@ class Records:
                 record[field] = self.features[field][index]
             else:
                 what = f"{self.table!r}, record {index}, field {field!r}"
-                record[field] = self.transform(decode(record[field], what))
+                image = decode(record[field], what, rgb=not self.transform.rgb_last)
+                record[field] = self.transform(image)
         return record
 
     def _skip(self, index: int, error: DataError) -> None:

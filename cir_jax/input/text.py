@@ -1,6 +1,8 @@
 """Tokenisation: text cleaning as OpenAI's CLIP, ids from a Hugging Face `tokenizer.json`."""
 
+import gzip
 import html
+import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,10 +12,18 @@ import ftfy
 import numpy as np
 import tokenizers
 
-from cir_jax.errors import WeightsError
+from cir_jax.errors import DataError, WeightsError
 
 BUCKET = 8
 """Batches are padded to a multiple of this, so that few lengths, and few programs, occur."""
+
+OPENAI_VOCABULARY = "bpe_simple_vocab_16e6.txt.gz"
+"""The vocabulary file of the openai/CLIP repository; may lie beside an OpenAI .pt file."""
+
+CLIP_MERGES = 49152 - 256 - 2
+"""Merges of CLIP's vocabulary; OpenAI's file holds more than are used."""
+
+_SPECIAL = ("<|startoftext|>", "<|endoftext|>")
 
 
 def clean(text: str) -> str:
@@ -46,7 +56,31 @@ class Tokenizer:
                 f"{path} is missing: a tokenizer belongs to the weights. "
                 "Copy tokenizer.json from where the weights come from."
             )
-        return cls(tokenizers.Tokenizer.from_file(str(path)), **kwargs)
+        try:
+            return cls(tokenizers.Tokenizer.from_file(str(path)), **kwargs)
+        except Exception as error:  # the library raises bare exceptions
+            raise WeightsError(
+                f"{path}: not a tokenizer ({error}). Download or copy it again."
+            ) from error
+
+    @classmethod
+    def from_directory(cls, path: Path, **kwargs: int) -> "Tokenizer":
+        """From what lies beside weights: tokenizer.json, merges.txt, or OpenAI's vocabulary file.
+
+        pad_id is overruled by the padding token of tokenizer_config.json, where it names one.
+        """
+        file = path / "tokenizer.json"
+        merges = [f for f in (path / "merges.txt", path / OPENAI_VOCABULARY) if f.is_file()]
+        if file.is_file() or not merges:
+            tokenizer = cls.from_file(file, **kwargs)
+        else:
+            tokenizer = cls(clip_bpe(read_merges(merges[0])), **kwargs)
+        config = path / "tokenizer_config.json"
+        token = json.loads(config.read_text()).get("pad_token") if config.is_file() else None
+        token = token.get("content") if isinstance(token, dict) else token
+        pad_id = None if token is None else tokenizer._tokenizer.token_to_id(token)
+        tokenizer.pad_id = tokenizer.pad_id if pad_id is None else pad_id
+        return tokenizer
 
     def save(self, path: Path) -> None:
         self._tokenizer.save(str(path))
@@ -87,10 +121,95 @@ class Tokenizer:
         return out
 
     def _ids(self, texts: Sequence[str]) -> list[list[int]]:
-        encodings = self._tokenizer.encode_batch(
-            [clean(text) for text in texts], add_special_tokens=False
+        # `<|endoftext|>` in a text is text, and `<end_of_text>` is the token, as in OpenCLIP
+        # (OpenAI's code has it the other way round). Set here: pickling to workers loses it
+        self._tokenizer.encode_special_tokens = True
+        named = {"<start_of_text>": self.bos_id, "<end_of_text>": self.eos_id}
+        pieces = [re.split("(<start_of_text>|<end_of_text>)", clean(text)) for text in texts]
+        plain = [piece for row in pieces for piece in row if piece not in named]
+        encoded = iter(self._tokenizer.encode_batch(plain, add_special_tokens=False))
+        return [
+            [
+                token
+                for piece in row
+                for token in ([named[piece]] if piece in named else next(encoded).ids)
+            ]
+            for row in pieces
+        ]
+
+
+def placeholder_positions(
+    token_ids: np.ndarray, placeholder_id: int, *, every: bool = False
+) -> np.ndarray:
+    """Where pseudo-words go in int32[batch, length]: see `models.clip.overwrite_tokens`.
+
+    int32[batch], the first placeholder of each row (SEARLE, Pic2Word), or with `every`
+    bool[batch, length], all of them (LinCIR, RTD).
+    Raises DataError naming the first row without one.
+    """
+    found = np.asarray(token_ids) == placeholder_id
+    if (missing := ~found.any(axis=1)).any():
+        raise DataError(
+            f"row {int(np.argmax(missing))}: no placeholder (token {placeholder_id}) in the text. "
+            "Put ` $ ` or ` * `, with the spaces, where the image's pseudo-word belongs, and check "
+            "that truncation did not cut it off."
         )
-        return [encoding.ids for encoding in encodings]
+    return found if every else found.argmax(axis=1).astype(np.int32)
+
+
+def clip_bpe(merges: Sequence[tuple[str, str]]) -> tokenizers.Tokenizer:
+    """CLIP's byte-level BPE, which its merges determine; equal to Hugging Face's tokenizer.json.
+
+    Ids: the bytes, the bytes at the end of a word, the merges, start and end of text.
+    """
+    # printable bytes first, in this order; see `bytes_to_unicode` of openai/gpt-2
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    symbols = [chr(b) for b in printable]
+    symbols += [chr(256 + i) for i in range(256 - len(printable))]
+    words = [*symbols, *(f"{s}</w>" for s in symbols), *map("".join, merges), *_SPECIAL]
+    tokenizer = tokenizers.Tokenizer(
+        tokenizers.models.BPE(
+            {word: i for i, word in enumerate(words)},
+            list(merges),
+            unk_token=_SPECIAL[1],
+            end_of_word_suffix="</w>",
+        )
+    )
+    pattern = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+    split, normalizer = tokenizers.pre_tokenizers, tokenizers.normalizers
+    tokenizer.normalizer = normalizer.Sequence(
+        [
+            normalizer.NFC(),
+            normalizer.Replace(tokenizers.Regex(r"\s+"), " "),
+            normalizer.Lowercase(),
+        ]
+    )
+    tokenizer.pre_tokenizer = split.Sequence(
+        [
+            split.Split(tokenizers.Regex(pattern), behavior="removed", invert=True),
+            split.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    start, end = len(words) - 2, len(words) - 1
+    tokenizer.post_processor = tokenizers.processors.RobertaProcessing(
+        (_SPECIAL[1], end), (_SPECIAL[0], start), trim_offsets=False, add_prefix_space=False
+    )
+    tokenizer.add_special_tokens(list(_SPECIAL))
+    return tokenizer
+
+
+def read_merges(path: Path) -> list[tuple[str, str]]:
+    """The merges of a `merges.txt` or of OpenAI's vocabulary file: a header, then pairs."""
+    try:
+        data = path.read_bytes()
+        text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode()
+        lines = text.strip().split("\n")[1 : CLIP_MERGES + 1]
+        return [(first, second) for first, second in (line.split() for line in lines)]
+    except (OSError, ValueError) as error:
+        raise WeightsError(
+            f"{path}: not a list of merges ({error}). Download or copy it again."
+        ) from error
 
 
 def word_tokenizer(words: Sequence[str], context_length: int) -> Tokenizer:

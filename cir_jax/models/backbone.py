@@ -74,11 +74,15 @@ class Backbone:
         """
         return self._apply(params, token_ids, embeddings, method="encode_text").astype(jnp.float32)
 
-    def text_hidden_states(self, params: Any, token_ids: jax.Array) -> jax.Array:
-        """int32[batch, length] -> float[batch, length, token_dim] after the final norm."""
-        return self._apply(
-            params, self.embed_tokens(params, token_ids), method="text_hidden_states"
-        )
+    def text_hidden_states(
+        self, params: Any, token_ids: jax.Array, attention_mask: jax.Array | None = None
+    ) -> jax.Array:
+        """int32[batch, length] -> float[batch, length, token_dim] after the final norm.
+
+        attention_mask: bool[batch, length], True where a key may be attended to; None = all.
+        """
+        embeddings = self.embed_tokens(params, token_ids)
+        return self._apply(params, embeddings, attention_mask, method="text_hidden_states")
 
     def _apply(self, params: Any, *args: Any, method: str) -> jax.Array:
         return self.model.apply({"params": params}, *args, method=method)

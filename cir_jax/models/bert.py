@@ -41,8 +41,13 @@ class BertConfig(TowerConfig):
         return self.bos_token_id + 1
 
 
-def dense(features: int, name: str, dtype: Any) -> nn.Dense:
+def dense(features: int, name: str | None, dtype: Any) -> nn.Dense:
     return nn.Dense(features, dtype=dtype, kernel_init=nn.initializers.normal(0.02), name=name)
+
+
+def layer_norm(config: TowerConfig, dtype: Any, name: str | None = None) -> nn.LayerNorm:
+    # the fast variance is E[x^2] - E[x]^2, which cancels
+    return nn.LayerNorm(config.layer_norm_eps, use_fast_variance=False, dtype=dtype, name=name)
 
 
 class Attention(nn.Module):
@@ -80,7 +85,7 @@ class Layer(nn.Module):
         config = self.config
 
         def norm(name: str, x: jax.Array) -> jax.Array:
-            return nn.LayerNorm(config.layer_norm_eps, dtype=self.dtype, name=name)(x)
+            return layer_norm(config, self.dtype, name)(x)
 
         attend = Attention(config, self.dtype, name="attention")
         x = norm("attention_norm", x + attend(x, x, mask))
@@ -108,7 +113,7 @@ class Bert(nn.Module):
         self.position_embedding = self.param(
             "position_embedding", normal, (config.max_position_embeddings, config.hidden_size)
         )
-        self.embedding_norm = nn.LayerNorm(config.layer_norm_eps, dtype=self.dtype)
+        self.embedding_norm = layer_norm(config, self.dtype)
         layer = nn.remat(Layer) if self.remat else Layer
         self.layers = [layer(config, self.dtype) for _ in range(config.num_hidden_layers)]
 

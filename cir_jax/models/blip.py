@@ -2,7 +2,7 @@
 
 The same methods as `Clip`, so that a backbone can be either; matching comes on top. The image tower
 is CLIP's ViT without the first norm, with a bias in the patch embedding, and its last norm on all
-tokens. Layer norm's epsilon is the checkpoint's: 1e-6 in salesforce's files, 1e-5 in Hugging Face's.
+tokens. The epsilon of its norms comes with the checkpoint: salesforce 1e-6, Hugging Face 1e-5.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cir_jax.models.bert import Bert, BertConfig, dense
+from cir_jax.models.bert import Bert, BertConfig, dense, layer_norm
 from cir_jax.models.clip import Block, PatchEmbedding, TowerConfig
 
 
@@ -100,15 +100,15 @@ def bicubic_weights(old: int, new: int) -> np.ndarray:
 
 
 def interpolate_positions(positions: jax.Array, grid: tuple[int, int]) -> jax.Array:
-    """float[1 + size * size, width] -> float[1 + rows * columns, width]; the first stays as is."""
-    size = round((positions.shape[0] - 1) ** 0.5)
+    """float[1, 1 + size * size, width] -> [1, 1 + rows * columns, width]; the first stays as is."""
+    size = round((positions.shape[1] - 1) ** 0.5)
     if grid == (size, size):
         return positions
     rows, columns = (bicubic_weights(size, new) for new in grid)
-    patches = positions[1:].reshape(size, size, -1)
+    patches = positions[0, 1:].reshape(size, size, -1)
     patches = jnp.einsum("rs,sqw->rqw", rows, patches, precision="highest")
     patches = jnp.einsum("cq,rqw->rcw", columns, patches, precision="highest")
-    return jnp.concatenate([positions[:1], patches.reshape(-1, positions.shape[1])])
+    return jnp.concatenate([positions[:, :1], patches.reshape(1, -1, positions.shape[2])], axis=1)
 
 
 class BlipVision(nn.Module):
@@ -123,12 +123,12 @@ class BlipVision(nn.Module):
         width, normal = config.hidden_size, nn.initializers.normal(0.02)
         self.patch_embedding = PatchEmbedding(width, config.patch_size, self.dtype)
         self.patch_bias = self.param("patch_bias", nn.initializers.zeros, (width,))
-        self.class_embedding = self.param("class_embedding", normal, (1, width))
+        self.class_embedding = self.param("class_embedding", normal, (1, 1, width))
         tokens = (config.image_size // config.patch_size) ** 2 + 1
-        self.position_embedding = self.param("position_embedding", normal, (tokens, width))
+        self.position_embedding = self.param("position_embedding", normal, (1, tokens, width))
         block = nn.remat(Block) if self.remat else Block
         self.layers = [block(config, self.dtype) for _ in range(config.num_hidden_layers)]
-        self.post_norm = nn.LayerNorm(config.layer_norm_eps, dtype=self.dtype)
+        self.post_norm = layer_norm(config, self.dtype)
 
     def __call__(self, images: jax.Array) -> jax.Array:
         """Normalised float[batch, height, width, 3] -> float[batch, tokens, width]."""
@@ -143,9 +143,9 @@ class BlipVision(nn.Module):
         patches = self.patch_embedding(images.astype(self.dtype))
         patches = patches + self.patch_bias.astype(self.dtype)[None, None]
         first = jnp.broadcast_to(
-            self.class_embedding.astype(self.dtype)[None], (batch, 1, patches.shape[-1])
+            self.class_embedding.astype(self.dtype), (batch, 1, patches.shape[-1])
         )
-        x = jnp.concatenate([first, patches], axis=1) + positions.astype(self.dtype)[None]
+        x = jnp.concatenate([first, patches], axis=1) + positions.astype(self.dtype)
         for layer in self.layers:
             x = layer(x, None)
         return self.post_norm(x)
@@ -166,7 +166,6 @@ class Blip(nn.Module):
         config = self.config
         self.vision = BlipVision(config.vision, self.dtype, self.remat)
         self.text = Bert(config.text, self.dtype, self.remat)
-        # named after Hugging Face: submodules defined in setup take the attribute's name
         self.visual_projection = dense(config.projection_dim, None, self.dtype)
         self.text_projection = dense(config.projection_dim, None, self.dtype)
         self.match_head = dense(2, None, self.dtype)

@@ -168,7 +168,8 @@ def query_features(
 
 def read_image(source: Records, row: int, field: str, transform: Any) -> np.ndarray:
     """Decoded and transformed: uint8[height, width, 3]. Raises DataError naming the record."""
-    return transform(images.decode(bytes(source[row][field]), _name(source, row)))
+    data, rgb = bytes(source[row][field]), not transform.rgb_last
+    return transform(images.decode(data, _name(source, row), rgb=rgb))
 
 
 def _embed(

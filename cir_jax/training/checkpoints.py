@@ -1,7 +1,10 @@
 """Checkpoints of a stage: Orbax, asynchronous, sharded; corrupt ones are passed over, not fatal."""
 
+import contextlib
+import errno
 import logging
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +47,8 @@ class Checkpoints:
         return self
 
     def __exit__(self, *_: Any) -> None:
-        self._manager.close()  # waits for the save in flight
+        with self._disk_errors():
+            self._manager.close()  # waits for the save in flight
 
     def save(self, state: TrainState, position: Mapping[str, Any]) -> None:
         """Starts writing `state` and returns before it is on disk. CheckpointError if refused."""
@@ -56,14 +60,33 @@ class Checkpoints:
         }
         if jax.tree.leaves(state.ema):
             items["ema"] = ocp.args.StandardSave(state.ema)
-        if not self._manager.save(step, args=ocp.args.Composite(**items), force=True):
+        with self._disk_errors():
+            saved = self._manager.save(step, args=ocp.args.Composite(**items), force=True)
+        if not saved:
             raise CheckpointError(
                 f"{self.directory}: step {step} was not saved (it exists already)."
             )
 
     def wait(self) -> None:
         """Until the checkpoint in flight is on disk."""
-        self._manager.wait_until_finished()
+        with self._disk_errors():
+            self._manager.wait_until_finished()
+
+    @contextlib.contextmanager
+    def _disk_errors(self) -> Iterator[None]:
+        """A full or failing disk is a CheckpointError; what was saved before is still there."""
+        try:
+            yield
+        except Exception as error:  # Orbax and tensorstore wrap the system's errors as text
+            text = str(error)
+            known = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO)
+            reasons = [os.strerror(code) for code in known if os.strerror(code) in text]
+            if not reasons:
+                raise
+            raise CheckpointError(
+                f"{self.directory}: a checkpoint could not be written: {reasons[0]}. The ones "
+                "before it are whole. Make room and run the same command again."
+            ) from error
 
     def steps(self) -> list[int]:
         """Steps with a finished checkpoint, newest first."""

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from cir_jax import composers
@@ -249,18 +250,25 @@ def claim_workdir(workdir: Path, config: ml_collections.ConfigDict) -> None:
     Raises CheckpointError naming the fields that differ, or that the directory is not writable.
     """
     check_workdir(workdir, config)
-    file = workdir / CONFIG_FILE
-    if jax.process_index() or file.is_file():
-        return
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        scratch = file.with_suffix(".tmp")
-        scratch.write_text(config.to_json_best_effort(indent=2) + "\n")
-        os.replace(scratch, file)
-    except OSError as error:
+    file, problem = workdir / CONFIG_FILE, ""
+    if jax.process_index() == 0 and not file.is_file():
+        try:
+            workdir.mkdir(parents=True, exist_ok=True)
+            scratch = file.with_suffix(".tmp")
+            scratch.write_text(config.to_json_best_effort(indent=2) + "\n")
+            os.replace(scratch, file)
+        except OSError as error:
+            problem = f" ({error.strerror})"
+    # all processes raise together: one that left alone would keep the others waiting
+    here = np.atleast_1d(multihost_utils.process_allgather(np.asarray(file.is_file())))
+    if not here[0]:
+        raise CheckpointError(f"--workdir={workdir} cannot be written{problem}: choose another.")
+    if not here.all():
+        blind = ", ".join(map(str, np.flatnonzero(~here)))
         raise CheckpointError(
-            f"--workdir={workdir} cannot be written ({error.strerror}). Choose another directory."
-        ) from error
+            f"--workdir={workdir} is not seen by process(es) {blind}. It must lie on a disk that "
+            "all processes share."
+        )
 
 
 def read_config(workdir: Path) -> dict[str, Any]:

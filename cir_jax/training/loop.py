@@ -162,12 +162,12 @@ class Trainer:
             mininterval=1.0,
         )
         batches = self.pipeline.batches(start, stage.steps)
-        with bar, contextlib.closing(batches), _preemption() as preempted:
+        # whatever the loop moves to or from a device, it moves explicitly
+        guard = jax.transfer_guard("disallow")
+        with bar, contextlib.closing(batches), _preemption() as preempted, guard:
             for number, local in enumerate(batches, start + 1):
                 batch = meshes.global_batch(self.mesh, local)
-                # whatever the loop moves to or from a device, it moves explicitly
-                with jax.transfer_guard("disallow"):
-                    state, metrics = self.step(state, self.frozen, batch)
+                state, metrics = self.step(state, self.frozen, batch)
                 pending.append((number, metrics))
                 bar.update()
                 leaving = preempted(number)

@@ -17,7 +17,7 @@ BATCH = P(("data", "fsdp"))
 
 Rules = Sequence[tuple[str, P]]
 RULES: Rules = (
-    (r".*/(query|key|value|key_value|fc1)/kernel", P("fsdp", "tensor")),
+    (r".*/(query|key|value|key_value|fc1|gate)/kernel", P("fsdp", "tensor")),
     (r".*/(out|fc2)/kernel", P("tensor", "fsdp")),
     (r".*/(token_embedding/embedding)", P("tensor", "fsdp")),
     (r".*/kernel", P("fsdp", None)),

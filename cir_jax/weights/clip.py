@@ -1,210 +1,230 @@
-"""CLIP in Hugging Face format: names of its tensors, directory in and directory out."""
+"""CLIP in any of its formats: Hugging Face, OpenCLIP, OpenAI; one way in, one way out."""
 
 import dataclasses
-import hashlib
 import json
-import os
-import shutil
-import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 
 from cir_jax.errors import WeightsError
 from cir_jax.input.images import ImageTransform
 from cir_jax.input.text import Tokenizer
 from cir_jax.models.backbone import Backbone
 from cir_jax.models.clip import Clip, ClipConfig, TowerConfig
-from cir_jax.weights import convert
+from cir_jax.models.resnet import ResNetConfig
+from cir_jax.weights import convert, files, open_clip
+from cir_jax.weights.files import REPOSITORY as REPOSITORY
 
 IGNORE = (r"(text|vision)_model\.embeddings\.position_ids",)
-REPOSITORY = Path(__file__).resolve().parents[2]
+
+# tensors that only one family has, to say what a file is when it is not what was expected
+_SIGNATURES = {
+    "CLIP (Hugging Face names)": ("text_model.embeddings.token_embedding.weight",),
+    "CLIP (OpenAI or OpenCLIP names)": ("token_embedding.weight", "visual.conv1.weight"),
+    "BLIP (Hugging Face names)": ("vision_proj.weight", "vision_model.embeddings.class_embedding"),
+    "BLIP (original names)": ("visual_encoder.cls_token",),
+    "T5": ("encoder.block.0.layer.0.SelfAttention.q.weight",),
+}
 
 
-def hf_names(config: ClipConfig) -> dict[str, convert.Target]:
+def hf_names(config: ClipConfig) -> convert.Names:
     """Name table of transformers' CLIPModel."""
-    names: dict[str, convert.Target] = {
-        "logit_scale": (("logit_scale",), "same"),
-        "visual_projection.weight": (("visual_projection", "kernel"), "linear"),
-        "text_projection.weight": (("text_projection", "kernel"), "linear"),
-    }
-
-    def norm(source: str, *path: str) -> None:
-        names[f"{source}.weight"] = ((*path, "scale"), "same")
-        names[f"{source}.bias"] = ((*path, "bias"), "same")
-
-    def linear(source: str, *path: str) -> None:
-        names[f"{source}.weight"] = ((*path, "kernel"), "linear")
-        names[f"{source}.bias"] = ((*path, "bias"), "same")
+    text, vision = "text_model", "vision_model"
+    table = convert.Names(
+        {
+            "logit_scale": (("logit_scale",), "same"),
+            "visual_projection.weight": (("visual_projection", "kernel"), "linear"),
+            "text_projection.weight": (("text_projection", "kernel"), "linear"),
+        }
+    )
 
     def layers(source: str, tower: str, tower_config: TowerConfig) -> None:
         for i in range(tower_config.num_hidden_layers):
             old, new = f"{source}.encoder.layers.{i}", f"layers_{i}"
             for theirs, ours in (("q", "query"), ("k", "key"), ("v", "value"), ("out", "out")):
-                linear(f"{old}.self_attn.{theirs}_proj", tower, new, "attention", ours)
+                table.linear(f"{old}.self_attn.{theirs}_proj", tower, new, "attention", ours)
             for part in ("fc1", "fc2"):
-                linear(f"{old}.mlp.{part}", tower, new, part)
+                table.linear(f"{old}.mlp.{part}", tower, new, part)
             for part in ("1", "2"):
-                norm(f"{old}.layer_norm{part}", tower, new, f"norm{part}")
+                table.norm(f"{old}.layer_norm{part}", tower, new, f"norm{part}")
 
-    text, vision = "text_model", "vision_model"
-    names |= {
-        f"{text}.embeddings.token_embedding.weight": (
-            ("text", "token_embedding", "embedding"),
-            "same",
-        ),
+    embeddings, patches = f"{vision}.embeddings", ("vision", "patch_embedding", "kernel")
+    words = ("text", "token_embedding", "embedding")
+    table |= {
+        f"{text}.embeddings.token_embedding.weight": (words, "same"),
         f"{text}.embeddings.position_embedding.weight": (("text", "position_embedding"), "same"),
-        f"{vision}.embeddings.class_embedding": (("vision", "class_embedding"), "same"),
-        f"{vision}.embeddings.patch_embedding.weight": (
-            ("vision", "patch_embedding", "kernel"),
-            "conv",
-        ),
-        f"{vision}.embeddings.position_embedding.weight": (
-            ("vision", "position_embedding"),
-            "same",
-        ),
+        f"{embeddings}.class_embedding": (("vision", "class_embedding"), "same"),
+        f"{embeddings}.position_embedding.weight": (("vision", "position_embedding"), "same"),
+        f"{embeddings}.patch_embedding.weight": (patches, "conv"),
     }
     layers(text, "text", config.text)
-    norm(f"{text}.final_layer_norm", "text", "final_norm")
+    table.norm(f"{text}.final_layer_norm", "text", "final_norm")
     layers(vision, "vision", config.vision)
-    norm(f"{vision}.pre_layrnorm", "vision", "pre_norm")  # spelled so in the original
-    norm(f"{vision}.post_layernorm", "vision", "post_norm")
-    return names
+    table.norm(f"{vision}.pre_layrnorm", "vision", "pre_norm")  # spelled so in the original
+    table.norm(f"{vision}.post_layernorm", "vision", "post_norm")
+    return table
 
 
-def resolve(name_or_path: str) -> Path:
-    """Directory of a backbone: a path, a path relative to the repository, or a cached hub id.
+def load(
+    name_or_path: str | Path, dtype: Any = jnp.float32, *, params_dtype: Any = jnp.float32
+) -> tuple[Backbone, dict[str, Any]]:
+    """Backbone and parameters of a directory, file or hub id (see `files.find`).
 
-    Raises WeightsError that says what to download and where to put it.
+    dtype: of the computation. params_dtype: of the parameters, None = as they are stored.
+    Raises WeightsError naming what is missing, unreadable, another model's, or does not fit.
     """
-    for path in (Path(name_or_path).expanduser(), REPOSITORY / name_or_path):
-        if (path / "config.json").is_file():
-            return path.resolve()
-    if name_or_path.count("/") == 1 and not name_or_path.startswith((".", "/", "~")):
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-        try:
-            return Path(snapshot_download(name_or_path, allow_patterns=["*.json", "*.safetensors"]))
-        except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    source = _find(name_or_path)
+    tensors, paths = source.tensors(), source.files()
+    what = str(paths[0]) if len(paths) == 1 else f"{source.directory} ({len(paths)} files)"
+    config, openai = _config(source, tensors, what)
+    if source.kind == files.HUGGING_FACE and not openai:
+        table, ignore, marker = hf_names(config), IGNORE, "text_model."
     else:
-        reason = "no such directory with a config.json"
-    raise WeightsError(
-        f"backbone {name_or_path!r}: {reason}. "
-        "Give a directory in Hugging Face format (config.json, "
-        "model.safetensors, tokenizer.json, preprocessor_config.json), or download one where there "
-        f"is a network, `hf download {name_or_path} --local-dir DIR`, and set "
-        "--config.backbone=DIR."
-    )
+        table, ignore, marker = open_clip.names(config), open_clip.IGNORE, "token_embedding."
+    if not any(name.startswith(marker) for name in tensors):
+        raise WeightsError(f"{what}: tensors of {_family(tensors)}, expected {_expected(marker)}.")
+    if openai:
+        ignore = (*ignore, *open_clip.OPENAI_CONSTANTS)
+    backbone = _backbone(source, config, dtype, openai)
+    params = convert.to_ours(tensors, table, ignore=ignore, what=what, dtype=params_dtype)
+    convert.check_shapes(params, jax.eval_shape(backbone.init, jax.random.key(0)), what)
+    weights_id = files.content_id(source.name, params, _beside_shapes(config))
+    return dataclasses.replace(backbone, weights_id=weights_id), params
 
 
-def load_architecture(name_or_path: str, dtype: Any = jnp.float32) -> Backbone:
-    """Backbone of a Hugging Face directory without its weights (which need not be there)."""
-    path = resolve(name_or_path)
-    config = ClipConfig.from_dict(_json(path / "config.json"))
-    return Backbone(
-        model=Clip(config, dtype),
-        tokenizer=Tokenizer.from_file(
-            path / "tokenizer.json",
-            context_length=config.text.max_position_embeddings,
-            bos_id=config.text.bos_token_id,
-            eos_id=_eos(config),
-            pad_id=_pad(path, config),
-        ),
-        image_transform=ImageTransform.from_dict(_json(path / "preprocessor_config.json")),
-        weights_id=f"{path.name}@untrained",
-    )
+def load_architecture(name_or_path: str | Path, dtype: Any = jnp.float32) -> Backbone:
+    """Backbone without its weights, which need not be there unless the config is read off them."""
+    source = _find(name_or_path)
+    tensors = {} if source.kind else source.tensors()
+    config, openai = _config(source, tensors, str(source.file or source.directory))
+    return _backbone(source, config, dtype, openai)
 
 
-def load(name_or_path: str, dtype: Any = jnp.float32) -> tuple[Backbone, dict[str, Any]]:
-    """Backbone and parameters (float32; computes in `dtype`) of a Hugging Face directory.
+def save(path: Path, backbone: Backbone, params: Any, dtype: Any = np.float32) -> None:
+    """Writes a directory, whole or not at all: Hugging Face's format, which transformers loads;
+    OpenCLIP's for ResNets, which Hugging Face's cannot say.
 
-    Raises WeightsError naming what is missing, unreadable or does not fit.
+    dtype: of the stored tensors; float16 halves the files.
     """
-    path = resolve(name_or_path)
-    backbone = load_architecture(name_or_path, dtype)
-    file = path / "model.safetensors"
-    if not file.is_file():
-        raise WeightsError(f"{file} is missing. Copy it from where {path / 'config.json'} is from.")
-    try:
-        tensors = load_file(file)
-    except Exception as error:  # safetensors raises its own types
-        raise WeightsError(f"{file}: unreadable ({error}). Download or copy it again.") from error
-    tensors = {name: array.astype(np.float32) for name, array in tensors.items()}
-    params = convert.to_ours(tensors, hf_names(backbone.config), ignore=IGNORE, what=str(file))
-    convert.check_shapes(params, jax.eval_shape(backbone.init, jax.random.key(0)), str(file))
-    digest = hashlib.sha256(file.read_bytes()).hexdigest()[:12]
-    return dataclasses.replace(backbone, weights_id=f"{path.name}@{digest}"), params
-
-
-def save(
-    path: Path,
-    backbone: Backbone,
-    params: Any,
-    dtype: Any = np.float32,
-) -> None:
-    """Writes a Hugging Face directory, whole or not at all; PyTorch's transformers loads it.
-
-    dtype: of the stored tensors; float16 halves the file.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     config = backbone.config
-    tensors = convert.to_source(jax.device_get(params), hf_names(config))
-    tensors = {name: np.ascontiguousarray(array, dtype) for name, array in tensors.items()}
-    scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    try:
-        save_file(tensors, scratch / "model.safetensors", metadata={"format": "pt"})
-        values = config.to_dict() | {"torch_dtype": np.dtype(dtype).name}
-        files = {
-            "config.json": values,
-            "preprocessor_config.json": backbone.image_transform.to_dict(),
-            "tokenizer_config.json": backbone.tokenizer.to_dict(),
-        }
-        for name, content in files.items():
+    if isinstance(config.vision, ResNetConfig):
+        table, file = open_clip.names(config), "open_clip_model.safetensors"
+        transform = backbone.image_transform
+        statistics = {"mean": transform.mean, "std": transform.std}
+        model = open_clip.to_open_clip(config)
+        about = {files.OPEN_CLIP: {"model_cfg": model, "preprocess_cfg": statistics}}
+    else:
+        table, file = hf_names(config), "model.safetensors"
+        about = {files.HUGGING_FACE: config.to_dict() | {"torch_dtype": np.dtype(dtype).name}}
+    tensors = convert.to_source(jax.device_get(params), table)
+    tensors = {name: np.asarray(array, dtype, order="C") for name, array in tensors.items()}
+    preprocessing = backbone.image_transform.to_dict()
+    if files.OPEN_CLIP in about:
+        preprocessing.setdefault("cir_jax", {})  # see _backbone
+    about |= {
+        "preprocessor_config.json": preprocessing,
+        "tokenizer_config.json": backbone.tokenizer.to_dict(),
+    }
+    with files.new_directory(Path(path)) as scratch:
+        save_file(tensors, scratch / file, metadata={"format": "pt"})
+        for name, content in about.items():
             (scratch / name).write_text(json.dumps(content, indent=2) + "\n")
         backbone.tokenizer.save(scratch / "tokenizer.json")
-        os.chmod(scratch, 0o755)
-        if path.exists():
-            shutil.rmtree(path)
-        os.replace(scratch, path)
-    except BaseException:
-        shutil.rmtree(scratch, ignore_errors=True)
-        raise
 
 
-def _json(file: Path) -> dict[str, Any]:
+def _find(name_or_path: str | Path) -> files.Source:
+    source = files.find(name_or_path)
+    if source.kind and source.model_type != "clip":
+        raise WeightsError(
+            f"{source.directory / source.kind}: model_type {source.model_type!r}, expected 'clip'. "
+            "Give the weights of a CLIP."
+        )
+    return source
+
+
+def _config(
+    source: files.Source, tensors: Mapping[str, np.ndarray], what: str
+) -> tuple[ClipConfig, bool]:
+    """The config, and whether the weights are an archive of OpenAI's own."""
+    openai = set(open_clip.OPENAI_CONSTANTS) <= set(tensors)
+    if openai or not source.kind:
+        if not {"token_embedding.weight", "visual.conv1.weight"} <= set(tensors):
+            raise WeightsError(
+                f"{what}: tensors of {_family(tensors)} and no config beside them. Expected an "
+                "OpenAI CLIP file, or the directory of a model with its config."
+            )
+        config = open_clip.from_shapes({name: array.shape for name, array in tensors.items()})
+        if not openai:
+            raise WeightsError(
+                f"{what}: no config beside it says which activation it was trained with. Write "
+                f"{source.directory / files.OPEN_CLIP} with this content, quick_gelu true for "
+                "models that started from OpenAI's, false for most others, and check the rest: "
+                + json.dumps({"model_cfg": open_clip.to_open_clip(config)})
+            )
+        return config, openai
+    if source.kind == files.HUGGING_FACE:
+        return ClipConfig.from_dict(source.config), openai
     try:
-        return json.loads(file.read_text())
-    except OSError as error:
+        return open_clip.from_open_clip(source.config["model_cfg"], what), openai
+    except KeyError as error:
         raise WeightsError(
-            f"{file} is missing: it belongs to the weights. Copy it from where they come from."
-        ) from error
-    except ValueError as error:
-        raise WeightsError(
-            f"{file}: not valid JSON ({error}). Download or copy it again."
+            f"{source.directory / source.kind}: no field {error}. Download or copy it again."
         ) from error
 
 
-def _eos(config: ClipConfig) -> int:
+def _backbone(source: files.Source, config: ClipConfig, dtype: Any, openai: bool) -> Backbone:
+    directory = source.directory
+    hugging_face = source.kind == files.HUGGING_FACE and not openai
+    preprocessing = directory / "preprocessor_config.json"
+    stored = files.read_json(preprocessing) if hugging_face or preprocessing.is_file() else {}
+    # beside OpenCLIP weights only our own says more than open_clip_config.json
+    if hugging_face or "cir_jax" in stored:
+        transform = ImageTransform.from_dict(stored)
+    else:
+        size = config.vision.image_size
+        transform = ImageTransform.from_open_clip(source.config.get("preprocess_cfg", {}), size)
+    if transform.crop != config.vision.image_size:
+        raise WeightsError(
+            f"{preprocessing}: images of {transform.crop} pixels, but the model takes "
+            f"{config.vision.image_size}. Correct crop_size (or size)."
+        )
+    text = config.text
+    last = text.vocab_size - 1
     # OpenAI's published configs carry eos 2, which is no token; the end token is the last word
-    eos = config.text.eos_token_id
-    return config.text.vocab_size - 1 if eos == 2 else eos
+    eos = last if text.eos_token_id == open_clip.ARGMAX else text.eos_token_id
+    tokenizer = Tokenizer.from_directory(
+        directory,
+        context_length=text.max_position_embeddings,
+        bos_id=text.bos_token_id,
+        eos_id=eos,
+        # the tokenizer's own padding token where it names one: the config's is often wrong
+        pad_id=eos if hugging_face else 0,
+    )
+    if tokenizer.vocab_size > text.vocab_size:
+        raise WeightsError(
+            f"{directory}: the tokenizer has {tokenizer.vocab_size} tokens, the model only "
+            f"{text.vocab_size}. Use the tokenizer that comes with the weights."
+        )
+    return Backbone(Clip(config, dtype), tokenizer, transform, f"{source.name}@untrained")
 
 
-def _pad(path: Path, config: ClipConfig) -> int:
-    # the tokenizer's own padding token where it names one: the config's is often wrong
-    file = path / "tokenizer_config.json"
-    token = _json(file).get("pad_token") if file.is_file() else None
-    token = token.get("content") if isinstance(token, dict) else token
-    if token is None:
-        return _eos(config)
-    import tokenizers
+def _beside_shapes(config: ClipConfig) -> list[Any]:
+    towers: list[Any] = [config.text, config.vision]
+    names = ("hidden_act", "num_attention_heads", "layer_norm_eps")
+    return [getattr(tower, name, None) for tower in towers for name in names]
 
-    found = tokenizers.Tokenizer.from_file(str(path / "tokenizer.json")).token_to_id(token)
-    return _eos(config) if found is None else found
+
+def _family(tensors: Mapping[str, Any]) -> str:
+    for family, names in _SIGNATURES.items():
+        if all(name in tensors for name in names):
+            return family
+    return f"an unknown model ({', '.join(list(tensors)[:3])} ...)"
+
+
+def _expected(marker: str) -> str:
+    return next(family for family, names in _SIGNATURES.items() if names[0].startswith(marker))

@@ -75,10 +75,6 @@ def _layers(table: convert.Names, source: str, tower: str, config: TowerConfig) 
 
 
 def _resnet(table: convert.Names, config: ResNetConfig) -> None:
-    def conv_norm(source: str, conv: str, norm: str, path: tuple[str, ...], ours: str) -> None:
-        table[f"{source}{conv}.weight"] = ((*path, f"{ours}conv", "kernel"), "conv")
-        table.batch_norm(f"{source}{norm}", *path, f"{ours}norm")
-
     def numbered(source: str, path: tuple[str, ...]) -> None:
         for n in "123":
             table[f"{source}conv{n}.weight"] = ((*path, f"conv{n}", "kernel"), "conv")
@@ -90,7 +86,9 @@ def _resnet(table: convert.Names, config: ResNetConfig) -> None:
             source, path = f"visual.layer{stage + 1}.{i}.", ("vision", f"stages_{stage}_{i}")
             numbered(source, path)
             if i == 0:
-                conv_norm(source, "downsample.0", "downsample.1", path, "shortcut_")
+                shortcut = f"{source}downsample"
+                table[f"{shortcut}.0.weight"] = ((*path, "shortcut_conv", "kernel"), "conv")
+                table.batch_norm(f"{shortcut}.1", *path, "shortcut_norm")
     pool = ("vision", "attention_pool")
     table["visual.attnpool.positional_embedding"] = ((*pool, "position_embedding"), "same")
     for theirs, ours in (("q", "query"), ("k", "key"), ("v", "value"), ("c", "out")):

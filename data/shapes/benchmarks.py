@@ -181,8 +181,12 @@ def _focus_attribute(rng: random.Random) -> Draft:
         _with_subject(rng, reference, **{name: pick_other(rng, len(_ATTRIBUTES[name]), value)})
         for _ in range(3)
     ]
-    return reference, words.FOCUS[name], target, wrong, lambda s: any(
-        t.shape == shape and getattr(t, name) == value for t in s.things
+    return (
+        reference,
+        words.FOCUS[name],
+        target,
+        wrong,
+        lambda s: any(t.shape == shape and getattr(t, name) == value for t in s.things),
     )
 
 
@@ -197,8 +201,12 @@ def _change_attribute(rng: random.Random) -> Draft:
         for _ in range(2)
     ]
     target = _with_subject(rng, reference, **{name: value})
-    return reference, attribute_word(rng, name, value), target, wrong, lambda s: any(
-        t.shape == shape and getattr(t, name) == value for t in s.things
+    return (
+        reference,
+        attribute_word(rng, name, value),
+        target,
+        wrong,
+        lambda s: any(t.shape == shape and getattr(t, name) == value for t in s.things),
     )
 
 
@@ -238,8 +246,12 @@ def _change_object(rng: random.Random) -> Draft:
         pass
     wrong.append(stranger)
     text = attribute_word(rng, "shape", shape)
-    return reference, text, added(shape), wrong, lambda s: (
-        shape in s.shapes and kept <= {t.kind for t in s.things}
+    return (
+        reference,
+        text,
+        added(shape),
+        wrong,
+        lambda s: shape in s.shapes and kept <= {t.kind for t in s.things},
     )
 
 

@@ -70,10 +70,7 @@ class Goal:
             )
             and (self.backgrounds is None or scene.background in self.backgrounds)
             and (self.counts is None or len(same) in self.counts)
-            and (
-                self.extra is None
-                or any((t.shape, t.colour) == self.extra for t in scene.things)
-            )
+            and (self.extra is None or any((t.shape, t.colour) == self.extra for t in scene.things))
             and (self.absent is None or self.absent not in scene.shapes)
         )
 

@@ -101,9 +101,7 @@ def jitter_thing(rng: random.Random, thing: Thing) -> Thing:
     """Returns the thing with a new exact place, angle and brightness."""
     dx, dy, angle, tint = (2 * rng.random() - 1 for _ in range(4))
     spread = 0.1 if thing.position == MIDDLE else 0.022
-    return dataclasses.replace(
-        thing, dx=spread * dx, dy=spread * dy, angle=0.22 * angle, tint=tint
-    )
+    return dataclasses.replace(thing, dx=spread * dx, dy=spread * dy, angle=0.22 * angle, tint=tint)
 
 
 def jitter(rng: random.Random, scene: Scene) -> Scene:

@@ -127,8 +127,10 @@ def test_one_compilation_per_text_bucket(tiny, tmp_path):
 
 
 def test_nan_stops_and_keeps_the_last_good_checkpoint(tiny, tmp_path):
-    exploding = optax.chain(optax.adamw(1e-3), optax.scale_by_schedule(
-        lambda step: jax.numpy.where(step >= 2, jax.numpy.nan, 1.0)))
+    exploding = optax.chain(
+        optax.adamw(1e-3),
+        optax.scale_by_schedule(lambda step: jax.numpy.where(step >= 2, jax.numpy.nan, 1.0)),
+    )
     trainer = make_trainer(tiny, steps=6, optimizer=exploding, log_every=6)
     with pytest.raises(NanLoss, match="nan at step 4.*step 2 in"):
         trainer.run(tmp_path)

@@ -1,0 +1,184 @@
+"""BLIP in Hugging Face format and in salesforce's original `.pth`: names of the tensors."""
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cir_jax.errors import WeightsError
+from cir_jax.models.bert import BertConfig
+from cir_jax.models.blip import Blip, BlipConfig, BlipVisionConfig, interpolate_positions
+from cir_jax.weights import convert
+
+IGNORE = (
+    r"(.*\.)?position_ids",  # a constant
+    r"(visual_encoder|text_encoder|vision_proj|text_proj)_m\..*",  # momentum copies of pre-training
+    r"(image|text|idx|ptr)_queue|queue_ptr",  # negatives of the contrastive loss
+    r"text_decoder\..*",  # captioning
+    r"temp|logit_scale",  # temperature of the contrastive loss
+)
+
+POSITIONS = {
+    "huggingface": "vision_model.embeddings.position_embedding",
+    "salesforce": "visual_encoder.pos_embed",
+}
+"""Format -> its name of the image position embeddings, which also tells the formats apart."""
+
+
+def names(config: BlipConfig, layout: str = "huggingface") -> convert.Names:
+    """Name table of transformers' BlipForImageTextRetrieval, or of salesforce's files."""
+    table = convert.Names()
+    norm, linear = table.norm, table.linear
+
+    def attention(source: str, *path: str) -> None:
+        for part in ("query", "key", "value"):
+            linear(f"{source}.self.{part}", *path, part)
+        linear(f"{source}.output.dense", *path, "out")
+        norm(f"{source}.output.LayerNorm", *path[:-1], f"{path[-1]}_norm")
+
+    if layout == "huggingface":
+        tower, block = "vision_model.", "vision_model.encoder.layers.{}."
+        first, positions = "embeddings.class_embedding", "embeddings.position_embedding"
+        patch, last = "embeddings.patch_embedding", "post_layernorm"
+        fused, out, norms = "self_attn.qkv", "self_attn.projection", "layer_norm"
+    else:
+        tower, block = "visual_encoder.", "visual_encoder.blocks.{}."
+        first, positions = "cls_token", "pos_embed"
+        patch, last = "patch_embed.proj", "norm"
+        fused, out, norms = "attn.qkv", "attn.proj", "norm"
+    table[tower + first] = (("vision", "class_embedding"), "same")
+    table[tower + positions] = (("vision", "position_embedding"), "same")
+    table[f"{tower}{patch}.weight"] = (("vision", "patch_embedding", "kernel"), "conv")
+    table[f"{tower}{patch}.bias"] = (("vision", "patch_bias"), "same")
+    norm(tower + last, "vision", "post_norm")
+    for i in range(config.vision.num_hidden_layers):
+        old, new = block.format(i), ("vision", f"layers_{i}")
+        linear(old + fused, *new, "attention", ("query", "key", "value"))
+        linear(old + out, *new, "attention", "out")
+        for part in ("1", "2"):
+            norm(f"{old}{norms}{part}", *new, f"norm{part}")
+            linear(f"{old}mlp.fc{part}", *new, f"fc{part}")
+
+    source = "text_encoder.embeddings"
+    table[f"{source}.word_embeddings.weight"] = (("text", "token_embedding", "embedding"), "same")
+    table[f"{source}.position_embeddings.weight"] = (("text", "position_embedding"), "same")
+    norm(f"{source}.LayerNorm", "text", "embedding_norm")
+    for i in range(config.text.num_hidden_layers):
+        old, new = f"text_encoder.encoder.layer.{i}", ("text", f"layers_{i}")
+        attention(f"{old}.attention", *new, "attention")
+        attention(f"{old}.crossattention", *new, "cross_attention")
+        linear(f"{old}.intermediate.dense", *new, "fc1")
+        linear(f"{old}.output.dense", *new, "fc2")
+        norm(f"{old}.output.LayerNorm", *new, "norm")
+    linear("vision_proj", "visual_projection")
+    linear("text_proj", "text_projection")
+    linear("itm_head", "match_head")
+    return table
+
+
+def layout_of(tensors: Mapping[str, Any], what: str = "BLIP weights") -> str:
+    """ "huggingface" or "salesforce". Raises WeightsError for files that are neither."""
+    for layout, name in POSITIONS.items():
+        if name in tensors:
+            return layout
+    raise WeightsError(
+        f"{what}: no BLIP: neither {' nor '.join(POSITIONS.values())} is in it. "
+        "Give a Hugging Face BlipForImageTextRetrieval or one of salesforce's files (its entry "
+        "'model')."
+    )
+
+
+def config_of(tensors: Mapping[str, np.ndarray], what: str = "BLIP weights") -> BlipConfig:
+    """Sizes of a salesforce file, which has no config: read off the tensors.
+
+    What shapes do not tell is the same in all of them: heads of 64, GELU, epsilons 1e-6 and 1e-12.
+    """
+    layout_of(tensors, what)
+    width, _, patch, _ = tensors["visual_encoder.patch_embed.proj.weight"].shape
+    side = round((tensors[POSITIONS["salesforce"]].shape[1] - 1) ** 0.5)
+    words, text_width = tensors["text_encoder.embeddings.word_embeddings.weight"].shape
+    fc1, text_fc1 = (
+        tensors[name].shape[0]
+        for name in (
+            "visual_encoder.blocks.0.mlp.fc1.weight",
+            "text_encoder.encoder.layer.0.intermediate.dense.weight",
+        )
+    )
+    return BlipConfig(
+        text=BertConfig(
+            hidden_size=text_width,
+            intermediate_size=text_fc1,
+            num_hidden_layers=_count(tensors, r"text_encoder\.encoder\.layer\.(\d+)\..*"),
+            num_attention_heads=text_width // 64,
+            vocab_size=words,
+            encoder_hidden_size=width,
+            max_position_embeddings=len(
+                tensors["text_encoder.embeddings.position_embeddings.weight"]
+            ),
+            bos_token_id=words - 2,
+        ),
+        vision=BlipVisionConfig(
+            hidden_size=width,
+            intermediate_size=fc1,
+            num_hidden_layers=_count(tensors, r"visual_encoder\.blocks\.(\d+)\..*"),
+            num_attention_heads=width // 64,
+            layer_norm_eps=1e-6,
+            image_size=side * patch,
+            patch_size=patch,
+        ),
+        projection_dim=tensors["vision_proj.weight"].shape[0],
+    )
+
+
+def shapes(model: Blip) -> dict[str, Any]:
+    """The model's parameters as shapes; nothing is computed."""
+    size = model.config.vision.image_size
+    images = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
+    token_ids = jax.ShapeDtypeStruct((1, 2), jnp.int32)
+    return jax.eval_shape(model.init, jax.random.key(0), images, token_ids)["params"]
+
+
+def to_params(
+    tensors: Mapping[str, np.ndarray],
+    config: BlipConfig,
+    what: str = "BLIP weights",
+    dtype: Any = None,
+) -> dict[str, Any]:
+    """Parameters of `Blip(config)` from either format. Raises WeightsError for what does not fit.
+
+    Position embeddings of another image size than the config's are interpolated, as the original
+    does when it loads a file. dtype: of the parameters; None = as they are stored.
+    """
+    layout = layout_of(tensors, what)
+    params = convert.to_ours(tensors, names(config, layout), ignore=IGNORE, what=what, dtype=dtype)
+    positions = params["vision"]["position_embedding"]
+    side = config.vision.image_size // config.vision.patch_size
+    tokens, stored = positions.shape[1], positions.dtype
+    if tokens == round((tokens - 1) ** 0.5) ** 2 + 1 != side * side + 1:
+        positions = interpolate_positions(jnp.asarray(positions, jnp.float32), (side, side))
+        params["vision"]["position_embedding"] = np.asarray(positions, stored)
+    convert.check_shapes(params, shapes(Blip(config)), what)
+    return params
+
+
+def to_tensors(
+    params: Mapping[str, Any], config: BlipConfig, layout: str = "huggingface"
+) -> dict[str, np.ndarray]:
+    """A state dict for transformers' BlipForImageTextRetrieval, or with salesforce's names."""
+    return convert.to_source(jax.device_get(params), names(config, layout))
+
+
+def resized(config: BlipConfig, image_size: int) -> BlipConfig:
+    """The same model for another image size."""
+    return dataclasses.replace(
+        config, vision=dataclasses.replace(config.vision, image_size=image_size)
+    )
+
+
+def _count(tensors: Mapping[str, Any], pattern: str) -> int:
+    found = (re.fullmatch(pattern, name) for name in tensors)
+    return 1 + max((int(match[1]) for match in found if match), default=-1)

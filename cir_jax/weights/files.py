@@ -1,0 +1,233 @@
+"""Where weights come from: directories, files, hub ids; and directories written whole or not."""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from cir_jax.errors import WeightsError
+from cir_jax.weights import torch_files
+from cir_jax.weights.convert import flatten
+from cir_jax.weights.torch_files import Lazy
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+HUGGING_FACE, OPEN_CLIP = "config.json", "open_clip_config.json"
+
+# in the order they are looked for
+_WEIGHT_FILES = {
+    HUGGING_FACE: (
+        "model.safetensors",
+        "model.safetensors.index.json",
+        "pytorch_model.bin",
+        "pytorch_model.bin.index.json",
+    ),
+    OPEN_CLIP: (
+        "open_clip_model.safetensors",
+        "open_clip_pytorch_model.safetensors",
+        "open_clip_pytorch_model.bin",
+    ),
+}
+_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Weights somewhere: a directory that holds a config, or one file.
+
+    kind: name of the config file, "" for a file without one. hub_id: where more can be had.
+    """
+
+    name: str
+    directory: Path
+    kind: str
+    config: Mapping[str, Any]
+    file: Path | None = None
+    hub_id: str = ""
+
+    @property
+    def model_type(self) -> str:
+        """ "clip", "blip" ... as the config says; "" where nothing says it."""
+        return "clip" if self.kind == OPEN_CLIP else self.config.get("model_type", "")
+
+    def files(self) -> list[Path]:
+        """The files that hold the tensors; fetched from the hub where they are not here."""
+        if self.file:
+            return [self.file]
+        for name in _WEIGHT_FILES[self.kind]:
+            found = self._have(name)
+            if found is None:
+                continue
+            if not name.endswith(".index.json"):
+                return [found]
+            shards = sorted(set(read_json(found).get("weight_map", {}).values()))
+            paths = {shard: self._have(shard) for shard in shards}
+            if missing := [shard for shard, path in paths.items() if path is None]:
+                raise WeightsError(
+                    f"{found}: missing shards: {', '.join(missing)}. Copy them to the directory."
+                )
+            return [path for path in paths.values() if path is not None]
+        raise WeightsError(
+            f"{self.directory / _WEIGHT_FILES[self.kind][0]} is missing (as are the other names: "
+            f"{', '.join(_WEIGHT_FILES[self.kind][1:])}). "
+            f"Copy it from where {self.directory / self.kind} is from."
+        )
+
+    def tensors(self) -> Mapping[str, np.ndarray]:
+        """All tensors by name, read when asked for."""
+        readers: dict[str, Any] = {}
+        for path in self.files():
+            tensors = read_tensors(path)
+            readers |= {name: _reader(tensors, name) for name in tensors}
+        return Lazy(readers)
+
+    def _have(self, name: str) -> Path | None:
+        path = self.directory / name
+        if path.is_file():
+            return path
+        return _fetch(self.hub_id, name) if self.hub_id else None
+
+
+def _reader(tensors: Mapping[str, np.ndarray], name: str) -> Any:
+    return lambda: tensors[name]
+
+
+def find(name_or_path: str | Path) -> Source:
+    """A directory (also relative to the repository), a weight file, or a hub id (cached).
+
+    Raises WeightsError that says what to download and where to put it.
+    """
+    given = str(name_or_path)
+    for path in (Path(given).expanduser(), REPOSITORY / given):
+        if path.is_file() and path.suffix in _SUFFIXES:
+            return _of_file(path.resolve())
+        if path.is_dir() and (found := _of_directory(path.resolve(), path.resolve().name)):
+            return found
+    if given.count("/") == 1 and not given.startswith((".", "/", "~")):
+        directory, reason = _snapshot(given)
+        if directory is not None:
+            if found := _of_directory(directory, given.split("/")[1], given):
+                return found
+            reason = "the hub repository has no config of a model"
+    elif Path(given).expanduser().is_file():
+        reason = f"a file of unknown kind; expected one of {', '.join(_SUFFIXES)}"
+    else:
+        reason = "no such directory with a config.json"
+    raise WeightsError(
+        f"backbone {given!r}: {reason}. Give a directory in Hugging Face format (config.json, "
+        "model.safetensors, tokenizer.json, preprocessor_config.json), an OpenCLIP directory, an "
+        "OpenAI .pt file, or download one where there is a network, "
+        f"`hf download {given} --local-dir DIR`, and set --config.backbone=DIR."
+    )
+
+
+def read_tensors(path: Path) -> Mapping[str, np.ndarray]:
+    """The tensors of one file, by name, read when asked for."""
+    if path.suffix != ".safetensors":
+        return torch_files.read(path)
+    try:
+        file = safe_open(path, framework="numpy")
+        return Lazy({name: _slice(file, name) for name in file.keys()})  # noqa: SIM118, no dict
+    except (SafetensorError, OSError) as error:
+        raise WeightsError(f"{path}: unreadable ({error}). Download or copy it again.") from error
+
+
+def _slice(file: Any, name: str) -> Any:
+    return lambda: file.get_tensor(name)
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Raises WeightsError when the file is missing or no JSON object."""
+    try:
+        values = json.loads(file.read_text())
+    except OSError as error:
+        raise WeightsError(
+            f"{file} is missing: it belongs to the weights. Copy it from where they come from."
+        ) from error
+    except ValueError as error:
+        raise WeightsError(
+            f"{file}: not valid JSON ({error}). Download or copy it again."
+        ) from error
+    if not isinstance(values, dict):
+        raise WeightsError(f"{file}: expected a JSON object. Download or copy it again.")
+    return values
+
+
+def content_id(name: str, params: Mapping[str, Any], more: Any = "") -> str:
+    """name@hash of the parameters' values, whatever format, sharding or precision stored them.
+
+    more: what else changes a model's features and is not a shape.
+    """
+    digest = hashlib.sha256(repr(more).encode())
+    for path, leaf in sorted(flatten(params).items()):
+        digest.update(f"{'/'.join(path)}{np.shape(leaf)}".encode())
+        digest.update(np.ascontiguousarray(leaf, np.float32).data)
+    return f"{name}@{digest.hexdigest()[:12]}"
+
+
+@contextlib.contextmanager
+def new_directory(path: Path) -> Iterator[Path]:
+    """A scratch directory that takes the place of `path` at the end, or vanishes on an error."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        yield scratch
+        os.chmod(scratch, 0o755)
+        for file in scratch.iterdir():  # some writers make files that only their owner may read
+            os.chmod(file, 0o644)
+        if path.exists():
+            shutil.rmtree(path)
+        os.replace(scratch, path)
+    except BaseException:
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise
+
+
+def _of_directory(path: Path, name: str, hub_id: str = "") -> Source | None:
+    # hub repositories of OpenCLIP have another library's config.json too, which names no model_type
+    for kind in (HUGGING_FACE, OPEN_CLIP):
+        if (path / kind).is_file():
+            config = read_json(path / kind)
+            if kind == OPEN_CLIP or "model_type" in config:
+                return Source(name, path, kind, config, hub_id=hub_id)
+    return None
+
+
+def _of_file(path: Path) -> Source:
+    beside = _of_directory(path.parent, path.stem)
+    if beside is None:
+        return Source(path.stem, path.parent, "", {}, file=path)
+    return dataclasses.replace(beside, file=path)
+
+
+def _snapshot(hub_id: str) -> tuple[Path | None, str]:
+    """The small files of a hub repository: (directory, "") or (None, why not)."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=["*.json", "merges.txt"])), ""
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
+        return None, str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+def _fetch(hub_id: str, name: str) -> Path | None:
+    """One file of a hub repository, None where it has no such file. It lands beside the others."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
+
+    try:
+        return Path(hf_hub_download(hub_id, name))
+    except EntryNotFoundError:  # also when it is not cached and there is no network
+        return None
+    except (HfHubHTTPError, OSError) as error:
+        raise WeightsError(f"{hub_id}/{name}: download failed ({error}). Try again.") from error

@@ -1,0 +1,80 @@
+"""T5 encoders in Hugging Face format: names of their tensors."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cir_jax.errors import WeightsError
+from cir_jax.models.t5 import T5Config, T5Encoder
+from cir_jax.weights import convert
+
+IGNORE = (
+    r"decoder\..*",  # of the whole T5 the encoder is enough
+    r"lm_head\.weight",
+)
+SHARED, EMBEDDING = "shared.weight", "encoder.embed_tokens.weight"
+"""Two names of one tensor; files hold the first, the second or both."""
+
+
+def names(config: T5Config) -> dict[str, convert.Target]:
+    """Name table of transformers' T5EncoderModel."""
+    table: dict[str, convert.Target] = {
+        SHARED: (("token_embedding", "embedding"), "same"),
+        "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight": (
+            ("relative_bias",),
+            "same",
+        ),
+        "encoder.final_layer_norm.weight": (("final_norm", "scale"), "same"),
+    }
+    attention = {"q": "query", "k": "key", "v": "value", "o": "out"}
+    mlp = (
+        {"wi_0": "gate", "wi_1": "fc1", "wo": "fc2"} if config.gated else {"wi": "fc1", "wo": "fc2"}
+    )
+    for i in range(config.num_layers):
+        old, new = f"encoder.block.{i}.layer", f"layers_{i}"
+        for theirs, ours in attention.items():
+            path = (new, "attention", ours, "kernel")
+            table[f"{old}.0.SelfAttention.{theirs}.weight"] = (path, "linear")
+        for theirs, ours in mlp.items():
+            path = (new, ours, "kernel")
+            table[f"{old}.1.DenseReluDense.{theirs}.weight"] = (path, "linear")
+        for j in range(2):
+            table[f"{old}.{j}.layer_norm.weight"] = ((new, f"norm{j + 1}", "scale"), "same")
+    return table
+
+
+def shapes(model: T5Encoder) -> dict[str, Any]:
+    """The model's parameters as shapes; nothing is computed."""
+    token_ids = jax.ShapeDtypeStruct((1, 2), jnp.int32)
+    return jax.eval_shape(model.init, jax.random.key(0), token_ids)["params"]
+
+
+def to_params(
+    tensors: Mapping[str, np.ndarray],
+    config: T5Config,
+    what: str = "T5 weights",
+    dtype: Any = None,
+) -> dict[str, Any]:
+    """Parameters of `T5Encoder(config)`. Raises WeightsError for what does not fit.
+
+    dtype: of the parameters; None = as they are stored.
+    """
+    tensors = dict(tensors)
+    embedding = tensors.pop(EMBEDDING, None)
+    if embedding is not None and not np.array_equal(
+        embedding, tensors.setdefault(SHARED, embedding)
+    ):
+        raise WeightsError(
+            f"{what}: {SHARED} and {EMBEDDING} differ; T5 ties them. Save the model again."
+        )
+    params = convert.to_ours(tensors, names(config), ignore=IGNORE, what=what, dtype=dtype)
+    convert.check_shapes(params, shapes(T5Encoder(config)), what)
+    return params
+
+
+def to_tensors(params: Mapping[str, Any], config: T5Config) -> dict[str, np.ndarray]:
+    """A state dict for transformers' T5EncoderModel."""
+    return convert.to_source(jax.device_get(params), names(config))

@@ -1,0 +1,118 @@
+"""Tokenisation. Equality with CLIP's own ids is a fixture (tests/golden/clip_tokens.json)."""
+
+import gzip
+import json
+import pickle
+
+import numpy as np
+import pytest
+
+from cir_jax.errors import DataError, WeightsError
+from cir_jax.input.text import (
+    OPENAI_VOCABULARY,
+    Tokenizer,
+    clean,
+    clip_bpe,
+    placeholder_positions,
+    read_merges,
+    word_tokenizer,
+)
+from tests import parity_core
+
+MERGES = [("a", "t</w>"), ("c", "at</w>"), ("r", "e"), ("re", "d</w>")]
+IDS = {"context_length": 12, "bos_id": 516, "eos_id": 517, "pad_id": 0}
+
+
+@pytest.fixture(scope="module")
+def bpe():
+    return Tokenizer(clip_bpe(MERGES), **IDS)
+
+
+def test_cleaning():
+    assert clean("  A &amp;amp; B\n\tc ") == "a & b c"
+    assert clean("schÃ¶n â€œhiâ€\x9d") == 'schön "hi"'
+
+
+def test_ids_by_hand(bpe):
+    assert bpe.vocab_size == 518
+    # `$` is byte 36, 3 after `!`; at the end of a word 256 more
+    assert bpe(["a red cat $ $,"]).tolist() == [[516, 256 + 64, 515, 513, 259, 3, 256 + 11, 517]]
+    assert bpe.id_of("$") == 259 and bpe.id_of("*") == 265
+
+
+def test_padding_truncation_and_buckets(bpe):
+    ids = bpe(["cat", "cat " * 20])
+    assert ids.shape == (2, 12) and ids.dtype == np.int32
+    assert ids[0].tolist() == [516, 513, 517] + [0] * 9
+    assert ids[1].tolist() == [516] + [513] * 10 + [517]
+    assert bpe(["cat"]).shape == (1, 8) and bpe(["cat " * 7]).shape == (1, 12)
+    assert bpe(["cat"], 5).shape == (1, 5) and bpe(["cat " * 9], 5)[0].tolist()[-1] == 517
+    assert bpe([""])[0, :2].tolist() == [516, 517] and bpe([]).shape[0] == 0
+
+
+def test_special_tokens_in_a_text(bpe):
+    """As OpenCLIP: its own spelling is the token, Hugging Face's is text."""
+    assert bpe(["<start_of_text>cat<end_of_text>"])[0, :5].tolist() == [516, 516, 513, 517, 517]
+    row = bpe(["<|endoftext|> cat"], 40)[0]
+    assert (row == 517).sum() == 1
+    assert pickle.loads(pickle.dumps(bpe))(["<|endoftext|> cat"], 40)[0].tolist() == row.tolist()
+
+
+def test_the_stored_forms_give_the_same_ids(bpe, tmp_path):
+    texts = ["a red cat's $ , isn't it?", "naïve 123 ☃"]
+    expected = bpe(texts).tolist()
+    lines = "#version: 0.2\n" + "\n".join(" ".join(pair) for pair in MERGES) + "\n"
+    contents = {"merges.txt": lines.encode(), OPENAI_VOCABULARY: gzip.compress(lines.encode())}
+    for name, content in contents.items():
+        path = tmp_path / name
+        path.write_bytes(content)
+        assert read_merges(path) == MERGES
+        assert Tokenizer.from_directory(tmp_path, **IDS)(texts).tolist() == expected
+        path.unlink()
+    bpe.save(tmp_path / "tokenizer.json")
+    assert Tokenizer.from_directory(tmp_path, **IDS)(texts).tolist() == expected
+
+
+def test_the_padding_token_that_the_tokenizer_names(bpe, tmp_path):
+    bpe.save(tmp_path / "tokenizer.json")
+    for token in ("<|endoftext|>", {"content": "<|endoftext|>"}):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"pad_token": token}))
+        assert Tokenizer.from_directory(tmp_path, **IDS).pad_id == 517
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"pad_token": "!"}))
+    assert Tokenizer.from_directory(tmp_path, **(IDS | {"pad_id": 517})).pad_id == 0
+
+
+def test_missing_and_broken_tokenizers(tmp_path):
+    with pytest.raises(WeightsError, match="tokenizer.json is missing"):
+        Tokenizer.from_directory(tmp_path, **IDS)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(WeightsError, match="tokenizer.json: not a tokenizer"):
+        Tokenizer.from_directory(tmp_path, **IDS)
+    (tmp_path / "tokenizer.json").unlink()
+    (tmp_path / "merges.txt").write_text("#version\nonly-one\n")
+    with pytest.raises(WeightsError, match="merges.txt: not a list of merges"):
+        Tokenizer.from_directory(tmp_path, **IDS)
+
+
+def test_placeholders_are_found():
+    tokenizer = word_tokenizer(["a", "photo", "of"], 8)
+    dollar = tokenizer.id_of("$")
+    ids = tokenizer(["a $ of $", "$ photo"])
+    assert placeholder_positions(ids, dollar).tolist() == [2, 1]
+    every = placeholder_positions(ids, dollar, every=True)
+    assert every.dtype == bool and np.argwhere(every).tolist() == [[0, 2], [0, 4], [1, 1]]
+    with pytest.raises(DataError, match="row 1: no placeholder .token 3. in the text"):
+        placeholder_positions(tokenizer(["$", "a photo"]), dollar)
+
+
+def test_clip_ids_of_placeholders():
+    """With CLIP's vocabulary: `$,` is one chunk, and not a placeholder."""
+    merges = parity_core.installed_clip_merges()
+    if merges is None:
+        pytest.skip("CLIP's vocabulary is not installed")
+    tokenizer = Tokenizer(clip_bpe(merges), context_length=77, bos_id=49406, eos_id=49407, pad_id=0)
+    assert [tokenizer.id_of(x) for x in ("$", "*", "!")] == [259, 265, 256]
+    ids = tokenizer(["a photo of $ that is red", "a photo of $, that"])
+    assert placeholder_positions(ids[:1], 259).tolist() == [4]
+    with pytest.raises(DataError, match="row 1"):
+        placeholder_positions(ids, 259)

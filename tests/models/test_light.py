@@ -1,0 +1,131 @@
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cir_jax.errors import ConfigError, WeightsError
+from cir_jax.models import light
+from cir_jax.models.light.blocks import BatchNorm
+from cir_jax.models.light.efficientvit import EfficientVitConfig, bias_offsets
+from cir_jax.models.light.mobilevit import resize
+from cir_jax.weights import timm as weights
+from tests import parity, parity_heavy
+from tests.parity_core import nhwc
+
+GOLDEN = parity.ROOT / "tests" / "golden"
+
+
+def load(name):
+    return parity.Fixture.read(GOLDEN / f"{name}.npz")
+
+
+TINY = (
+    "timm_efficientnet_b0_tiny",
+    "timm_efficientnet_b2_tiny",
+    "timm_efficientvit_m2_tiny",
+    "timm_efficientvit_window_tiny",
+    "timm_mobilenetv2_tiny",
+    "timm_mobilevitv2_tiny",
+)
+FULL = ("full_efficientnet_b0", "full_mobilenetv2_100", "full_mobilevitv2_100")
+
+
+@pytest.mark.parametrize(
+    "name", [*TINY, *(pytest.param(name, marks=pytest.mark.slow) for name in FULL)]
+)
+def test_equals_pytorch(name):
+    with jax.default_matmul_precision("highest"):
+        result = parity.check(load(name), parity_heavy.HANDLERS)
+    assert result.verdict == "ok"
+
+
+def test_published_names_shapes_and_counts():
+    shapes = json.loads((GOLDEN / "light_shapes.json").read_text())
+    assert parity_heavy.light_shape_errors(shapes) == []
+
+
+def test_batch_norm_trains_as_in_pytorch():
+    """Numbers of torch.nn.BatchNorm2d(2) after one batch: momentum 0.1, unbiased variance kept."""
+    x = np.arange(12, dtype=np.float32).reshape(1, 2, 3, 2) ** 2
+    module = BatchNorm()
+    variables = module.init(jax.random.key(0), x, False)
+    y, changed = module.apply(variables, x, True, mutable=["batch_stats"])
+    stats = changed["batch_stats"]
+    np.testing.assert_allclose(stats["mean"], [3.6666667, 4.7666667], rtol=1e-6)
+    np.testing.assert_allclose(stats["var"], [152.84667, 214.44667], rtol=1e-6)
+    np.testing.assert_allclose(y.mean((0, 1, 2)), 0, atol=1e-6)
+    np.testing.assert_allclose(y.var((0, 1, 2)), 1, atol=1e-4)
+
+
+@pytest.mark.peer
+def test_batch_norm_steps_are_pytorchs():
+    torch = pytest.importorskip("torch")
+    rng = np.random.default_rng(0)
+    theirs, module = torch.nn.BatchNorm2d(3), BatchNorm()
+    batches = rng.normal(2.0, 3.0, (3, 4, 5, 5, 3)).astype(np.float32)
+    variables = module.init(jax.random.key(0), batches[0], False)
+    for batch in batches:
+        expected = theirs(torch.tensor(batch).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        y, changed = module.apply(variables, batch, True, mutable=["batch_stats"])
+        variables = {**variables, **changed}
+        np.testing.assert_allclose(y, expected.detach(), atol=1e-5)
+    stats = variables["batch_stats"]
+    np.testing.assert_allclose(stats["mean"], theirs.running_mean, rtol=1e-5)
+    np.testing.assert_allclose(stats["var"], theirs.running_var, rtol=1e-5)
+
+
+def test_training_changes_statistics_only():
+    fixture = load("timm_mobilenetv2_tiny")
+    model = light.from_dict(fixture.config)
+    variables = weights.to_variables(fixture.params, model)
+    images = nhwc(fixture.inputs["x"])
+
+    train = jax.jit(lambda v: model.apply(v, images, train=True, mutable=["batch_stats"]))
+    feature_map, changed = train(variables)
+    assert feature_map.shape == (2, 2, 2, model.config.num_features)
+    assert changed.keys() == {"batch_stats"}
+    before, after = variables["batch_stats"], changed["batch_stats"]
+    moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), before, after)
+    assert min(jax.tree.leaves(moved)) > 0
+
+
+def test_variables_come_back_as_a_whole_state_dict():
+    fixture = load("timm_efficientvit_m2_tiny")
+    model = light.from_dict(fixture.config)
+    classifier = {"head.bn.running_mean": np.zeros(3), "head.linear.weight": np.zeros((2, 3))}
+    variables = weights.to_variables(fixture.params | classifier, model)
+    written = weights.to_tensors(variables, model)
+    assert written.keys() == fixture.params.keys()
+    assert all(np.array_equal(array, fixture.params[name]) for name, array in written.items())
+
+
+def test_attention_windows():
+    assert EfficientVitConfig().windows() == (7, 7, 4)
+    assert EfficientVitConfig(image_size=112).windows() == (7, 4, 2)
+    # numbered in order of first appearance, as the weights are
+    assert bias_offsets(2).tolist() == [[0, 1, 2, 3], [1, 0, 3, 2], [2, 3, 0, 1], [3, 2, 1, 0]]
+
+
+def test_odd_maps_are_resized_corner_to_corner():
+    x = np.arange(3, dtype=np.float32).reshape(1, 1, 3, 1)
+    got = resize(jnp.asarray(x), 2, 4)
+    np.testing.assert_allclose(got[0, :, :, 0], [[0, 2 / 3, 4 / 3, 2]] * 2, rtol=1e-6)
+    model = light.create("mobilevitv2_050")
+    images = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
+    assert jax.eval_shape(model.apply, weights.shapes(model), images).shape == (1, 8, 8, 256)
+
+
+def test_unknown_names_and_foreign_weights_are_told():
+    with pytest.raises(ConfigError, match="Did you mean 'mobilenetv2_110d'"):
+        light.create("mobilenet2_110d")
+    with pytest.raises(ConfigError, match="efficientvit_mit"):
+        light.from_dict({"arch": "efficientvit_mit"})
+    with pytest.raises(ConfigError, match="widths"):
+        light.from_dict({"arch": "mobilevitv2", "widths": 2})
+    fixture = load("timm_mobilenetv2_tiny")
+    with pytest.raises(WeightsError, match="Missing tensors"):
+        weights.to_variables(fixture.params, light.create("efficientnet_b0"))
+    with pytest.raises(WeightsError, match="wrong shapes"):
+        weights.to_variables(fixture.params, light.create("mobilenetv2_100"))

@@ -1,0 +1,85 @@
+import jax
+import numpy as np
+import pytest
+
+from cir_jax.errors import WeightsError
+from cir_jax.models.t5 import T5Config, T5Encoder, relative_buckets
+from cir_jax.weights import t5 as weights
+from tests import parity, parity_heavy
+
+GOLDEN = parity.ROOT / "tests" / "golden"
+
+
+def load(name):
+    return parity.Fixture.read(GOLDEN / f"{name}.npz")
+
+
+XL = {
+    "d_model": 2048,
+    "d_ff": 5120,
+    "num_heads": 32,
+    "num_layers": 24,
+    "feed_forward_proj": "gated-gelu",
+}
+
+
+@pytest.mark.parametrize("name", ["t5_encoder_gated_gelu", "t5_encoder_relu"])
+def test_equals_pytorch(name):
+    with jax.default_matmul_precision("highest"):
+        result = parity.check(load(name), parity_heavy.HANDLERS)
+    assert result.verdict == "ok"
+
+
+@pytest.mark.parametrize("fields, count", [({}, 35_330_816), (XL, 1_223_527_424)])
+def test_published_sizes(fields, count):
+    """T5 v1.0 small and T5 v1.1 XL."""
+    tree = weights.shapes(T5Encoder(T5Config.from_dict(fields)))
+    assert sum(leaf.size for leaf in jax.tree.leaves(tree)) == count
+
+
+def test_buckets():
+    buckets = relative_buckets(200, 32, 128)
+    assert buckets[0, :8].tolist() == [0, 17, 18, 19, 20, 21, 22, 23]
+    assert buckets[:8, 0].tolist() == [0, 1, 2, 3, 4, 5, 6, 7]
+    # 8 ... 127 share eight buckets; from 128 on there is one
+    assert buckets[[8, 11, 12, 16, 32, 64, 127, 128, 199], 0].tolist() == [
+        8, 8, 9, 10, 12, 14, 15, 15, 15,
+    ]  # fmt: skip
+
+
+@pytest.mark.peer
+@pytest.mark.parametrize("buckets, distance", [(32, 128), (16, 24), (20, 100), (64, 256)])
+def test_buckets_are_pytorchs(buckets, distance):
+    torch = pytest.importorskip("torch")
+    modeling = pytest.importorskip("transformers.models.t5.modeling_t5")
+    relative = torch.arange(300)[None] - torch.arange(300)[:, None]
+    expected = modeling.T5Attention._relative_position_bucket(relative, True, buckets, distance)
+    assert np.array_equal(relative_buckets(300, buckets, distance), expected.numpy())
+
+
+def test_one_embedding_under_two_names():
+    fixture = load("t5_encoder_relu")
+    config = T5Config.from_dict(fixture.config["t5_config"])
+    both = dict(fixture.params)
+    expected = jax.tree.leaves(weights.to_params(both, config))
+    for name in (weights.SHARED, weights.EMBEDDING):
+        one = {key: value for key, value in both.items() if key != name}
+        one |= {"lm_head.weight": np.zeros(1), "decoder.block.0.x": np.zeros(1)}
+        got = jax.tree.leaves(weights.to_params(one, config))
+        assert all(map(np.array_equal, got, expected))
+    both[weights.SHARED] = both[weights.SHARED] + 1
+    with pytest.raises(WeightsError, match="differ"):
+        weights.to_params(both, config)
+
+
+def test_parameters_come_back_as_tensors():
+    fixture = load("t5_encoder_gated_gelu")
+    config = T5Config.from_dict(fixture.config["t5_config"])
+    written = weights.to_tensors(weights.to_params(fixture.params, config), config)
+    assert written.keys() == fixture.params.keys() - {weights.EMBEDDING}
+    assert all(np.array_equal(array, fixture.params[name]) for name, array in written.items())
+
+
+def test_unknown_activation_is_told():
+    with pytest.raises(ValueError, match="gated-silu"):
+        T5Config.from_dict({"feed_forward_proj": "gated-silu"})

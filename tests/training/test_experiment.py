@@ -1,0 +1,221 @@
+"""Configs, workdirs and stages: what a user can get wrong is named, with the remedy."""
+
+import errno
+import json
+import os
+import subprocess
+
+import jax
+import numpy as np
+import optax
+import pytest
+from ml_collections import ConfigDict
+
+from cir_jax import composers, loading
+from cir_jax.errors import CheckpointError, ConfigError, DataError
+from cir_jax.evaluation import runner
+from cir_jax.input.images import ImageTransform
+from cir_jax.input.records import Records
+from cir_jax.training import durations, experiment, optimizers
+from cir_jax.training.checkpoints import Checkpoints
+from cir_jax.training.mesh import make_mesh
+from cir_jax.training.step import init_state
+from experiments import base, compodiff
+from tests import tiny as factory
+
+
+def steps(value, **kwargs):
+    return durations.to_steps(value, field="f", batch_size=10, epoch_examples=1000, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [(7, 7), ("300 steps", 300), ("2 epochs", 200), ("5k examples", 500), ("1m steps", 10**6)],
+)
+def test_durations(value, expected):
+    assert steps(value) == expected
+
+
+def test_percent_is_of_the_stage():
+    assert steps("5%", total_steps=400) == 20
+    with pytest.raises(ConfigError, match="a share of what"):
+        steps("5%")
+    with pytest.raises(ConfigError, match="config.f='soon' is no duration"):
+        steps("soon")
+
+
+def make(schedule, **fields):
+    fields = base.OPTIMIZER | {"learning_rate": 1.0, "schedule": schedule} | fields
+    return optimizers.schedule(fields, 100, lambda v, **kw: steps(v, total_steps=100))
+
+
+def test_schedules():
+    cosine = make("cosine", warmup="10%", final=0.1)
+    np.testing.assert_allclose([cosine(0), cosine(9), cosine(10)], [0.1, 1.0, 1.0], rtol=1e-6)
+    np.testing.assert_allclose(cosine(100), 0.1, rtol=1e-6)
+    assert make("constant")(50) == 1.0
+    np.testing.assert_allclose(make("linear")(50), 0.5, rtol=1e-6)
+    with pytest.raises(ConfigError, match="'cosin'. Did you mean 'cosine'"):
+        make("cosin")
+
+
+@pytest.mark.parametrize("name", ["adam", "adamw", "muon"])
+def test_optimizers_move_every_parameter(name, tiny):
+    fields = base.OPTIMIZER | {"name": name, "learning_rate": 1e-2, "clip_norm": 1.0}
+    made = optimizers.optimizer(fields, 10, lambda v, **kw: v)
+    _, params = tiny
+    grads = jax.tree.map(np.ones_like, params)
+
+    @jax.jit
+    def update(grads, params):
+        return optax.apply_updates(params, made.update(grads, made.init(params), params)[0])
+
+    moved = update(grads, params)
+    assert all(jax.tree.leaves(jax.tree.map(lambda a, b: bool(np.any(a != b)), params, moved)))
+
+
+def test_weight_decay_spares_biases_and_norms(tiny):
+    mask = optimizers.path_mask(base.OPTIMIZER["decay"])(tiny[1])
+    layer = mask["text"]["layers_0"]
+    assert layer["fc1"] == {"kernel": True, "bias": False}
+    assert layer["norm1"] == {"scale": False, "bias": False}
+
+
+def test_unknown_names_say_the_closest():
+    with pytest.raises(ConfigError, match="preset .*'shape'. Did you mean 'shapes'"):
+        compodiff.get_config("shape")
+    with pytest.raises(ConfigError, match="composer 'slerpp'. Did you mean 'slerp'"):
+        composers.composer_class("slerpp")
+    with pytest.raises(ConfigError, match="optimizer field 'learning_rat'. Did you mean 'learning"):
+        base.stage(tables={}, batch_size=1, duration=1, optimizer={"learning_rat": 1})
+    config = compodiff.get_config("smoke")
+    config.stages = ("stage3",)
+    with pytest.raises(ConfigError, match="stage of experiment compodiff: 'stage3'. Did you mean"):
+        experiment.stage_names(config)
+    with pytest.raises(ConfigError, match="experiments/nothing.py is no file"):
+        loading.read_experiment("experiments/nothing.py")
+
+
+def test_unknown_composer_setting_is_named(tiny):
+    with pytest.raises(
+        ConfigError, match="setting of composer slerp: 'alhpa'. Did you mean 'alpha'"
+    ):
+        composers.build("slerp", tiny[0], alhpa=0.5)
+
+
+def test_workdir_of_another_run_names_the_fields(tmp_path):
+    config = compodiff.get_config("smoke")
+    experiment.claim_workdir(tmp_path, config)
+    config.log_every = 7  # does not change what is learned
+    experiment.claim_workdir(tmp_path, config)
+    config.seed = 5
+    config.stage.stage2.batch_size = 64
+    with pytest.raises(CheckpointError) as error:
+        experiment.claim_workdir(tmp_path, config)
+    assert "seed (was 0, is 5)" in str(error.value)
+    assert "stage.stage2.batch_size (was 32, is 64)" in str(error.value)
+    assert "log_every" not in str(error.value)
+
+
+def test_config_survives_the_workdir(tmp_path):
+    config = compodiff.get_config("smoke")
+    experiment.claim_workdir(tmp_path, config)
+    again = ConfigDict(experiment.read_config(tmp_path))
+    assert json.loads(again.to_json()) == json.loads(config.to_json())
+
+
+def test_unwritable_workdir(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match="file/run cannot be written .*: choose another"):
+        experiment.claim_workdir(tmp_path / "file" / "run", compodiff.get_config("smoke"))
+
+
+def test_no_workdir_at_all(tmp_path):
+    with pytest.raises(CheckpointError, match="no config.json, so this is no workdir"):
+        experiment.read_config(tmp_path)
+
+
+@pytest.fixture
+def stand_in(tiny):
+    """An experiment without data or weights on disk."""
+    backbone, params = tiny
+    composer = composers.build("compodiff", backbone, depth=1, heads=2, dim_head=8)
+    config = compodiff.get_config("smoke")
+    mesh = make_mesh({"data": 1}, jax.devices()[:1])
+    return experiment.Experiment(config, mesh, backbone, composer, {"backbone": params})
+
+
+def test_stage_without_the_stage_it_continues(stand_in, tmp_path):
+    with pytest.raises(CheckpointError, match="stage 'stage2' continues stage 'stage1'.*init_from"):
+        experiment.initial_params(stand_in, "stage2", tmp_path, None)
+
+
+def test_eval_of_a_workdir_without_checkpoint(stand_in, tmp_path):
+    with pytest.raises(CheckpointError, match="no checkpoint of stage1, stage2. Train first"):
+        runner.trained_params(stand_in, tmp_path)
+
+
+def test_stage_continues_a_given_workdir(stand_in, tmp_path):
+    state = init_state(stand_in.composer, optax.adam(1e-3), seed=3, ema=True)
+    with Checkpoints(tmp_path / "other" / "stage1" / "checkpoints") as checkpoints:
+        checkpoints.save(state, {"data": ""})
+    stand_in.config.init_from = str(tmp_path / "other")
+    found = experiment.initial_params(stand_in, "stage2", tmp_path / "new", None)
+    jax.tree.map(np.testing.assert_array_equal, found, state.params)
+
+
+def test_dataset_that_is_not_prepared(stand_in, tmp_path):
+    stand_in.config.data_dir = str(tmp_path)
+    with pytest.raises(
+        DataError, match="no prepared table shapes_tiny/captions. Run `python launch"
+    ):
+        experiment.make_pipeline(stand_in, "stage1")
+    stand_in.config.stage.stage1.data.dataset = ""
+    with pytest.raises(ConfigError, match="stage.stage1.data.dataset is empty"):
+        experiment.make_pipeline(stand_in, "stage1")
+
+
+def test_corrupt_records_are_counted_replaced_and_limited(caplog):
+    table = factory.caption_table(8)
+    table.records[2]["image"] = b"broken"
+    source = Records(table, ("image",), ImageTransform(16, 16), max_corrupt=1)
+    np.testing.assert_array_equal(source[2]["image"], source[3]["image"])
+    assert source.corrupt == {2}
+    assert "record 2, field 'image': not a readable image" in caplog.text
+    table.records[5]["image"] = b"broken, too"
+    with pytest.raises(DataError, match="more than 1 unreadable records.*record 5"):
+        source[5]
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system with 256 KiB of room."""
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(tmp_path)], capture_output=True
+    )
+    if mounted.returncode:
+        pytest.skip("needs the right to mount a small file system")
+    yield tmp_path
+    subprocess.run(["umount", "-l", str(tmp_path)], check=True)
+
+
+def test_full_disk_is_named(stand_in, small_disk):
+    state = init_state(stand_in.composer, optax.adam(1e-3), seed=0, ema=False)
+    with pytest.raises(CheckpointError, match=os.strerror(errno.ENOSPC) + ".*Make room"):
+        with Checkpoints(small_disk / "checkpoints") as checkpoints:
+            checkpoints.save(state, {})
+
+
+@pytest.mark.parametrize("name", ["compodiff", "pretrain", "slerp", "image_only", "text_only"])
+def test_every_preset_of_every_experiment_builds(name, tiny):
+    config = loading.read_experiment(f"experiments/{name}.py")
+    module = __import__(f"experiments.{name}", fromlist=["PRESETS"])
+    for preset in module.PRESETS:
+        config = module.get_config(preset)
+        settings = config.composer.to_dict()
+        composer = composers.build(settings.pop("name"), tiny[0], **settings)
+        jax.eval_shape(composer.init, jax.random.key(0))
+        for stage in experiment.stage_names(config):
+            recipe = config.stage[stage]
+            assert not recipe.after or recipe.after in config.stages
+            assert set(recipe.data.tables) <= set(experiment.TABLES)

@@ -1,0 +1,95 @@
+"""Small CLIPs in each of the formats people have, for the tests of loading."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from safetensors.numpy import save_file
+
+from cir_jax.input import images
+from cir_jax.input.text import Tokenizer, clip_bpe
+from cir_jax.models.backbone import Backbone
+from cir_jax.models.clip import Clip, ClipConfig, TextConfig, VisionConfig
+from cir_jax.models.resnet import ResNetConfig
+from cir_jax.weights import convert, open_clip
+
+MERGES = [("a", "t</w>"), ("c", "at</w>"), ("r", "e"), ("re", "d</w>")]
+VOCABULARY = 512 + len(MERGES) + 2
+TEXTS = ["a red cat", "$ that is red"]
+
+
+def make(kind: str = "vit", act: str = "quick_gelu", seed: int = 0) -> tuple[Backbone, Any]:
+    """A random CLIP whose heads are 64 wide, as OpenAI's are: (backbone, params)."""
+    shared = {"num_hidden_layers": 1, "hidden_act": act}
+    text = TextConfig(
+        hidden_size=64,
+        num_attention_heads=1,
+        intermediate_size=256,
+        vocab_size=VOCABULARY,
+        max_position_embeddings=16,
+        bos_token_id=VOCABULARY - 2,
+        eos_token_id=open_clip.ARGMAX,
+        pad_token_id=0,
+        **shared,
+    )
+    if kind == "vit":
+        vision: Any = VisionConfig(
+            hidden_size=128,
+            num_attention_heads=2,
+            intermediate_size=512,
+            image_size=16,
+            patch_size=8,
+            **shared,
+        )
+    else:
+        # heads: width * 32 / 64
+        vision = ResNetConfig(layers=(1, 1, 1, 1), width=4, num_attention_heads=2, image_size=32)
+    # as a config file says it: OpenCLIP's have no initial temperature
+    config = ClipConfig(text, vision, 24)
+    tokenizer = Tokenizer(
+        clip_bpe(MERGES),
+        context_length=16,
+        bos_id=VOCABULARY - 2,
+        eos_id=VOCABULARY - 1,
+        pad_id=0,
+    )
+    backbone = Backbone(Clip(config), tokenizer, images.clip(vision.image_size), "tiny@0")
+    rng = np.random.default_rng(seed)
+    shapes = jax.eval_shape(backbone.init, jax.random.key(0))
+    # positive, because variances are among them
+    params = jax.tree.map(lambda x: np.float32(rng.uniform(0.01, 0.1, x.shape)), shapes)
+    return backbone, params
+
+
+def openai_tensors(backbone: Backbone, params: Any) -> dict[str, np.ndarray]:
+    """Under OpenAI's and OpenCLIP's names."""
+    return convert.to_source(params, open_clip.names(backbone.config))
+
+
+def write_merges(path: Path) -> None:
+    lines = ["#version: 0.2", *(" ".join(pair) for pair in MERGES)]
+    (path / "merges.txt").write_text("\n".join(lines) + "\n")
+
+
+def write_open_clip(path: Path, backbone: Backbone, params: Any) -> Path:
+    """A directory as on the hub: another library's config.json lies there too."""
+    path.mkdir()
+    save_file(openai_tensors(backbone, params), path / "open_clip_model.safetensors")
+    config = {"model_cfg": open_clip.to_open_clip(backbone.config), "preprocess_cfg": {}}
+    (path / "open_clip_config.json").write_text(json.dumps(config))
+    (path / "config.json").write_text('{"architecture": "vit_tiny", "num_classes": 0}')
+    write_merges(path)
+    return path
+
+
+def features(backbone: Backbone, params: Any) -> list[np.ndarray]:
+    """Image and text features of fixed inputs."""
+    size = backbone.config.vision.image_size
+    pixels = np.random.default_rng(1).integers(0, 255, (2, size, size, 3), np.uint8)
+    ids = backbone.tokenizer(TEXTS)
+    image, text = jax.jit(
+        lambda p, x, i: (backbone.encode_image(p, x), backbone.encode_text(p, i))
+    )(params, pixels, ids)
+    return [np.asarray(image), np.asarray(text)]
