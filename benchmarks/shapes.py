@@ -22,12 +22,12 @@ from absl import app, flags  # noqa: E402
 EXPERIMENTS = ("slerp", "compodiff")
 SEEDS = (0, 1, 2)
 COLUMNS = (
-    ("shapes/circo", "mAP@5"),
-    ("shapes/circo", "mAP@10"),
-    ("shapes/cirr", "R@1"),
-    ("shapes/cirr", "Rs@1"),
-    ("shapes/fashioniq", "R@10"),
-    ("shapes/genecis", "R@1"),
+    ("circo", "mAP@5"),
+    ("circo", "mAP@10"),
+    ("cirr", "R@1"),
+    ("cirr", "Rs@1"),
+    ("fashioniq", "R@10"),
+    ("genecis", "R@1"),
 )
 PAPER = {
     "image_only": "3.09 (Slerp)",
@@ -39,10 +39,11 @@ PAPER = {
 """CIRCO test mAP@10 with CLIP ViT-L/14, and the paper that prints it."""
 
 OUTPUT = flags.DEFINE_string("output", str(ROOT / "benchmarks" / "shapes.json"), "File to write")
+PRESET = flags.DEFINE_string("preset", "shapes", "Preset of the experiments: shapes or smoke")
 WORKDIR = flags.DEFINE_string("workdir", "runs/table", "Where the runs lie")
 
 
-def measure(workdir: Path) -> dict[str, Any]:
+def measure(workdir: Path, preset: str) -> dict[str, Any]:
     """Trains and evaluates everything: {benchmark metric: {method: [value of each seed]}}."""
     from cir_jax.evaluation import runner
     from cir_jax.loading import read_experiment
@@ -52,19 +53,19 @@ def measure(workdir: Path) -> dict[str, Any]:
     values: dict[str, dict[str, list[float]]] = {}
     for seed in SEEDS:
         for name in EXPERIMENTS:
-            config = read_experiment(f"experiments/{name}.py")
+            config = read_experiment(f"experiments/{name}.py:{preset}")
             config.seed, config.evaluation.split = seed, f"test_{seed}"
             for dataset, tables in experiments.required_tables(config).items():
                 build.prepare(dataset, tables, experiments.data_dir(config))
             directory = workdir.absolute() / f"{name}-{seed}"
             experiments.claim_workdir(directory, config)
             experiment = experiments.setup(config)
-            params = experiments.train(experiment, directory) or {}
+            params = experiments.train(experiment, directory) or {}  # Slerp has no stages
             for result in runner.run(experiment, params, directory):
                 if result.method != name and name != EXPERIMENTS[0]:
                     continue  # the baselines are the same beside every method
                 for metric, estimate in result.metrics.items():
-                    row = values.setdefault(f"{result.benchmark} {metric}", {})
+                    row = values.setdefault(f"{result.benchmark.partition('/')[2]} {metric}", {})
                     row.setdefault(result.method, []).append(estimate.value)
     return {
         "date": datetime.date.today().isoformat(),
@@ -76,7 +77,7 @@ def measure(workdir: Path) -> dict[str, Any]:
 
 def table(measured: Mapping[str, Any]) -> str:
     """Markdown: rows = methods, mean +- standard deviation over the seeds."""
-    head = ["method", *(f"{b.partition('/')[2]} {m}" for b, m in COLUMNS), "paper, CIRCO mAP@10"]
+    head = ["method", *(f"{b} {m}" for b, m in COLUMNS), "paper, CIRCO mAP@10"]
     lines = [" | ".join(head), " | ".join("---" for _ in head)]
     for method, paper in PAPER.items():
         cells = [measured["values"][f"{b} {m}"][method] for b, m in COLUMNS]
@@ -86,7 +87,7 @@ def table(measured: Mapping[str, Any]) -> str:
 
 
 def main(_: list[str]) -> None:
-    measured = measure(Path(WORKDIR.value))
+    measured = measure(Path(WORKDIR.value), PRESET.value)
     Path(OUTPUT.value).write_text(json.dumps(measured, indent=1) + "\n")
     print(table(measured))
 

@@ -14,7 +14,7 @@ def load(workdir: str | Path | None = None, config: Any = None) -> Any:
 
         search = cir_jax.load("runs/compodiff/shapes")
         search.index("photos/")
-        search("reference.jpg", "is red instead of blue")
+        search.search("reference.jpg", "is red instead of blue", k=5)
 
     Raises CheckpointError, ConfigError or WeightsError that say what is missing.
     """

@@ -44,7 +44,14 @@ def load(workdir: str | Path | None = None, config: Any = None) -> Searcher:
         if workdir is None:
             raise ConfigError("load: give a workdir, or config='experiments/NAME.py', or both.")
         config = ConfigDict(experiments.read_config(Path(workdir)))
+    config = ConfigDict(config.to_dict())
+    config.mesh = ConfigDict({"data": -1})  # of this machine, not of the one that trained
     experiment = experiments.setup(config)
+    if not experiment.composer.pretrained_backbone:
+        raise ConfigError(
+            f"{config.name} trains a backbone: export it (--config.export_to=DIR), then "
+            "search with another composer on it, such as experiments/slerp.py."
+        )
     if experiment.composer.trained and workdir is None:
         raise ConfigError(
             f"composer {config.composer.name} is trained: give the workdir of its training run."

@@ -8,10 +8,10 @@ from ml_collections import ConfigDict
 from cir_jax.errors import ConfigError, unknown
 
 OPTIMIZER = {
-    "name": "adamw",  # adamw | adam | muon
+    "name": "adamw",  # adamw (Adam with weight_decay=0) | muon
     "learning_rate": 1e-4,
     "schedule": "constant",  # constant | cosine | linear
-    "warmup": 0,  # a duration
+    "warmup": "0 steps",  # a duration: "500 steps", "2 epochs", "300k examples", "5%"
     "final": 0.0,  # learning rate at the end, as a share of the peak
     "weight_decay": 0.01,
     "decay": r".*/(kernel|embedding)",  # paths that decay: matrices
@@ -21,6 +21,11 @@ OPTIMIZER = {
     "clip_norm": 0.0,  # of the global gradient; 0 = no clipping
     "adam_learning_rate": 1e-3,  # muon only: for everything outside the blocks
 }
+
+
+def benchmarks(dataset: str) -> tuple[str, ...]:
+    """The benchmarks of the embedded world, `shapes` or `shapes_tiny`."""
+    return tuple(f"{dataset}/{name}" for name in ("circo", "cirr", "fashioniq", "genecis"))
 
 
 def experiment(name: str, composer: Mapping[str, Any]) -> ConfigDict:
@@ -39,14 +44,9 @@ def experiment(name: str, composer: Mapping[str, Any]) -> ConfigDict:
     config.workers = 0  # Grain worker processes; 0 = threads
     config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})  # -1 = whatever is left
     config.log_every = 50
-    config.checkpoint = ConfigDict({"every": 500, "keep": 2})
+    config.checkpoint = ConfigDict({"every": "500 steps", "keep": 2})
     config.evaluation = ConfigDict()
-    config.evaluation.benchmarks = (
-        "shapes/circo",
-        "shapes/cirr",
-        "shapes/fashioniq",
-        "shapes/genecis",
-    )
+    config.evaluation.benchmarks = benchmarks("shapes")
     config.evaluation.split = "test_0"  # hyper-parameters are chosen on val
     config.evaluation.batch_size = 256
     return config
@@ -56,7 +56,7 @@ def stage(
     *,
     tables: Mapping[str, float],
     batch_size: int,
-    duration: int | str,
+    duration: str,
     optimizer: Mapping[str, Any],
     dataset: str = "shapes",
     features: bool = False,

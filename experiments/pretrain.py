@@ -34,7 +34,7 @@ def get_config(preset: str = "shapes") -> ConfigDict:
             "learning_rate": 0.02,
             "adam_learning_rate": 1e-3,
             "schedule": "cosine",
-            "warmup": 50,
+            "warmup": "50 steps",
             "final": 0.005,
             "weight_decay": 0.0,
             "b2": 0.98,

@@ -54,12 +54,14 @@ def join(distributed: ModuleType) -> None:
     distributed.initialize(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
 
 
-def prepare(config: ConfigDict) -> None:
+def prepare(config: ConfigDict, training: bool) -> None:
     """Builds what the config reads and this project can make itself (the embedded world)."""
     from cir_jax.training import experiment
     from data import build
 
-    for dataset, tables in experiment.required_tables(config).items():
+    needed = experiment.required_tables(config, training)
+    for dataset in needed.keys() & build.DATASETS.keys():
+        tables = needed[dataset]
         build.prepare(dataset, tables, experiment.data_dir(config))
 
 
@@ -91,7 +93,11 @@ def _parse(argv: list[str]) -> list[str]:
         message = str(error.args[0] if error.args else error)
         for escaped, plain in (("\\n", " "), ("\\'", "'")):
             message = message.replace(escaped, plain)
-        raise ConfigError(message.strip("\"' ")) from error
+        message = message.strip("\"' ")
+        if not isinstance(error, flags.Error):
+            name, _, hint = message.partition("'")
+            message = f"no such config field, or not of its type: '{name}'.{hint}"
+        raise ConfigError(message) from error
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
@@ -102,11 +108,14 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 def _check_config_path(argv: list[str]) -> None:
     values = [a.partition("=")[2] for a in argv if a.startswith(("--config=", "-config="))]
+    values += [b for a, b in zip(argv, argv[1:], strict=False) if a in ("--config", "-config")]
     for value in values:
         path = Path(value.partition(":")[0])
         if path.is_file():
             continue
         names = [p.stem for p in (ROOT / "experiments").glob("*.py") if p.stem != "base"]
+        if path.stem in names:
+            raise ConfigError(f"{path} is no file. Give {ROOT / 'experiments' / path.stem}.py.")
         raise ConfigError(f"{path} is no file: {unknown('experiment', path.stem, names)}")
 
 

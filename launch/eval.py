@@ -21,7 +21,7 @@ def main() -> None:
 
     config = common.CONFIG.value
     experiments.check_workdir(common.workdir(), config)
-    common.prepare(config)
+    common.prepare(config, training=False)
     experiment = experiments.setup(config)
     params = runner.trained_params(experiment, common.workdir())
     runner.run(experiment, params, common.workdir(), common.command())

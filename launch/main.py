@@ -28,16 +28,18 @@ def main() -> None:
     from cir_jax.training import experiment as experiments
 
     config, workdir = common.CONFIG.value, common.workdir()
-    if not DRY_RUN.value:
-        experiments.claim_workdir(workdir, config)
-    common.prepare(config)
+    experiments.check_workdir(workdir, config)
+    common.prepare(config, training=True)
     experiment = experiments.setup(config)
+    plan = experiments.dry_run(experiment)  # mistakes show before the workdir belongs to them
     if DRY_RUN.value:
-        print(experiments.dry_run(experiment))
+        print(plan)
         return
-    params = experiments.train(experiment, workdir)
-    experiments.export(experiment, params)
-    runner.run(experiment, params, workdir, common.command())
+    experiments.claim_workdir(workdir, config)
+    with experiments.only_run(workdir):
+        params = experiments.train(experiment, workdir)
+        experiments.export(experiment, params)
+        runner.run(experiment, params, workdir, common.command())
 
 
 if __name__ == "__main__":

@@ -34,7 +34,8 @@ def main(argv: list[str]) -> None:
             for table, folder in folders.items():
                 print(f"{table}: {folder}")
     except CirError as error:
-        sys.exit(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

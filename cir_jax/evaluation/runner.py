@@ -1,5 +1,6 @@
 """From an experiment to its tables, results.json and pictures."""
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,10 @@ from cir_jax.evaluation.benchmarks import Benchmark
 from cir_jax.evaluation.contact_sheet import contact_sheet
 from cir_jax.evaluation.evaluate import evaluate_with_baselines
 from cir_jax.evaluation.result import Result
+from cir_jax.retrieval.batches import to_host
 from cir_jax.retrieval.cache import default_cache_dir
 from cir_jax.training.experiment import Experiment, scored_params, stage_names
+from cir_jax.weights.files import content_id
 
 
 def trained_params(experiment: Experiment, workdir: Path) -> Any:
@@ -24,8 +27,14 @@ def trained_params(experiment: Experiment, workdir: Path) -> Any:
     if not experiment.composer.trained:
         return {}
     for name in reversed(stage_names(experiment.config)):
-        if (workdir / name / "checkpoints").is_dir():
-            return scored_params(experiment, workdir / name)
+        directory = workdir / name
+        if any(path.name.isdigit() for path in (directory / "checkpoints").glob("*")):
+            params, position = scored_params(experiment, directory)
+            step, steps = position["next_batch"], position["steps"]
+            last = name == stage_names(experiment.config)[-1]
+            if jax.process_index() == 0 and not (last and step == steps):
+                print(f"unfinished training: evaluating step {step} of {steps} of {name}")
+            return params
     raise CheckpointError(
         f"{workdir}: no checkpoint of {', '.join(stage_names(experiment.config))}. Train first "
         "(`python launch/main.py` with the same --config and --workdir)."
@@ -42,6 +51,11 @@ def run(
     """
     config = experiment.config
     method = config.composer.name
+    if not experiment.composer.pretrained_backbone:  # its weights are what was trained
+        name = experiment.backbone.weights_id.partition("@")[0]
+        identity = content_id(name, jax.tree.map(to_host, params))
+        backbone = dataclasses.replace(experiment.backbone, weights_id=identity)
+        experiment.composer.backbone = backbone
     everything: list[Result] = []
     for name in config.evaluation.benchmarks:
         benchmark = benchmarks.load(name, config.evaluation.split, experiment.data_dir)

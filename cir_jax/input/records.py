@@ -52,10 +52,12 @@ class Records:
     def _read(self, index: int) -> dict[str, Any]:
         record = dict(self.table[index])
         for field in self.images:
+            what = f"{self.table!r}, record {index}, field {field!r}"
             if field in self.features:
                 record[field] = self.features[field][index]
+                if np.isnan(record[field][0]):  # what image_features gives for unreadable images
+                    raise DataError(f"{what}: not a readable image.")
             else:
-                what = f"{self.table!r}, record {index}, field {field!r}"
                 image = decode(record[field], what, rgb=not self.transform.rgb_last)
                 record[field] = self.transform(image)
         return record
@@ -64,10 +66,9 @@ class Records:
         if index not in self.corrupt:
             self.corrupt.add(index)
             logging.warning("skipped (%d so far): %s", len(self.corrupt), error)
-        if len(self.corrupt) > self.max_corrupt:
+        if len(self.corrupt) > (limit := min(self.max_corrupt, len(self) - 1)):
             raise DataError(
-                f"{self.table!r}: more than {self.max_corrupt} unreadable records; the last: "
-                f"{error}"
+                f"{self.table!r}: more than {limit} unreadable records; the last: {error}"
             ) from error
 
     def __repr__(self) -> str:

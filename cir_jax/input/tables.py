@@ -31,7 +31,8 @@ class Table:
         import tensorflow_datasets as tfds  # slow to import: only when data are read
 
         root = self.data_dir / self.dataset / self.table
-        versions = sorted(root.glob("*.*.*/dataset_info.json")) if root.is_dir() else []
+        found = root.glob("*.*.*/dataset_info.json") if root.is_dir() else ()
+        versions = sorted(found, key=lambda file: [*map(int, file.parent.name.split("."))])
         if not versions:
             raise DataError(
                 f"{root}: no prepared table {self.dataset}/{self.table}. Run "

@@ -61,6 +61,7 @@ def image_features(
     description = {
         "features": "backbone image features, un-normalised",
         "weights": backbone.weights_id,
+        "dtype": np.dtype(backbone.model.dtype).name,
         "parameters": "" if cache_dir is None else fingerprint(params),
     }
     params = on_mesh(mesh, params)
@@ -109,6 +110,7 @@ def gallery_features(
         # a setting whose repr holds an address never matches: computed again, never reused wrongly
         "settings": {k: repr(v) for k, v in sorted(vars(composer).items()) if k != "backbone"},
         "weights": backbone.weights_id,
+        "dtype": np.dtype(backbone.model.dtype).name,
         "parameters": fingerprint({"params": params, "frozen": frozen}) if cached else "",
     }
     params, frozen = on_mesh(mesh, params), on_mesh(mesh, frozen)

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import logging
 import os
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
 from cir_jax.errors import CheckpointError
 from cir_jax.training.step import TrainState
@@ -96,7 +98,7 @@ class Checkpoints:
         """The newest readable state and its position; None when there is no checkpoint.
 
         like: abstract state with shardings (another mesh than the one that saved is fine).
-        A corrupt checkpoint is named in a warning, removed, and the one before is taken; raises
+        A corrupt checkpoint is named in a warning and renamed, and the one before is taken; raises
         CheckpointError when none is readable.
         """
         failed = []
@@ -111,8 +113,13 @@ class Checkpoints:
                 )
                 failed.append(step)
                 continue
-            for bad in failed:
-                self._manager.delete(bad)  # its step will be saved again
+            for bad in failed:  # its step will be saved again
+                bad_directory = self.directory / str(bad)
+                if jax.process_index() == 0 and bad_directory.exists():
+                    bad_directory.rename(bad_directory.with_suffix(f".unreadable-{time.time_ns()}"))
+            if failed:
+                multihost_utils.sync_global_devices("unreadable checkpoints moved away")
+                self._manager.reload()
             rest = restored["optimizer"]
             state = TrainState(
                 step=rest["step"],
@@ -145,8 +152,8 @@ def _restore(like: TrainState) -> dict[str, Any]:
     return items
 
 
-def load_scored(directory: Path, like: Any) -> tuple[Any, int]:
-    """Evaluated parameters (averaged where there is averaging) and their step, as numpy arrays.
+def load_scored(directory: Path, like: Any) -> tuple[Any, dict[str, Any]]:
+    """Evaluated parameters (averaged where there is averaging) as numpy, and their position.
 
     like: tree of shapes of the parameters. Works whatever mesh and number of processes saved them.
     Raises CheckpointError when there is no readable checkpoint.
@@ -168,10 +175,10 @@ def load_scored(directory: Path, like: Any) -> tuple[Any, int]:
         restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), like)
         try:
             with ocp.PyTreeCheckpointer() as reader:
-                tree = reader.restore(
-                    item, args=ocp.args.PyTreeRestore(abstract, restore_args=restore_args)
-                )
-            return tree, step
+                arrays = ocp.args.PyTreeRestore(abstract, restore_args=restore_args)
+                tree = reader.restore(item, args=arrays)
+            with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
+                return tree, reader.restore(path / "position", args=ocp.args.JsonRestore())
         except Exception as error:
             reasons.append(f"{item}: {str(error).splitlines()[0][:200] if str(error) else error!r}")
             logging.warning("checkpoint not readable, trying the one before: %s", reasons[-1])

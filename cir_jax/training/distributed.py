@@ -99,7 +99,14 @@ def _roll_call(coordinator: str, count: int, index: int, seconds: int) -> None:
 def _collect(port: int, count: int, deadline: float) -> str:
     waiting = set(range(1, count))
     connections = []
-    with socket.create_server(("", port), reuse_port=False) as server:
+    try:
+        server = socket.create_server(("", port))
+    except OSError as error:
+        raise ConfigError(
+            f"port {port} of process 0 cannot be used ({error.strerror}): choose another one in "
+            "--coordinator."
+        ) from error
+    with server:
         while waiting and (left := deadline - time.monotonic()) > 0:
             server.settimeout(left)
             try:

@@ -22,7 +22,7 @@ def to_steps(
     if isinstance(value, int) and value >= 0:
         return value
     match = re.fullmatch(
-        r"\s*([0-9.]+)\s*([km]?)\s*(steps?|epochs?|examples?|%)\s*", str(value).lower()
+        r"\s*([0-9]+\.?[0-9]*)\s*([km]?)\s*(steps?|epochs?|examples?|%|)\s*", str(value).lower()
     )
     if not match:
         raise ConfigError(
@@ -30,7 +30,7 @@ def to_steps(
             'Write 500, "500 steps", "2 epochs", "300k examples" or "10%".'
         )
     number, unit = float(match[1]) * _UNITS[match[2]], match[3].rstrip("s")
-    if unit == "step":
+    if unit in ("step", ""):
         return round(number)
     if unit == "epoch":
         return max(1, round(number * epoch_examples / batch_size))

@@ -1,10 +1,12 @@
 """From a config to a trained workdir: stages in order, each resumed where it stopped."""
 
+import contextlib
 import dataclasses
+import fcntl
 import functools
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,20 +20,32 @@ from jax.sharding import Mesh
 from cir_jax import composers
 from cir_jax.composers.base import Composer
 from cir_jax.errors import CheckpointError, ConfigError, unknown
+from cir_jax.evaluation.benchmarks import REGISTRY
 from cir_jax.input import records, text
 from cir_jax.input.pipeline import Part, Pipeline
 from cir_jax.input.tables import Table, default_data_dir
 from cir_jax.models.backbone import Backbone
+from cir_jax.retrieval.batches import to_host
+from cir_jax.retrieval.cache import default_cache_dir
 from cir_jax.retrieval.features import image_features
 from cir_jax.training import durations, optimizers
 from cir_jax.training import mesh as meshes
 from cir_jax.training.checkpoints import load_scored
-from cir_jax.training.loop import Stage, Trainer, describe
+from cir_jax.training.loop import Stage, Trainer, check_weights, describe
 from cir_jax.weights import clip as weights
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 CONFIG_FILE = "config.json"
-FREE_FIELDS = ("mesh", "evaluation", "log_every", "checkpoint", "workers", "data_dir", "stages")
+FREE_FIELDS = (
+    "mesh",
+    "evaluation",
+    "log_every",
+    "checkpoint",
+    "workers",
+    "data_dir",
+    "stages",
+    "export_to",
+)
 """Config fields that may change between runs of one workdir: they do not change what is learned."""
 
 TABLES = {"captions": "image", "pretrain": "image", "triplets": "reference"}
@@ -72,19 +86,25 @@ def setup(config: ml_collections.ConfigDict) -> Experiment:
         backbone, params = weights.load_architecture(config.backbone, dtype), {}
     composer = composers.build(name, backbone, **settings)
     frozen = composer.freeze(params)
-    shardings = meshes.parameter_shardings(mesh, frozen)
-    frozen = jax.tree.map(
-        lambda x, s: jax.make_array_from_callback(x.shape, s, lambda index: x[index]),
-        frozen,
-        shardings,
-    )
-    return Experiment(config, mesh, backbone, composer, frozen)
+    if config.export_to and composer.pretrained_backbone:
+        raise ConfigError(
+            f"config.export_to={config.export_to!r}: composer {name} trains no backbone that could "
+            "be exported."
+        )
+    if config.init_from and all(not config.stage[s].after for s in stage_names(config)):
+        raise ConfigError(
+            f"config.init_from={config.init_from!r}: none of the stages "
+            f"{', '.join(stage_names(config))} continues another one."
+        )
+    return Experiment(config, mesh, backbone, composer, meshes.place(mesh, frozen))
 
 
 def stage_names(config: ml_collections.ConfigDict) -> tuple[str, ...]:
     """The stages to run, checked against those that the experiment has."""
     wanted = config.stages
-    wanted = tuple(wanted.split(",")) if isinstance(wanted, str) else tuple(wanted)
+    wanted = [wanted] if isinstance(wanted, str) else wanted
+    # on the command line, stages=a,b arrives as one name
+    wanted = tuple(name.strip() for names in wanted for name in names.split(","))
     for name in wanted:
         if name not in config.stage:
             raise ConfigError(unknown(f"stage of experiment {config.name}:", name, config.stage))
@@ -96,32 +116,46 @@ def train(experiment: Experiment, workdir: Path) -> Any:
 
     A finished stage is read back, an interrupted one resumed, so the same command always continues.
     """
-    config = experiment.config
-    params = None
-    for name in stage_names(config):
-        trainer = make_trainer(experiment, name, initial_params(experiment, name, workdir, params))
-        params = trainer.run(workdir / name)
+    params, before = None, ""
+    for name in stage_names(experiment.config):
+        previous = params if before == experiment.config.stage[name].after else None
+        initial = initial_params(experiment, name, workdir, previous)
+        trainer = make_trainer(experiment, name, initial)
+        params, before = trainer.run(workdir / name), name
     return params
 
 
 def dry_run(experiment: Experiment) -> str:
-    """Shapes, shardings and bytes per device of every stage; nothing is computed or written."""
+    """Shapes, shardings and bytes per device of every stage; nothing is encoded or trained.
+
+    Builds all stages, so it also finds what is wrong with any of them before the first one runs.
+    """
     return "\n".join(
-        describe(make_trainer(experiment, name, None)) for name in stage_names(experiment.config)
+        describe(make_trainer(experiment, name, None, shapes_only=True))
+        for name in stage_names(experiment.config)
     )
 
 
-def make_trainer(experiment: Experiment, name: str, initial: Any) -> Trainer:
-    """The trainer of stage `name`, starting from `initial` (None = fresh parameters)."""
+def make_trainer(
+    experiment: Experiment, name: str, initial: Any, shapes_only: bool = False
+) -> Trainer:
+    """The trainer of stage `name`, starting from `initial` (None = fresh parameters).
+
+    shapes_only: zeros in place of precomputed image features, for a dry run.
+    """
     config = experiment.config
     recipe = config.stage[name]
-    pipeline = make_pipeline(experiment, name)
+    pipeline = make_pipeline(experiment, name, shapes_only)
     to_steps = functools.partial(
         durations.to_steps,
         batch_size=recipe.batch_size,
         epoch_examples=pipeline.epoch_examples,
     )
     steps = to_steps(recipe.duration, field=f"stage.{name}.duration")
+    every = to_steps(config.checkpoint.every, field="checkpoint.every", total_steps=steps)
+    for field, value in (("log_every", config.log_every), ("checkpoint.every", every)):
+        if value < 1:
+            raise ConfigError(f"config.{field} comes to {value} steps; it must be 1 or more.")
     stage = Stage(
         name=name,
         steps=steps,
@@ -130,9 +164,7 @@ def make_trainer(experiment: Experiment, name: str, initial: Any) -> Trainer:
         ema=recipe.ema,
         microbatches=recipe.microbatches,
         log_every=config.log_every,
-        checkpoint_every=to_steps(
-            config.checkpoint.every, field="checkpoint.every", total_steps=steps
-        ),
+        checkpoint_every=every,
         keep=config.checkpoint.keep,
     )
     return Trainer(
@@ -140,16 +172,10 @@ def make_trainer(experiment: Experiment, name: str, initial: Any) -> Trainer:
     )
 
 
-def make_pipeline(experiment: Experiment, name: str) -> Pipeline:
+def make_pipeline(experiment: Experiment, name: str, shapes_only: bool = False) -> Pipeline:
     """Grain pipeline of stage `name`: the mixture of tables that config.stage.<name>.data says."""
     config, backbone = experiment.config, experiment.backbone
     data = config.stage[name].data
-    if not data.dataset:
-        raise ConfigError(
-            f"config.stage.{name}.data.dataset is empty: this preset's corpora do not come with "
-            "the project. Name a prepared dataset with the tables "
-            f"{', '.join(data.tables)}: --config.stage.{name}.data.dataset=NAME."
-        )
     suffix = "features" if data.features else "images"
     mixed = "triplets" in data.tables or data.with_reference
     parts = []
@@ -163,7 +189,8 @@ def make_pipeline(experiment: Experiment, name: str) -> Pipeline:
         fields = ("reference", "target") if triplets else ("image",)
         features = {}
         if data.features:
-            features = {field: _features(experiment, table, field) for field in fields}
+            make = _no_features if shapes_only else _features
+            features = {field: make(experiment, table, field) for field in fields}
         source = records.Records(table, fields, backbone.image_transform, features)
         transform = (
             records.Triplets(backbone.tokenizer, suffix)
@@ -194,7 +221,14 @@ def _features(experiment: Experiment, table: Table, field: str) -> Any:
         field,
         mesh=experiment.mesh,
         batch_size=experiment.config.evaluation.batch_size,
+        cache_dir=default_cache_dir(),
+        skip_unreadable=True,
     )
+
+
+def _no_features(experiment: Experiment, table: Table, field: str) -> Any:
+    row = np.zeros((1, experiment.backbone.dim), np.float32)
+    return np.broadcast_to(row, (len(table), experiment.backbone.dim))
 
 
 def initial_params(experiment: Experiment, name: str, workdir: Path, previous: Any) -> Any:
@@ -204,32 +238,35 @@ def initial_params(experiment: Experiment, name: str, workdir: Path, previous: A
     """
     config = experiment.config
     after = config.stage[name].after
-    if not after:
-        return None
-    if previous is not None:
+    if previous is not None or not after:
         return previous
-    own, given = workdir / after, Path(config.init_from).expanduser() if config.init_from else None
-    for directory in filter(None, (given and given / after, given, own)):
+    if config.init_from:
+        given = Path(config.init_from).expanduser()
+        candidates = [given / after, given]
+    else:
+        candidates = [workdir / after]
+    for directory in candidates:
         if (directory / "checkpoints").is_dir():
-            return scored_params(experiment, directory)
-    where = f" or {given}" if given else ""
+            params, position = scored_params(experiment, directory)
+            if position["next_batch"] < position["steps"]:
+                raise CheckpointError(
+                    f"{directory} stopped at step {position['next_batch']} of {position['steps']}: "
+                    f"stage {name!r} continues a finished stage. Finish it first."
+                )
+            return params
     raise CheckpointError(
         f"stage {name!r} continues stage {after!r}, of which there is no checkpoint in "
-        f"{own}{where}. "
-        f"Run --config.stages={after},{name}, or set --config.init_from to a workdir with it."
+        f"{' or '.join(map(str, candidates))}. Run --config.stages={after},{name}, or set "
+        "--config.init_from to a workdir with it."
     )
 
 
-def scored_params(experiment: Experiment, directory: Path) -> Any:
-    """The scored parameters of a stage directory, on the mesh."""
-    like = jax.eval_shape(lambda: experiment.composer.init(jax.random.key(0)))
-    tree, _ = load_scored(directory / "checkpoints", like)
-    shardings = meshes.parameter_shardings(experiment.mesh, like)
-    return jax.tree.map(
-        lambda x, s: jax.make_array_from_callback(x.shape, s, lambda index: x[index]),
-        tree,
-        shardings,
-    )
+def scored_params(experiment: Experiment, directory: Path) -> tuple[Any, dict[str, Any]]:
+    """The scored parameters of a stage directory, on the mesh, and their position."""
+    like = jax.eval_shape(experiment.composer.init, jax.random.key(0))
+    tree, position = load_scored(directory / "checkpoints", like)
+    check_weights(position, experiment.composer, directory)
+    return meshes.place(experiment.mesh, tree), position
 
 
 def check_workdir(workdir: Path, config: ml_collections.ConfigDict) -> None:
@@ -271,6 +308,25 @@ def claim_workdir(workdir: Path, config: ml_collections.ConfigDict) -> None:
         )
 
 
+@contextlib.contextmanager
+def only_run(workdir: Path) -> Iterator[None]:
+    """Holds the lock of the workdir (process 0); the kernel drops it when the process dies.
+
+    Raises CheckpointError while another run holds it.
+    """
+    if jax.process_index():
+        yield
+        return
+    with (workdir / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise CheckpointError(
+                f"{workdir}: another run is at work there. Wait for it, or use a new --workdir."
+            ) from error
+        yield
+
+
 def read_config(workdir: Path) -> dict[str, Any]:
     """The config a workdir was made with. Raises CheckpointError when it is no workdir."""
     file = workdir / CONFIG_FILE
@@ -300,30 +356,34 @@ def differing_fields(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str
     return found
 
 
-def required_tables(config: ml_collections.ConfigDict) -> dict[str, list[str]]:
-    """Dataset -> tables that the config's stages and benchmarks read."""
+def required_tables(
+    config: ml_collections.ConfigDict, training: bool = True
+) -> dict[str, list[str]]:
+    """Dataset -> tables that the config's stages (if training) and benchmarks read."""
     needed: dict[str, list[str]] = {}
-    for name in stage_names(config):
+    for name in stage_names(config) if training else ():
         data = config.stage[name].data
+        if not data.dataset:
+            raise ConfigError(
+                f"config.stage.{name}.data.dataset is empty: this preset's corpora do not come "
+                f"with the project. Name a prepared dataset with the tables "
+                f"{', '.join(data.tables)}: --config.stage.{name}.data.dataset=NAME."
+            )
         needed.setdefault(data.dataset, []).extend(data.tables)
     for benchmark in config.evaluation.benchmarks:
-        dataset, _, table = benchmark.partition("/")
-        tables = ["pretrain"] if table == "captions" else ["gallery", table]
-        needed.setdefault(dataset, []).extend(tables)
+        if benchmark not in REGISTRY:
+            raise ConfigError(unknown("benchmark", benchmark, REGISTRY))
+        entry = REGISTRY[benchmark]
+        needed.setdefault(entry.dataset, []).extend((entry.gallery, entry.table))
     return {dataset: sorted(set(tables)) for dataset, tables in needed.items()}
 
 
 def export(experiment: Experiment, params: Any) -> None:
     """Writes a trained backbone to config.export_to, if set, as a Hugging Face directory (fp16)."""
-    path = experiment.config.export_to
-    if not path:
+    if not experiment.config.export_to:
         return
-    if experiment.composer.pretrained_backbone:
-        raise ConfigError(
-            f"config.export_to={path!r}: composer {experiment.config.composer.name} trains no "
-            "backbone that could be exported."
-        )
-    host = jax.tree.map(lambda x: np.asarray(x), params)
+    path = Path(experiment.config.export_to).expanduser()
+    host = jax.tree.map(to_host, params)
     if jax.process_index() == 0:
-        weights.save(Path(path), experiment.backbone, host, np.float16)
+        weights.save(path, experiment.backbone, host, np.float16)
         print(f"exported to {path}")

@@ -6,7 +6,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +138,7 @@ class Trainer:
         if restored is None:
             return sharded(self.mesh, self._init, self.initial)
         state, position = restored
+        check_weights(position, self.composer, checkpoints.directory)
         if position["data"] != repr(self.pipeline):
             raise CheckpointError(
                 f"{checkpoints.directory}: was trained on other data. It read\n"
@@ -146,6 +147,15 @@ class Trainer:
             )
         print(f"{self.stage.name}: resuming after step {int(jax.device_get(state.step))}")
         return state
+
+    def _position(self, number: int) -> dict[str, Any]:
+        """What a checkpoint says beside arrays: where it stands, and what it belongs to."""
+        return {
+            "next_batch": number,
+            "steps": self.stage.steps,
+            "data": repr(self.pipeline),
+            "weights_id": self.composer.backbone.weights_id,
+        }
 
     def _train(
         self, state: TrainState, start: int, checkpoints: Checkpoints, log: MetricsLog | None
@@ -181,9 +191,9 @@ class Trainer:
                     bar.set_postfix_str(f"loss {values['loss']:.4f}, {rate:,.0f} samples/s")
                     pending, window_start = [], time.perf_counter()
                 if save:
-                    checkpoints.save(state, {"next_batch": number, "data": repr(self.pipeline)})
+                    checkpoints.save(state, self._position(number))
                     last_saved = number
-                if leaving and number < stage.steps:
+                if leaving:
                     checkpoints.wait()
                     raise Preempted(f"{stage.name}: stopped and saved after step {number}.")
         return state
@@ -194,10 +204,12 @@ class Trainer:
         """The newest metrics as floats; raises NanLoss if any loss since the last look is not."""
         rows = jax.device_get(pending)
         for number, metrics in rows:
-            if not math.isfinite(metrics["loss"]):
+            # a finite loss with an infinite gradient has just spoilt the parameters
+            if not (math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])):
                 kept = f"step {last_saved} in {directory}" if last_saved else "none was saved yet"
                 raise NanLoss(
-                    f"{self.stage.name}: the loss is {metrics['loss']} at step {number}; stopped. "
+                    f"{self.stage.name}: at step {number} the loss is {metrics['loss']} and the "
+                    f"gradient's norm {metrics['grad_norm']}; stopped. "
                     f"Last good checkpoint: {kept}. Lower the learning rate, set "
                     "optimizer.clip_norm, or look at the batch."
                 )
@@ -220,6 +232,16 @@ def _preemption() -> Iterator[Any]:
         yield lambda step: came.is_set()
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def check_weights(position: Mapping[str, Any], composer: Composer, where: Path) -> None:
+    """Raises CheckpointError when a checkpoint was trained on other backbone weights."""
+    theirs, ours = position["weights_id"], composer.backbone.weights_id
+    if theirs != ours:
+        raise CheckpointError(
+            f"{where}: was trained on the backbone {theirs}, this run has {ours}. "
+            "Set --config.backbone to those weights, or train again in a new --workdir."
+        )
 
 
 def describe(trainer: Trainer) -> str:

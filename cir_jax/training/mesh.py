@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from absl import logging
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -77,6 +78,12 @@ def row_shards(mesh: Mesh) -> int:
 def check_batch(mesh: Mesh, batch_size: int, field: str) -> None:
     """Raises MeshError unless the global batch divides over the mesh and the processes."""
     shards = row_shards(mesh)
+    owners = np.vectorize(lambda device: device.process_index)(mesh.devices)
+    if (owners != owners[:, :, :1]).any():
+        raise MeshError(
+            f"mesh {dict(mesh.shape)}: the tensor axis spans several processes, which would have "
+            "to read the same rows. Lower --config.mesh.tensor to the devices of one process."
+        )
     if batch_size % shards or batch_size % jax.process_count():
         raise MeshError(
             f"{field}={batch_size} is not divisible by data x fsdp = {shards} "
@@ -105,18 +112,32 @@ def replicate(mesh: Mesh, tree: Any) -> Any:
 def parameter_shardings(mesh: Mesh, tree: Any, rules: Rules = RULES) -> Any:
     """NamedSharding for each leaf of a tree of arrays or shapes: the first rule matching its path.
 
-    An axis of a leaf that the mesh axis does not divide stays whole. Raises MeshError for a
-    parameter that no rule matches.
+    An axis that the mesh does not divide stays whole (logged at level info). Raises MeshError
+    for a parameter that no rule matches.
     """
 
     def shard(path: Any, leaf: Any) -> NamedSharding:
         name = "/" + "/".join(_key(key) for key in path)
         for pattern, spec in rules:
             if re.fullmatch(pattern, name):
-                return NamedSharding(mesh, _fit(mesh, spec, np.shape(leaf)))
+                fitted = _fit(mesh, spec, np.shape(leaf))
+                if any(fitted) != any(spec):
+                    logging.info("%s %s stays whole: not divisible", name, np.shape(leaf))
+                return NamedSharding(mesh, fitted)
         raise MeshError(f"no sharding rule matches parameter {name}; add one to the rules.")
 
     return jax.tree_util.tree_map_with_path(shard, tree)
+
+
+def place(mesh: Mesh, tree: Any, rules: Rules = RULES) -> Any:
+    """The same host values on every process -> global arrays, sharded by the rules."""
+    return jax.tree.map(
+        lambda x, sharding: jax.make_array_from_callback(
+            np.shape(x), sharding, lambda index: np.asarray(x)[index]
+        ),
+        tree,
+        parameter_shardings(mesh, tree, rules),
+    )
 
 
 def _key(key: Any) -> str:

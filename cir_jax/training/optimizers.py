@@ -62,8 +62,6 @@ def optimizer(
         main = optax.adamw(
             rate, **adam, weight_decay=config["weight_decay"], mask=path_mask(config["decay"])
         )
-    elif name == "adam":
-        main = optax.adam(rate, **adam)
     elif name == "muon":
         ratio = config["adam_learning_rate"] / config["learning_rate"]
         inside = path_mask(r".*/layers_\d+/.*/kernel")
@@ -75,13 +73,16 @@ def optimizer(
         main = optax.contrib.muon(
             rate,
             ns_steps=4,
+            eps=config["eps"],
             adam_b1=config["b1"],
             adam_b2=config["b2"],
             adam_learning_rate=lambda step: rate(step) * ratio,
             muon_weight_dimension_numbers=dimensions,
             weight_decay=config["weight_decay"],
+            weight_decay_mask=path_mask(config["decay"]),
+            adam_weight_decay=0.0,
         )
     else:
-        raise ConfigError(unknown("optimizer", name, ("adam", "adamw", "muon")))
+        raise ConfigError(unknown("optimizer", name, ("adamw", "muon")))
     clip = config["clip_norm"]
     return optax.chain(optax.clip_by_global_norm(clip), main) if clip else main

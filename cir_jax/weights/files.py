@@ -184,9 +184,12 @@ def new_directory(path: Path) -> Iterator[Path]:
         os.chmod(scratch, 0o755)
         for file in scratch.iterdir():  # some writers make files that only their owner may read
             os.chmod(file, 0o644)
-        if path.exists():
-            shutil.rmtree(path)
-        os.replace(scratch, path)
+        if path.exists():  # other people's files in it stay
+            for file in scratch.iterdir():
+                os.replace(file, path / file.name)
+            scratch.rmdir()
+        else:
+            os.replace(scratch, path)
     except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)
         raise

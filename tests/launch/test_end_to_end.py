@@ -15,8 +15,8 @@ from tests.launch.binaries import SMOKE, kill_when, run, start
 pytestmark = pytest.mark.slow
 
 LONGER = (  # so that there is time to interrupt
-    "--config.stage.stage1.duration=24",
-    "--config.stage.stage2.duration=24",
+    "--config.stage.stage1.duration=24 steps",
+    "--config.stage.stage2.duration=24 steps",
     "--config.evaluation.benchmarks=('shapes_tiny/circo',)",
 )
 
@@ -123,7 +123,12 @@ def test_killed_at_any_moment_the_same_command_ends_with_the_same_numbers(finish
 def test_preemption_saves_and_the_same_command_continues(finished, scratch, tmp_path):
     unbroken, _ = finished
     workdir, log = tmp_path / "run", tmp_path / "log"
-    flags = (f"--config={SMOKE}", f"--workdir={workdir}", *LONGER, "--config.checkpoint.every=100")
+    flags = (
+        f"--config={SMOKE}",
+        f"--workdir={workdir}",
+        *LONGER,
+        "--config.checkpoint.every=100 steps",
+    )
     process = start("main", *flags, scratch=scratch, log=log)
     file = workdir / "stage1" / "metrics.jsonl"
     while process.poll() is None and not (file.exists() and file.stat().st_size):

@@ -59,10 +59,10 @@ def test_schedules():
         make("cosin")
 
 
-@pytest.mark.parametrize("name", ["adam", "adamw", "muon"])
+@pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_optimizers_move_every_parameter(name, tiny):
     fields = base.OPTIMIZER | {"name": name, "learning_rate": 1e-2, "clip_norm": 1.0}
-    made = optimizers.optimizer(fields, 10, lambda v, **kw: v)
+    made = optimizers.optimizer(fields, 10, lambda v, **kw: 0)
     _, params = tiny
     grads = jax.tree.map(np.ones_like, params)
 
@@ -155,13 +155,48 @@ def test_eval_of_a_workdir_without_checkpoint(stand_in, tmp_path):
         runner.trained_params(stand_in, tmp_path)
 
 
-def test_stage_continues_a_given_workdir(stand_in, tmp_path):
+def save(stand_in, directory, **position):
+    position = {"next_batch": 8, "steps": 8, "weights_id": stand_in.backbone.weights_id} | position
     state = init_state(stand_in.composer, optax.adam(1e-3), seed=3, ema=True)
-    with Checkpoints(tmp_path / "other" / "stage1" / "checkpoints") as checkpoints:
-        checkpoints.save(state, {"data": ""})
+    with Checkpoints(directory / "checkpoints") as checkpoints:
+        checkpoints.save(state, position)
+    return state
+
+
+def test_stage_continues_a_given_workdir(stand_in, tmp_path):
+    state = save(stand_in, tmp_path / "other" / "stage1")
     stand_in.config.init_from = str(tmp_path / "other")
     found = experiment.initial_params(stand_in, "stage2", tmp_path / "new", None)
     jax.tree.map(np.testing.assert_array_equal, found, state.params)
+    stand_in.config.init_from = str(tmp_path / "othr")  # never replaced by the workdir's own
+    with pytest.raises(CheckpointError, match="no checkpoint in .*othr"):
+        experiment.initial_params(stand_in, "stage2", tmp_path / "other", None)
+
+
+def test_stage_does_not_continue_a_half_trained_one(stand_in, tmp_path):
+    save(stand_in, tmp_path / "stage1", next_batch=4)
+    with pytest.raises(CheckpointError, match="stopped at step 4 of 8.*Finish it first"):
+        experiment.initial_params(stand_in, "stage2", tmp_path, None)
+
+
+def test_checkpoint_of_other_weights_is_refused(stand_in, tmp_path):
+    save(stand_in, tmp_path / "stage1", weights_id="clip@other")
+    with pytest.raises(CheckpointError, match="trained on the backbone clip@other, this run has"):
+        runner.trained_params(stand_in, tmp_path)
+
+
+def test_eval_says_when_training_is_unfinished(stand_in, tmp_path, capsys):
+    save(stand_in, tmp_path / "stage1")
+    (tmp_path / "stage2" / "checkpoints").mkdir(parents=True)  # killed before its first checkpoint
+    runner.trained_params(stand_in, tmp_path)
+    assert "unfinished training: evaluating step 8 of 8 of stage1" in capsys.readouterr().out
+
+
+def test_only_one_run_at_a_time_in_a_workdir(tmp_path):
+    with experiment.only_run(tmp_path):
+        with pytest.raises(CheckpointError, match="another run is at work there"):
+            with experiment.only_run(tmp_path):
+                pass
 
 
 def test_dataset_that_is_not_prepared(stand_in, tmp_path):
@@ -172,7 +207,7 @@ def test_dataset_that_is_not_prepared(stand_in, tmp_path):
         experiment.make_pipeline(stand_in, "stage1")
     stand_in.config.stage.stage1.data.dataset = ""
     with pytest.raises(ConfigError, match="stage.stage1.data.dataset is empty"):
-        experiment.make_pipeline(stand_in, "stage1")
+        experiment.required_tables(stand_in.config)
 
 
 def test_corrupt_records_are_counted_replaced_and_limited(caplog):

@@ -1,0 +1,117 @@
+"""Batches are a pure function of (seed, number): of nothing else."""
+
+import numpy as np
+import pytest
+
+from cir_jax.errors import ConfigError, DataError
+from cir_jax.input.pipeline import Part, Pipeline
+from cir_jax.input.records import CaptionPairs, Records, TrimText, Triplets
+from cir_jax.input.tables import Table
+from tests import tiny as factory
+
+FEATURES = np.arange(40, dtype=np.float32)[:, None] * np.ones((1, 4), np.float32)
+
+
+@pytest.fixture(scope="module")
+def make(tiny):
+    tokenizer, transform = tiny[0].tokenizer, tiny[0].image_transform
+    captions = factory.caption_table(40)
+    triplets = factory.MemoryTable(
+        [{"reference": i, "target": i, "text": b"make it red"} for i in range(40)]
+    )
+    features = {"image": FEATURES}
+    both = {"reference": FEATURES + 100, "target": FEATURES + 200}
+    parts = (
+        Part(
+            "captions",
+            Records(captions, ("image",), transform, features),
+            CaptionPairs(tokenizer, "features", with_reference=True),
+            0.25,
+        ),
+        Part(
+            "triplets",
+            Records(triplets, ("reference", "target"), transform, both),
+            Triplets(tokenizer, "features"),
+            0.75,
+        ),
+    )
+    return lambda **fields: Pipeline(**({"parts": parts, "batch_size": 16, "seed": 1} | fields))
+
+
+def ids(batches):
+    return [batch["target_features"][:, 0].tolist() for batch in batches]
+
+
+def test_every_record_once_per_epoch(make):
+    pipeline = make(parts=make().parts[:1], batch_size=8)
+    seen = sorted(np.concatenate(ids(pipeline.batches(0, 5))))
+    assert seen == list(range(40))
+    assert ids(pipeline.batches(0, 5)) != ids(pipeline.batches(5, 10))
+
+
+def test_starting_later_gives_the_same_batches(make):
+    whole = list(make().batches(0, 8))
+    for a, b in zip(whole[3:], make().batches(3, 8), strict=True):
+        assert all(np.array_equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("count", [1, 2, 4, 8, 16])
+def test_processes_together_read_the_global_batch(make, count):
+    whole = ids(make().batches(0, 4))
+    shares = [ids(make(process_index=i, process_count=count).batches(0, 4)) for i in range(count)]
+    assert [sum(rows, []) for rows in zip(*shares, strict=True)] == whole
+
+
+def test_worker_processes_change_nothing(make):
+    assert ids(make(workers=2).batches(2, 8)) == ids(make().batches(2, 8))
+
+
+def test_mixture_has_the_asked_shares_and_one_layout(make):
+    rows = np.concatenate([b["has_reference"] for b in make().batches(0, 20)])
+    assert rows.mean() == pytest.approx(0.75, abs=0.01)
+    batch = make().example()
+    assert not batch["reference_features"][~batch["has_reference"]].any()
+    np.testing.assert_array_equal(
+        batch["reference_features"][batch["has_reference"]] + 100,
+        batch["target_features"][batch["has_reference"]],
+    )
+
+
+def test_groups_stay_together(make):
+    pipeline = make(parts=make().parts[:1], group=2)
+    for row in ids(pipeline.batches(0, 5)):
+        pairs = np.asarray(row).reshape(-1, 2)
+        np.testing.assert_array_equal(pairs[:, 0] + 1, pairs[:, 1])
+        assert not (pairs[:, 0] % 2).any()
+
+
+def test_batches_that_do_not_divide(make):
+    with pytest.raises(ConfigError, match="batch_size=16 is not divisible by 3 processes"):
+        make(process_count=3)
+    with pytest.raises(ConfigError, match="without data"):
+        make(parts=())
+
+
+def test_trimmed_text_keeps_every_end_token():
+    tokens = np.array([[1, 5, 6, 0, 0, 0, 0, 0, 0, 0], [1, 5, 0, 0, 0, 0, 0, 0, 0, 0]])
+    trimmed = TrimText(eos_id=0, bucket=4).map({"token_ids": tokens, "other": 1})
+    np.testing.assert_array_equal(trimmed["token_ids"], tokens[:, :4])
+
+
+def test_missing_and_corrupt_tables_say_what_to_do(tmp_path):
+    from data import build
+
+    with pytest.raises(DataError, match="no prepared table shapes_tiny/circo. Run `python launch"):
+        Table(tmp_path, "shapes_tiny", "circo", "val")
+    folder = build.prepare("shapes_tiny", ["circo"], tmp_path)["circo"]
+    with pytest.raises(DataError, match="split of shapes_tiny/circo: 'vall'. Did you mean 'val'"):
+        Table(tmp_path, "shapes_tiny", "circo", "vall")
+    table = Table(tmp_path, "shapes_tiny", "circo", "val")
+    assert table[0]["id"] == 0 and list(table.column("id")) == list(range(len(table)))
+    for file in folder.glob("*val*array_record*"):
+        data = bytearray(file.read_bytes())
+        data[200:400] = bytes(200)
+        file.write_bytes(data)
+    with pytest.raises(DataError, match="shapes_tiny/circo:val.*(unreadable|opened).*prepare it"):
+        broken = Table(tmp_path, "shapes_tiny", "circo", "val")
+        _ = [broken[i] for i in range(len(broken))]

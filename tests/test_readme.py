@@ -1,0 +1,128 @@
+"""The README is true: its commands run, its table is the committed measurement."""
+
+import importlib.util
+import json
+import re
+import shlex
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.launch.binaries import LIMIT, ROOT, environment
+
+README = (ROOT / "README.md").read_text()
+COMMANDS = [
+    line.strip()
+    for line in re.sub(r"\\\n\s*", " ", README).splitlines()
+    if line.startswith("    ") and "python " in line
+]
+NEEDS_WEIGHTS = ("vit_l14", "path/to/clip")
+
+
+def python_part(command):
+    """The `python ...` in a line such as `pip install ... && python ...` or `gcloud ... "..."`."""
+    return command[command.index("python ") :].rstrip('"')
+
+
+def shrunk(command, tmp_path):
+    """The same command on the tiny world, its files under tmp_path."""
+    command = re.sub(r"experiments/(compodiff|slerp)\.py(?!:)", r"experiments/\1.py:smoke", command)
+    command = command.replace("--dataset=shapes", "--dataset=shapes_tiny")
+    command = re.sub(r"--workdir=\S+", f"--workdir={tmp_path}/run", command)
+    if "launch/" in command and "--workdir" not in command and "prepare" not in command:
+        command += f" --workdir={tmp_path}/other"
+    if "--config.mesh.fsdp=4" in command:
+        command += " --dry_run"
+    words = shlex.split(command)
+    return [sys.executable, *words[1:]]
+
+
+@pytest.fixture(scope="module")
+def scratch(tmp_path_factory):
+    return tmp_path_factory.mktemp("readme")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", [c for c in COMMANDS if "pytest" not in c], ids=python_part)
+def test_command_runs(command, scratch):
+    needs_weights = any(name in command for name in NEEDS_WEIGHTS)
+    done = subprocess.run(
+        shrunk(python_part(command), scratch),
+        cwd=ROOT,
+        env=environment(scratch, devices=4 if "fsdp=4" in command else 1) | {"HF_HUB_OFFLINE": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=LIMIT,
+    )
+    if needs_weights:  # they are not here: the message says what to download and where to put it
+        assert done.returncode == 2 and "hf download" in done.stdout, done.stdout
+    else:
+        assert done.returncode == 0, done.stdout[-3000:]
+
+
+@pytest.mark.slow
+def test_benchmark_command_runs(scratch):
+    output = scratch / "shapes.json"
+    command = [sys.executable, "benchmarks/shapes.py", "--preset=smoke", f"--output={output}"]
+    done = subprocess.run(
+        [*command, f"--workdir={scratch}/table"],
+        cwd=ROOT,
+        env=environment(scratch),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=LIMIT,
+    )
+    assert done.returncode == 0, done.stdout[-3000:]
+    measured = json.loads(output.read_text())
+    assert len(measured["values"]["circo mAP@10"]["compodiff"]) == 3
+    assert "| compodiff | " in done.stdout
+
+
+def test_python_example_runs(tmp_path, monkeypatch, capsys):
+    rng = np.random.default_rng(0)
+    (tmp_path / "photos").mkdir()
+    for name in ("photos/a.png", "photos/b.png", "reference.jpg"):
+        Image.fromarray(rng.integers(0, 255, (64, 64, 3), np.uint8)).save(tmp_path / name)
+    code = re.search(r"```python\n(.*?)```", README, re.S)[1]
+    code = code.replace('cir_jax.load("runs/compodiff/shapes")', "load")
+    assert 'load(config="experiments/slerp.py")' in code
+    code = code.replace("load  ", 'cir_jax.load(config="experiments/slerp.py")')
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CIR_JAX_CACHE", str(tmp_path / "cache"))
+    exec(code, {})
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 and all(line.endswith(".png") for line in lines)
+
+
+def benchmark():
+    spec = importlib.util.spec_from_file_location("shapes_table", ROOT / "benchmarks" / "shapes.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_table_is_the_committed_measurement():
+    measured = json.loads((ROOT / "benchmarks" / "shapes.json").read_text())
+    table = re.search(r"<!-- table: .*? -->\n(.*?)\n<!-- end", README, re.S)[1]
+    assert table == benchmark().table(measured)
+
+
+def test_composers_beat_the_baselines_on_every_seed():
+    measured = json.loads((ROOT / "benchmarks" / "shapes.json").read_text())
+    rows = measured["values"]["circo mAP@10"]
+    assert measured["seeds"] == [0, 1, 2]
+    for method in ("slerp", "compodiff"):
+        for baseline in ("image_only", "text_only", "image_text"):
+            assert np.all(np.asarray(rows[method]) > rows[baseline]), (method, baseline)
+
+
+def test_files_that_the_readme_names_exist():
+    for name in re.findall(
+        r"(?:experiments|benchmarks|data/shapes|tests)/[\w/]+\.(?:py|md|png|json)", README
+    ):
+        assert (ROOT / name).is_file(), name

@@ -1,0 +1,66 @@
+"""Who belongs to a run, and who did not come."""
+
+import socket
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from cir_jax.errors import ConfigError
+from cir_jax.training import distributed
+
+
+def free_port():
+    with socket.socket() as server:
+        server.bind(("", 0))
+        return server.getsockname()[1]
+
+
+def roll_call(count, present, seconds):
+    coordinator = f"localhost:{free_port()}"
+    with ThreadPoolExecutor() as pool:
+        calls = [
+            pool.submit(distributed._roll_call, coordinator, count, i, seconds) for i in present
+        ]
+        return [call.exception() for call in calls]
+
+
+def test_everybody_came():
+    assert roll_call(3, (2, 0, 1), 20) == [None] * 3
+
+
+def test_missing_processes_are_named_to_all():
+    errors = roll_call(4, (0, 1), 1)
+    for error in errors:
+        assert isinstance(error, ConfigError)
+        assert "process(es) 2,3 of 4 have not come" in str(error)
+        assert "--process_id=ID" in str(error)
+
+
+def test_missing_coordinator_is_named():
+    (error,) = roll_call(2, (1,), 1)
+    assert "process(es) 0 of 2 have not come" in str(error)
+
+
+@pytest.mark.parametrize(
+    ("environment", "kind"),
+    [
+        ({}, None),
+        ({"SLURM_NTASKS": "1", "SLURM_PROCID": "0"}, None),
+        ({"SLURM_NTASKS": "4", "SLURM_PROCID": "2"}, "slurm"),
+        ({"SLURM_NTASKS": "4"}, None),  # inside an allocation, but not started by srun
+        ({"TPU_WORKER_HOSTNAMES": "localhost"}, None),
+        ({"TPU_WORKER_HOSTNAMES": "a,b"}, "tpu"),
+        ({"MEGASCALE_NUM_SLICES": "2"}, "tpu"),
+    ],
+)
+def test_only_more_than_one_process_is_proof(environment, kind):
+    assert distributed.detect(environment) == kind
+
+
+def test_flags_belong_together():
+    with pytest.raises(ConfigError, match="give all three"):
+        distributed.initialize(num_processes=2)
+    with pytest.raises(ConfigError, match=r"--process_id=2 is not in 0..1"):
+        distributed.initialize("localhost:1", 2, 2)
+    with pytest.raises(ConfigError, match="is not host:port"):
+        distributed.initialize("localhost", 2, 1)
