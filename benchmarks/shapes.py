@@ -17,7 +17,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from absl import app, flags  # noqa: E402
+from absl import app, flags, logging  # noqa: E402
 
 EXPERIMENTS = ("slerp", "compodiff")
 SEEDS = (0, 1, 2)
@@ -87,6 +87,7 @@ def table(measured: Mapping[str, Any]) -> str:
 
 
 def main(_: list[str]) -> None:
+    logging.set_verbosity(logging.WARNING)
     measured = measure(Path(WORKDIR.value), PRESET.value)
     Path(OUTPUT.value).write_text(json.dumps(measured, indent=1) + "\n")
     print(table(measured))

@@ -1,6 +1,7 @@
 """The binaries from start to end, interrupted, on many devices and in several processes."""
 
 import json
+import re
 import signal
 import time
 
@@ -179,4 +180,33 @@ def test_dry_run_prints_and_writes_nothing(scratch, tmp_path):
     assert status == 0, output
     assert "stage stage2: 12 steps, mesh {'data': 2, 'fsdp': 4, 'tensor': 1}" in output
     assert "per device" in output and "['target_features'] float32[32, 128]" in output
+    assert not workdir.exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            ["--config=experiments/compodif.py"],
+            "unknown experiment 'compodif'. Did you mean 'compodiff'",
+        ),
+        (["--config=compodiff"], "Give .*experiments/compodiff.py"),
+        (["--config=experiments/compodiff.py:smok"], "preset .*'smok'. Did you mean 'smoke'"),
+        ([f"--config={SMOKE}", "--config.composer.step=2"], "'step'. Did you mean \"steps\""),
+        ([f"--config={SMOKE}", "--config.mesh.tensor=64"], "1 devices are not divisible by 64"),
+        (
+            [f"--config={SMOKE}", "--config.stage.stage2.microbatches=3"],
+            "stage2.batch_size=32 is not divisible by microbatches=3",
+        ),
+        ([f"--config={SMOKE}", "--config.backbone=/nowhere"], "/nowhere.*hf download"),
+        ([], "--config is missing"),
+    ],
+    ids=str,
+)
+def test_mistakes_are_one_message_and_leave_nothing(flags, message, scratch, tmp_path):
+    workdir = tmp_path / "run"
+    status, output = run("main", *flags, f"--workdir={workdir}", scratch=scratch, devices=1)
+    assert status == 2, output
+    assert re.search(message, output.splitlines()[-1]), output
+    assert "Traceback" not in output
     assert not workdir.exists()
