@@ -33,7 +33,8 @@ def shrunk(command, tmp_path):
     command = command.replace("--dataset=shapes", "--dataset=shapes_tiny")
     command = re.sub(r"--workdir=\S+", f"--workdir={tmp_path}/run", command)
     if "launch/" in command and "--workdir" not in command and "prepare" not in command:
-        command += f" --workdir={tmp_path}/other"
+        config = re.search(r"experiments/[\w.:]+", command)[0].replace("/", "_")
+        command += f" --workdir={tmp_path}/{config}"
     if "--config.mesh.fsdp=4" in command:
         command += " --dry_run"
     words = shlex.split(command)

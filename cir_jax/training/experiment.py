@@ -296,6 +296,8 @@ def claim_workdir(workdir: Path, config: ml_collections.ConfigDict) -> None:
             os.replace(scratch, file)
         except OSError as error:
             problem = f" ({error.strerror})"
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("the config is written")
     # all processes raise together: one that left alone would keep the others waiting
     here = np.atleast_1d(multihost_utils.process_allgather(np.asarray(file.is_file())))
     if not here[0]:

@@ -186,5 +186,5 @@ def test_data_dir_from_the_environment(tmp_path, monkeypatch):
 def test_prepare_binary_reports_errors_without_traceback(tmp_path):
     command = [*PREPARE, "--check", f"--data_dir={tmp_path}", "--tables=circo"]
     result = subprocess.run(command, cwd="/", capture_output=True, text=True)
-    assert result.returncode == 1
+    assert result.returncode == 2
     assert "table 'circo' is missing" in result.stderr and "Traceback" not in result.stderr
