@@ -1,6 +1,7 @@
 """One program for one process and for many: who am I, and is everybody here?"""
 
 import os
+import re
 import socket
 import threading
 import time
@@ -11,6 +12,7 @@ import jax
 from cir_jax.errors import ConfigError
 
 WAIT_SECONDS = 60
+ROLL_CALL_PORT = 8478  # beside those of jax.distributed; used only until everybody is there
 
 
 def detect(environment: Mapping[str, str]) -> str | None:
@@ -55,23 +57,36 @@ def initialize(
             coordinator, num_processes, process_id, initialization_timeout=wait_seconds
         )
     elif kind := detect(os.environ):
-        watch = threading.Timer(wait_seconds, _print_waiting, (kind, wait_seconds))
-        watch.daemon = True
-        watch.start()
-        try:
-            jax.distributed.initialize(initialization_timeout=5 * wait_seconds)
-        finally:
-            watch.cancel()
+        joined = threading.Event()
+        watch = (rendezvous(kind, os.environ), wait_seconds, joined)
+        threading.Thread(target=_name_missing, args=watch, daemon=True).start()
+        jax.distributed.initialize(initialization_timeout=5 * wait_seconds)
+        joined.set()
 
 
-def _print_waiting(kind: str, seconds: int) -> None:
-    expected = os.environ.get("SLURM_NTASKS") or os.environ.get("TPU_WORKER_HOSTNAMES", "?")
-    print(
-        f"Still waiting for the other processes after {seconds} s ({kind} says: {expected}). Was "
-        "the same command started on every host? On SLURM: srun python launch/main.py ...; on a "
-        "TPU pod: gcloud compute tpus tpu-vm ssh NAME --worker=all --command=...",
-        flush=True,
-    )
+def rendezvous(kind: str, environment: Mapping[str, str]) -> tuple[str, int, int]:
+    """Where to call the roll, how many processes there are, and which one this is."""
+    if kind == "tpu":
+        hosts = environment.get("TPU_WORKER_HOSTNAMES", "localhost").split(",")
+        return f"{hosts[0]}:{ROLL_CALL_PORT}", len(hosts), int(environment.get("TPU_WORKER_ID", 0))
+    nodes = environment.get("SLURM_STEP_NODELIST", environment.get("SLURM_JOB_NODELIST", ""))
+    # the first of "node[003-007,9],other" is node003
+    name, first = re.match(r"([^,\[]*)(?:\[([^,\-\]]*))?", nodes).groups(default="")
+    count = environment.get("SLURM_NTASKS", environment.get("SLURM_STEP_NUM_TASKS"))
+    return f"{name}{first}:{ROLL_CALL_PORT}", int(count), int(environment["SLURM_PROCID"])
+
+
+def _name_missing(where: tuple[str, int, int], seconds: int, joined: threading.Event) -> None:
+    """Says who has not come after a while; JAX goes on waiting, for a firewall may only stop us."""
+    try:
+        _roll_call(*where, seconds)
+    except ConfigError as error:
+        if not joined.is_set():
+            print(
+                f"Still waiting: {error}\nOn SLURM, start it with srun python launch/main.py ...; "
+                "on a TPU pod with gcloud compute tpus tpu-vm ssh NAME --worker=all --command=...",
+                flush=True,
+            )
 
 
 def _roll_call(coordinator: str, count: int, index: int, seconds: int) -> None:

@@ -1,6 +1,7 @@
 """Who belongs to a run, and who did not come."""
 
 import socket
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -64,3 +65,33 @@ def test_flags_belong_together():
         distributed.initialize("localhost:1", 2, 2)
     with pytest.raises(ConfigError, match="is not host:port"):
         distributed.initialize("localhost", 2, 1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "environment", "expected"),
+    [
+        (
+            "slurm",
+            {"SLURM_JOB_NODELIST": "gpu[003-007,9],x1", "SLURM_NTASKS": "4", "SLURM_PROCID": "2"},
+            ("gpu003:8478", 4, 2),
+        ),
+        (
+            "slurm",
+            {"SLURM_STEP_NODELIST": "a,b", "SLURM_NTASKS": "2", "SLURM_PROCID": "0"},
+            ("a:8478", 2, 0),
+        ),
+        ("tpu", {"TPU_WORKER_HOSTNAMES": "h0,h1,h2", "TPU_WORKER_ID": "1"}, ("h0:8478", 3, 1)),
+    ],
+)
+def test_rendezvous_of_a_cluster(kind, environment, expected):
+    assert distributed.rendezvous(kind, environment) == expected
+
+
+def test_a_cluster_names_who_is_missing_and_goes_on_waiting(capsys):
+    joined = threading.Event()
+    where = (f"localhost:{free_port()}", 3, 0)
+    distributed._name_missing(where, 1, joined)
+    assert "Still waiting: after 1 s process(es) 1,2 of 3 have not come" in capsys.readouterr().out
+    joined.set()
+    distributed._name_missing(where, 1, joined)  # JAX got through: nothing to say
+    assert capsys.readouterr().out == ""
