@@ -65,6 +65,9 @@ def stage(
     ema: float = 0.0,
     microbatches: int = 1,
     after: str = "",
+    example: str = "",
+    tokens: str = "",
+    composer: Mapping[str, Any] | None = None,
 ) -> ConfigDict:
     """One training stage.
 
@@ -72,7 +75,10 @@ def stage(
     of images. with_reference: caption rows carry an empty reference (stages that share a batch
     layout with triplets). group: consecutive records kept in one batch. duration: "500 steps",
     "2 epochs", "300k examples". ema: decay of the averaged parameters, 0 = none. microbatches:
-    parts a batch is encoded in. after: the stage whose result this one continues.
+    parts a batch is encoded in. after: the stage whose result this one continues. example: what
+    becomes of a record (`cir_jax.training.inputs.EXAMPLES`), "" = what its table is for. tokens:
+    the inversion stage whose pseudo-words are joined to the records, "" = none. composer: another
+    composer than the experiment's, for this stage alone.
     """
     if wrong := sorted(set(optimizer) - set(OPTIMIZER)):
         raise ConfigError(unknown("optimizer field", wrong[0], OPTIMIZER))
@@ -84,14 +90,34 @@ def stage(
             "features": features,
             "with_reference": with_reference,
             "group": group,
+            "example": example,
+            "tokens": tokens,
         }
     )
+    config.kind = "train"
+    config.composer = ConfigDict(dict(composer or {}))
     config.batch_size = batch_size
     config.duration = duration
     config.optimizer = ConfigDict(OPTIMIZER | dict(optimizer))
     config.ema = ema
     config.microbatches = microbatches
     config.after = after
+    return config
+
+
+def inversion_stage(
+    *, composer: Mapping[str, Any], table: str, batch_size: int, dataset: str = "shapes"
+) -> ConfigDict:
+    """A stage that inverts each image of a table with `composer` and stores the pseudo-words.
+
+    batch_size: images inverted together, on all devices.
+    """
+    config = ConfigDict()
+    config.kind = "inversion"
+    config.composer = ConfigDict(dict(composer))
+    config.data = ConfigDict({"dataset": dataset, "tables": {table: 1.0}})
+    config.batch_size = batch_size
+    config.after = ""
     return config
 
 

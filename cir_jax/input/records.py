@@ -25,6 +25,7 @@ class Records:
 
     images: fields to decode to uint8[height, width, 3].
     features: {field: float32[n, dim]} takes the place of decoding that field.
+    columns: {field: array[n, ...]} is joined to the records (stored pseudo-words).
     max_corrupt: unreadable records (counted, logged, the next one is taken) before it is an error.
     """
 
@@ -32,6 +33,7 @@ class Records:
     images: tuple[str, ...]
     transform: ImageTransform
     features: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    columns: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
     max_corrupt: int = 16
 
     def __post_init__(self) -> None:
@@ -51,6 +53,7 @@ class Records:
 
     def _read(self, index: int) -> dict[str, Any]:
         record = dict(self.table[index])
+        record |= {field: column[index] for field, column in self.columns.items()}
         for field in self.images:
             what = f"{self.table!r}, record {index}, field {field!r}"
             if field in self.features:
@@ -72,7 +75,9 @@ class Records:
             ) from error
 
     def __repr__(self) -> str:
-        return f"Records({self.table!r}, images={self.images}, features={sorted(self.features)})"
+        joined = f", columns={sorted(self.columns)}" if self.columns else ""
+        features = sorted(self.features)
+        return f"Records({self.table!r}, images={self.images}, features={features}{joined})"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,6 +121,20 @@ class Triplets(grain.transforms.RandomMap):
         }
 
 
+@dataclasses.dataclass(frozen=True)
+class Images(grain.transforms.RandomMap):
+    """An image alone, as the reference it will be, with its stored pseudo-word if there is one."""
+
+    suffix: str
+
+    def random_map(self, element: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
+        del rng
+        example = {f"reference_{self.suffix}": element["image"]}
+        if "pseudo_words" in element:
+            example["pseudo_words"] = element["pseudo_words"]
+        return example
+
+
 def _tokenise(tokenizer: Tokenizer, text: str) -> np.ndarray:
     return tokenizer([text], length=tokenizer.context_length)[0]
 
@@ -124,14 +143,18 @@ def _tokenise(tokenizer: Tokenizer, text: str) -> np.ndarray:
 class TrimText(grain.transforms.Map):
     """Cuts the padding columns that no text of the batch needs, in buckets: the same features.
 
-    Features are pooled at the end token of a causal tower, so the columns behind it do not count.
+    Nothing behind the end token counts: a causal tower (CLIP) is pooled there, and a bidirectional
+    one (BLIP) masks the padding.
     """
 
     eos_id: int
     bucket: int
 
     def map(self, element: dict[str, Any]) -> dict[str, Any]:
-        ids = element["token_ids"]
-        longest = int((ids == self.eos_id).argmax(axis=-1).max()) + 1
-        length = min(-(-longest // self.bucket) * self.bucket, ids.shape[1])
-        return element | {"token_ids": ids[:, :length]}
+        texts = {name: ids for name, ids in element.items() if name.endswith("token_ids")}
+        if not texts:
+            return element
+        ends = [(ids == self.eos_id).argmax(axis=-1).max() for ids in texts.values()]
+        longest = int(max(ends)) + 1
+        length = -(-longest // self.bucket) * self.bucket
+        return element | {name: ids[:, :length] for name, ids in texts.items()}

@@ -21,16 +21,13 @@ from cir_jax import composers
 from cir_jax.composers.base import Composer
 from cir_jax.errors import CheckpointError, ConfigError, unknown
 from cir_jax.evaluation.benchmarks import REGISTRY
-from cir_jax.input import records, text
-from cir_jax.input.pipeline import Part, Pipeline
-from cir_jax.input.tables import Table, default_data_dir
+from cir_jax.input.tables import default_data_dir
 from cir_jax.models.backbone import Backbone
 from cir_jax.retrieval.batches import to_host
-from cir_jax.retrieval.cache import default_cache_dir
-from cir_jax.retrieval.features import image_features
-from cir_jax.training import durations, optimizers
+from cir_jax.training import durations, inversion, optimizers
 from cir_jax.training import mesh as meshes
 from cir_jax.training.checkpoints import load_scored
+from cir_jax.training.inputs import make_pipeline
 from cir_jax.training.loop import Stage, Trainer, check_weights, describe
 from cir_jax.weights import clip as weights
 
@@ -47,9 +44,6 @@ FREE_FIELDS = (
     "export_to",
 )
 """Config fields that may change between runs of one workdir: they do not change what is learned."""
-
-TABLES = {"captions": "image", "pretrain": "image", "triplets": "reference"}
-"""Training tables -> the image field that stands for the record."""
 
 
 @dataclasses.dataclass
@@ -99,6 +93,17 @@ def setup(config: ml_collections.ConfigDict) -> Experiment:
     return Experiment(config, mesh, backbone, composer, meshes.place(mesh, frozen))
 
 
+def of_stage(experiment: Experiment, name: str) -> Experiment:
+    """The experiment with the composer of stage `name`, where the stage has one of its own."""
+    settings = experiment.config.stage[name].composer.to_dict()
+    if not settings:
+        return experiment
+    composer = composers.build(settings.pop("name"), experiment.backbone, **settings)
+    frozen = composer.freeze(experiment.frozen["backbone"])
+    frozen = meshes.place(experiment.mesh, frozen)
+    return dataclasses.replace(experiment, composer=composer, frozen=frozen)
+
+
 def stage_names(config: ml_collections.ConfigDict) -> tuple[str, ...]:
     """The stages to run, checked against those that the experiment has."""
     wanted = config.stages
@@ -118,9 +123,12 @@ def train(experiment: Experiment, workdir: Path) -> Any:
     """
     params, before = None, ""
     for name in stage_names(experiment.config):
+        if experiment.config.stage[name].kind == "inversion":
+            inversion.run(of_stage(experiment, name), name, workdir)
+            continue
         previous = params if before == experiment.config.stage[name].after else None
         initial = initial_params(experiment, name, workdir, previous)
-        trainer = make_trainer(experiment, name, initial)
+        trainer = make_trainer(experiment, name, initial, workdir)
         params, before = trainer.run(workdir / name), name
     return params
 
@@ -131,21 +139,27 @@ def dry_run(experiment: Experiment) -> str:
     Builds all stages, so it also finds what is wrong with any of them before the first one runs.
     """
     return "\n".join(
-        describe(make_trainer(experiment, name, None, shapes_only=True))
+        inversion.describe(of_stage(experiment, name), name)
+        if experiment.config.stage[name].kind == "inversion"
+        else describe(make_trainer(experiment, name, None, shapes_only=True))
         for name in stage_names(experiment.config)
     )
 
 
 def make_trainer(
-    experiment: Experiment, name: str, initial: Any, shapes_only: bool = False
+    experiment: Experiment,
+    name: str,
+    initial: Any,
+    workdir: Path | None = None,
+    shapes_only: bool = False,
 ) -> Trainer:
     """The trainer of stage `name`, starting from `initial` (None = fresh parameters).
 
-    shapes_only: zeros in place of precomputed image features, for a dry run.
+    shapes_only: zeros in place of everything precomputed, for a dry run.
     """
-    config = experiment.config
+    config, experiment = experiment.config, of_stage(experiment, name)
     recipe = config.stage[name]
-    pipeline = make_pipeline(experiment, name, shapes_only)
+    pipeline = make_pipeline(experiment, name, workdir, shapes_only)
     to_steps = functools.partial(
         durations.to_steps,
         batch_size=recipe.batch_size,
@@ -170,65 +184,6 @@ def make_trainer(
     return Trainer(
         stage, experiment.composer, experiment.frozen, pipeline, experiment.mesh, initial
     )
-
-
-def make_pipeline(experiment: Experiment, name: str, shapes_only: bool = False) -> Pipeline:
-    """Grain pipeline of stage `name`: the mixture of tables that config.stage.<name>.data says."""
-    config, backbone = experiment.config, experiment.backbone
-    data = config.stage[name].data
-    suffix = "features" if data.features else "images"
-    mixed = "triplets" in data.tables or data.with_reference
-    parts = []
-    for table_name, weight in data.tables.items():
-        if table_name not in TABLES:
-            raise ConfigError(unknown(f"table in stage.{name}.data.tables:", table_name, TABLES))
-        if not weight:
-            continue
-        table = Table(experiment.data_dir, data.dataset, table_name, "train")
-        triplets = table_name == "triplets"
-        fields = ("reference", "target") if triplets else ("image",)
-        features = {}
-        if data.features:
-            make = _no_features if shapes_only else _features
-            features = {field: make(experiment, table, field) for field in fields}
-        source = records.Records(table, fields, backbone.image_transform, features)
-        transform = (
-            records.Triplets(backbone.tokenizer, suffix)
-            if triplets
-            else records.CaptionPairs(backbone.tokenizer, suffix, mixed)
-        )
-        parts.append(Part(table_name, source, transform, weight))
-    trim = records.TrimText(backbone.tokenizer.eos_id, text.BUCKET)
-    # on several processes every one must see the same shape, without asking the others
-    trims = jax.process_count() == 1 and experiment.composer.pools_text
-    return Pipeline(
-        parts=tuple(parts),
-        batch_size=config.stage[name].batch_size,
-        seed=config.seed,
-        group=data.group,
-        batch_transforms=(trim,) if trims else (),
-        workers=config.workers,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-    )
-
-
-def _features(experiment: Experiment, table: Table, field: str) -> Any:
-    return image_features(
-        experiment.backbone,
-        experiment.frozen["backbone"],
-        table,
-        field,
-        mesh=experiment.mesh,
-        batch_size=experiment.config.evaluation.batch_size,
-        cache_dir=default_cache_dir(),
-        skip_unreadable=True,
-    )
-
-
-def _no_features(experiment: Experiment, table: Table, field: str) -> Any:
-    row = np.zeros((1, experiment.backbone.dim), np.float32)
-    return np.broadcast_to(row, (len(table), experiment.backbone.dim))
 
 
 def initial_params(experiment: Experiment, name: str, workdir: Path, previous: Any) -> Any:

@@ -16,7 +16,7 @@ from cir_jax.errors import CheckpointError, ConfigError, DataError
 from cir_jax.evaluation import runner
 from cir_jax.input.images import ImageTransform
 from cir_jax.input.records import Records
-from cir_jax.training import durations, experiment, optimizers
+from cir_jax.training import durations, experiment, inputs, optimizers
 from cir_jax.training.checkpoints import Checkpoints
 from cir_jax.training.mesh import make_mesh
 from cir_jax.training.step import init_state
@@ -204,7 +204,7 @@ def test_dataset_that_is_not_prepared(stand_in, tmp_path):
     with pytest.raises(
         DataError, match="no prepared table shapes_tiny/captions. Run `python launch"
     ):
-        experiment.make_pipeline(stand_in, "stage1")
+        inputs.make_pipeline(stand_in, "stage1")
     stand_in.config.stage.stage1.data.dataset = ""
     with pytest.raises(ConfigError, match="stage.stage1.data.dataset is empty"):
         experiment.required_tables(stand_in.config)
@@ -253,4 +253,4 @@ def test_every_preset_of_every_experiment_builds(name, tiny):
         for stage in experiment.stage_names(config):
             recipe = config.stage[stage]
             assert not recipe.after or recipe.after in config.stages
-            assert set(recipe.data.tables) <= set(experiment.TABLES)
+            assert set(recipe.data.tables) <= set(inputs.TABLES)

@@ -1,0 +1,56 @@
+"""What all inversion methods share: the reference image becomes a word of the prompt.
+
+    query = norm(text feature of "a photo of $ that {modification text}", $ = invert(image))
+
+A subclass says how an image is inverted; prompt, injection and query are one path for training and
+evaluation. The word goes in as a token embedding, neither scaled nor normalised, before position
+embeddings are added (SEARLE, arXiv 2303.15247, section 3; METHODS differ only in the two class
+attributes below).
+"""
+
+import jax
+import jax.numpy as jnp
+
+from cir_jax.composers.base import Composer, Params, Query, normalise
+from cir_jax.models.backbone import Backbone
+from cir_jax.models.clip import overwrite_tokens
+
+
+class PseudoWord(Composer):
+    """A composer whose text features hold a pseudo-word token."""
+
+    placeholder: str = "$"
+    """The token that the pseudo-word replaces."""
+
+    every: bool = False
+    """Whether each placeholder of a text is replaced (LinCIR, RTD), or only the first one."""
+
+    def __init__(self, backbone: Backbone):
+        super().__init__(backbone)
+        self.placeholder_id = backbone.tokenizer.id_of(self.placeholder)
+
+    def prompt(self, text: str) -> str:
+        """ "a photo of $ that {text}"; without a text, the prompt that names the image alone."""
+        named = f"a photo of {self.placeholder}"
+        return f"{named} that {text}" if text else named
+
+    def invert(self, params: Params, frozen: Params, query: Query, rng: jax.Array) -> jax.Array:
+        """Pseudo-word tokens of the reference images: float32[batch, token_dim]."""
+        raise TypeError(f"{type(self).__name__} does not say how to invert an image")
+
+    def text_features(self, backbone: Params, token_ids: jax.Array, words: jax.Array) -> jax.Array:
+        """Un-normalised features float32[batch, dim] of texts with the pseudo-words put in.
+
+        backbone: parameters of the text tower, not necessarily the frozen ones (RTD).
+        token_ids: int32[batch, length], each row with a placeholder; words: [batch, token_dim].
+        """
+        where = token_ids == self.placeholder_id
+        positions = where if self.every else where.argmax(axis=-1)
+        embeddings = self.backbone.embed_tokens(backbone, token_ids)
+        embeddings = overwrite_tokens(embeddings, positions, words)
+        return self.backbone.encode_text(backbone, token_ids, embeddings)
+
+    def compose(self, params: Params, frozen: Params, query: Query, rng: jax.Array) -> jax.Array:
+        words = self.invert(params, frozen, query, rng)
+        features = self.text_features(frozen["backbone"], query["token_ids"], words)
+        return normalise(features.astype(jnp.float32))

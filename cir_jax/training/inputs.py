@@ -1,0 +1,131 @@
+"""From the config of a stage to its Grain pipeline."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import grain
+import jax
+import numpy as np
+
+from cir_jax.errors import ConfigError, unknown
+from cir_jax.input import records, text
+from cir_jax.input.pipeline import Part, Pipeline
+from cir_jax.input.tables import Table
+from cir_jax.models.backbone import Backbone
+from cir_jax.retrieval.cache import default_cache_dir
+from cir_jax.retrieval.features import image_features
+
+if TYPE_CHECKING:
+    from cir_jax.training.experiment import Experiment
+
+TABLES = {
+    "captions": "pairs",
+    "pretrain": "pairs",
+    "triplets": "triplets",
+    "images": "images",
+}
+"""Training tables -> the example that their records become by default."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """What becomes of a record: the image fields it needs, and the transform.
+
+    make(backbone, suffix, with_reference): suffix "images" or "features" says what the image
+    fields hold; with_reference: whether the rows share a batch with triplets.
+    """
+
+    fields: tuple[str, ...]
+    make: Callable[[Backbone, str, bool], grain.transforms.RandomMap]
+
+
+EXAMPLES = {
+    "pairs": Example(
+        ("image",),
+        lambda backbone, suffix, mixed: records.CaptionPairs(backbone.tokenizer, suffix, mixed),
+    ),
+    "triplets": Example(
+        ("reference", "target"),
+        lambda backbone, suffix, mixed: records.Triplets(backbone.tokenizer, suffix),
+    ),
+    "images": Example(("image",), lambda backbone, suffix, mixed: records.Images(suffix)),
+}
+
+
+def make_pipeline(
+    experiment: "Experiment", name: str, workdir: Path | None = None, shapes_only: bool = False
+) -> Pipeline:
+    """Grain pipeline of stage `name`: the mixture of tables that config.stage.<name>.data says.
+
+    workdir: of the run, where the pseudo-words of an inversion stage lie.
+    shapes_only: zeros in place of everything precomputed, for a dry run.
+    """
+    config, backbone = experiment.config, experiment.backbone
+    data = config.stage[name].data
+    suffix = "features" if data.features else "images"
+    parts = []
+    mixed = "triplets" in data.tables or data.with_reference
+    for table_name, weight in data.tables.items():
+        if table_name not in TABLES:
+            raise ConfigError(unknown(f"table in stage.{name}.data.tables:", table_name, TABLES))
+        if data.example and data.example not in EXAMPLES:
+            raise ConfigError(unknown(f"stage.{name}.data.example:", data.example, EXAMPLES))
+        if not weight:
+            continue
+        table = Table(experiment.data_dir, data.dataset, table_name, "train")
+        example = EXAMPLES[data.example or TABLES[table_name]]
+        features, columns = {}, {}
+        if data.features:
+            make = _no_features if shapes_only else _features
+            features = {field: make(experiment, table, field) for field in example.fields}
+        if data.tokens:
+            columns["pseudo_words"] = _pseudo_words(experiment, data.tokens, table, workdir)
+        transform = backbone.image_transform
+        source = records.Records(table, example.fields, transform, features, columns)
+        make_example = example.make(backbone, suffix, mixed)
+        parts.append(Part(table_name, source, make_example, weight))
+    trim = records.TrimText(backbone.tokenizer.eos_id, text.BUCKET)
+    # on several processes every one must see the same shape, without asking the others
+    trims = jax.process_count() == 1 and experiment.composer.pools_text
+    return Pipeline(
+        parts=tuple(parts),
+        batch_size=config.stage[name].batch_size,
+        seed=config.seed,
+        group=data.group,
+        batch_transforms=(trim,) if trims else (),
+        workers=config.workers,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+
+
+def _features(experiment: "Experiment", table: Table, field: str) -> Any:
+    return image_features(
+        experiment.backbone,
+        experiment.frozen["backbone"],
+        table,
+        field,
+        mesh=experiment.mesh,
+        batch_size=experiment.config.evaluation.batch_size,
+        cache_dir=default_cache_dir(),
+        skip_unreadable=True,
+    )
+
+
+def _no_features(experiment: "Experiment", table: Table, field: str) -> Any:
+    row = np.zeros((1, experiment.backbone.dim), np.float32)
+    return np.broadcast_to(row, (len(table), experiment.backbone.dim))
+
+
+def _pseudo_words(
+    experiment: "Experiment", stage: str, table: Table, workdir: Path | None
+) -> np.ndarray:
+    """float32[n, token_dim] of stage `stage`; zeros without a workdir (dry run)."""
+    if workdir is None:
+        row = np.zeros((1, experiment.backbone.token_dim), np.float32)
+        return np.broadcast_to(row, (len(table), row.shape[1]))
+    from cir_jax.training import inversion
+
+    return inversion.read(experiment, stage, workdir, table)
