@@ -175,10 +175,17 @@ def load_scored(directory: Path, like: Any) -> tuple[Any, dict[str, Any]]:
         restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), like)
         try:
             with ocp.PyTreeCheckpointer() as reader:
+                if problem := _mismatch(reader.metadata(item), like):
+                    raise CheckpointError(
+                        f"{item}: holds other parameters than this composer has: {problem}. "
+                        "Give the --config that it was trained with."
+                    )
                 arrays = ocp.args.PyTreeRestore(abstract, restore_args=restore_args)
                 tree = reader.restore(item, args=arrays)
             with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
                 return tree, reader.restore(path / "position", args=ocp.args.JsonRestore())
+        except CheckpointError:
+            raise
         except Exception as error:
             reasons.append(f"{item}: {str(error).splitlines()[0][:200] if str(error) else error!r}")
             logging.warning("checkpoint not readable, trying the one before: %s", reasons[-1])
@@ -187,3 +194,20 @@ def load_scored(directory: Path, like: Any) -> tuple[Any, dict[str, Any]]:
         + (" ".join(reasons) + " " if reasons else "")
         + "Train first (`python launch/main.py` with the same --config and --workdir)."
     )
+
+
+def _mismatch(metadata: Any, like: Any) -> str:
+    """ "name (stored, expected)" of the first parameters whose shapes differ, "" if none do."""
+    tree = getattr(metadata, "item_metadata", metadata)
+    stored = {_name(path): tuple(x.shape) for path, x in jax.tree_util.tree_leaves_with_path(tree)}
+    wanted = {_name(path): tuple(x.shape) for path, x in jax.tree_util.tree_leaves_with_path(like)}
+    differ = [
+        f"{name} (stored {stored.get(name, 'nothing')}, expected {wanted.get(name, 'nothing')})"
+        for name in sorted(stored.keys() | wanted.keys())
+        if stored.get(name) != wanted.get(name)
+    ]
+    return ", ".join(differ[:3]) + (f" and {len(differ) - 3} more" if len(differ) > 3 else "")
+
+
+def _name(path: tuple[Any, ...]) -> str:
+    return "/".join(str(getattr(key, "key", getattr(key, "name", key))) for key in path)

@@ -5,6 +5,7 @@ import functools
 import jax
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 
 from cir_jax.composers.clip_pretraining import ClipPretraining
@@ -12,6 +13,7 @@ from cir_jax.errors import CheckpointError, MeshError
 from cir_jax.input.pipeline import Part, Pipeline
 from cir_jax.input.records import CaptionPairs, Records, TrimText
 from cir_jax.training import logs
+from cir_jax.training.checkpoints import load_scored
 from cir_jax.training.loop import NanLoss, Stage, Trainer, describe
 from cir_jax.training.mesh import make_mesh
 from tests import tiny as factory
@@ -159,3 +161,12 @@ def test_dry_run_names_shapes_shardings_and_bytes(tiny):
     text = describe(make_trainer(tiny, {"data": 1, "fsdp": 8, "tensor": 1}))
     assert "['text']['layers_0']['fc1']['kernel'] float32[32, 64] P('fsdp'" in text
     assert "per device" in text and "target_images" in text
+
+
+def test_checkpoint_of_another_composer_names_the_parameters(tmp_path):
+    directory = tmp_path / "checkpoints"
+    with ocp.PyTreeCheckpointer() as writer:
+        writer.save(directory / "3" / "params", {"phi": {"kernel": np.zeros((2, 3))}})
+    like = {"phi": {"kernel": jax.ShapeDtypeStruct((2, 4), np.float32)}}
+    with pytest.raises(CheckpointError, match=r"phi/kernel \(stored \(2, 3\), expected \(2, 4\)\)"):
+        load_scored(directory, like)
