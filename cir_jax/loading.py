@@ -11,7 +11,7 @@ from cir_jax.errors import ConfigError
 from cir_jax.evaluation.runner import trained_params
 from cir_jax.retrieval.search import Searcher
 from cir_jax.training import experiment as experiments
-from cir_jax.weights.clip import REPOSITORY
+from cir_jax.weights.files import REPOSITORY
 
 
 def read_experiment(name: str) -> ConfigDict:
@@ -52,9 +52,10 @@ def load(workdir: str | Path | None = None, config: Any = None) -> Searcher:
             f"{config.name} trains a backbone: export it (--config.export_to=DIR), then "
             "search with another composer on it, such as experiments/slerp.py."
         )
-    if experiment.composer.trained and workdir is None:
+    if experiment.composer.trained and workdir is None and not config.init_from:
         raise ConfigError(
-            f"composer {config.composer.name} is trained: give the workdir of its training run."
+            f"composer {config.composer.name} is trained: give the workdir of its training run, or "
+            "config.init_from='official:PATH' for its authors' weights."
         )
-    params = trained_params(experiment, Path(workdir)) if workdir else {}
+    params = trained_params(experiment, Path(workdir) if workdir else None)
     return Searcher(experiment.composer, params, experiment.frozen, mesh=experiment.mesh)

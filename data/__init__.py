@@ -9,7 +9,12 @@ import tqdm
 T = TypeVar("T")
 
 
-def progress(items: Iterable[T], total: int, label: str) -> Iterator[T]:
-    """Yields the items under a progress bar with the time left, as long as someone is watching."""
+def progress(items: Iterable[T], total: int | None, label: str, start: int = 0) -> Iterator[T]:
+    """Yields the items under a progress bar with the time left, as long as someone is watching.
+
+    start: number of items that were done before.
+    """
     quiet = not sys.stderr.isatty()
-    return iter(tqdm.tqdm(items, desc=label, total=total, unit=" records", disable=quiet))
+    unit = " records"
+    bar = tqdm.tqdm(items, desc=label, total=total, initial=start, unit=unit, disable=quiet)
+    return iter(bar)

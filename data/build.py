@@ -2,7 +2,23 @@
 
 A table lies in `<data_dir>/<dataset>/<table>/<version>` and appears there in one rename, so that it
 is either whole or absent. Whoever builds holds a lock on the table; the kernel drops it when the
-process dies, and the next builder then removes what the dead one left.
+process dies, and the next builder keeps the shards that the dead one finished, in `.building`, as
+long as the files they were made of are the same.
+
+The embedded world (`shapes`) is made from nothing. All other datasets are made of the user's files
+(`source`); `data.source` says how their builders are written. Beside the files of TFDS their tables
+hold `source.json`:
+
+    {"stamp": ...,                        # digest of all that the table was made of
+     "source": "/data/CIRCO",             # where it lay
+     "splits": {"val": {"complete": true, # false: partial data, results must be marked "partial"
+                        "counts": {"queries": 220, "gallery": 123403},    # what there is
+                        "official": {"queries": 220, "gallery": 123403},  # what there should be
+                        "lost": {"queries": 0, "gallery": 0},             # for want of files
+                        "problems": []}}}                                 # the first 1,000
+
+`splits` are those of the queries; the gallery of CIRCO, whose one split serves both, has the same.
+A table without `source.json` is complete.
 """
 
 import contextlib
@@ -10,30 +26,43 @@ import errno
 import fcntl
 import importlib
 import io
+import json
 import os
+import re
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import tensorflow_datasets as tfds
 from absl import logging
 from PIL import Image
 
 from cir_jax.errors import DataError, unknown
-from data import progress
+from cir_jax.input.tables import default_data_dir
+from data import progress, shards
+from data.source import MAX_LISTED, Options, SourceBuilder, Split, Survey
 
 DATASETS = {  # name: module and class of its TFDS builder, whose configs are the tables
     "shapes": ("data.shapes.shapes_dataset_builder", "Shapes"),
     "shapes_tiny": ("data.shapes.shapes_dataset_builder", "ShapesTiny"),
+    "fashioniq": ("data.fashioniq.fashioniq_dataset_builder", "Fashioniq"),
+    "cirr": ("data.cirr.cirr_dataset_builder", "Cirr"),
+    "circo": ("data.circo.circo_dataset_builder", "Circo"),
+    "genecis": ("data.genecis.genecis_dataset_builder", "Genecis"),
+    "coco_object": ("data.coco_object.coco_object_dataset_builder", "CocoObject"),
+    "coco_captions": ("data.coco_captions.coco_captions_dataset_builder", "CocoCaptions"),
+    "images": ("data.images.images_dataset_builder", "Images"),
+    "pairs": ("data.pairs.pairs_dataset_builder", "Pairs"),
+    "texts": ("data.texts.texts_dataset_builder", "Texts"),
+    "text_triplets": ("data.text_triplets.text_triplets_dataset_builder", "TextTriplets"),
+    "image_triplets": ("data.image_triplets.image_triplets_dataset_builder", "ImageTriplets"),
 }
+MARK = "source.json"
 IMAGE_FIELDS = ("image", "reference", "target")  # where their value is bytes: an encoded image
-_MAX_LISTED = 10
-
-
-def default_data_dir() -> Path:
-    """Returns `$CIR_JAX_DATA`, or `~/.cache/cir_jax/data`."""
-    return Path(os.environ.get("CIR_JAX_DATA") or "~/.cache/cir_jax/data").expanduser()
 
 
 def _builder_class(dataset: str) -> type[tfds.core.GeneratorBasedBuilder]:
@@ -52,36 +81,120 @@ def tables_of(dataset: str, wanted: Sequence[str] | None = None) -> list[str]:
     return list(wanted or known)
 
 
-def table_dir(dataset: str, table: str, data_dir: str | os.PathLike | None = None) -> Path:
-    """Returns where the current version of the table is, or would be."""
+def table_dir(
+    dataset: str,
+    table: str,
+    data_dir: str | os.PathLike | None = None,
+    name: str | None = None,
+) -> Path:
+    """Returns where the current version of the table is, or would be.
+
+    name: what the dataset is called on disk, if there are several of its kind.
+    """
     tables_of(dataset, [table])
+    if name and name != dataset and (name in DATASETS or not re.fullmatch(r"\w[\w.-]*", name)):
+        raise DataError(
+            f"--name={name}: choose a name of letters, digits, '_', '-' and '.', other than those "
+            f"of the datasets themselves ({', '.join(DATASETS)})."
+        )
     if "://" in str(data_dir):
         raise DataError(f"data_dir {data_dir} is not a local folder: build locally, then copy it.")
     root = Path(data_dir).expanduser() if data_dir else default_data_dir()
-    return root.resolve() / dataset / table / str(_builder_class(dataset).VERSION)
+    return root.resolve() / (name or dataset) / table / str(_builder_class(dataset).VERSION)
 
 
 def is_built(directory: Path) -> bool:
-    """Whether the folder holds a table; TFDS writes these two files last."""
+    """Whether the folder holds a table; these two files are written last."""
     return all((directory / f).is_file() for f in ("dataset_info.json", "features.json"))
+
+
+def survey(
+    dataset: str, source: str | os.PathLike | None, options: Options | None = None
+) -> Survey:
+    """Looks at the files of a dataset in the folder `source`, and writes nothing: the doctor.
+
+    Raises DataError when there is no such folder, nothing of the dataset in it, or when anything
+    but images is missing or wrong.
+    """
+    cls, options = _builder_class(dataset), options or Options()
+    if not issubclass(cls, SourceBuilder):
+        raise DataError(f"{dataset} is made from nothing: leave out --source.")
+    if source is None:
+        raise DataError(
+            f"{dataset} is made of files that you have to get; then run `python launch/prepare.py "
+            f"--dataset={dataset} --source=DIR`.\n{cls.HELP.strip()}\n"
+            f"More in data/{dataset}/README.md."
+        )
+    names = cls.split_names()
+    for split in options.splits or ():
+        if names and split not in names:
+            raise DataError(unknown(f"split of {dataset}", split, names))
+    root = Path(source).expanduser()
+    if not root.exists():
+        raise DataError(f"--source={source}: there is no such folder.\n{cls.HELP.strip()}")
+    try:
+        found = cls.survey(root, options)
+    except OSError as error:  # of a list or table; images are looked after one by one
+        reason = error.strerror or error
+        raise DataError(f"{error.filename or root}: cannot be read ({reason}).") from error
+    for split in options.splits or ():
+        if split in found.skipped:
+            raise DataError(
+                f"split {split!r} of {dataset}: {found.skipped[split]}\n{cls.HELP.strip()}"
+            )
+    if not any(found.splits.values()):
+        why = "\n".join(f"  {split}: {reason}" for split, reason in found.skipped.items())
+        raise DataError(f"{root} holds nothing of {dataset} to build.\n{why}\n{cls.HELP.strip()}")
+    return found
 
 
 def prepare(
     dataset: str,
     tables: Sequence[str] | None = None,
     data_dir: str | os.PathLike | None = None,
+    *,
+    source: str | os.PathLike | None = None,
+    name: str | None = None,
+    splits: Sequence[str] | None = None,
+    allow_partial: bool = False,
+    decode: bool = True,
+    columns: Mapping[str, str] | None = None,
 ) -> dict[str, Path]:
-    """Builds those tables that are not there yet; returns the folders of all wanted ones."""
-    folders = {t: table_dir(dataset, t, data_dir) for t in tables_of(dataset, tables)}
+    """Builds those tables that are not there yet; returns the folders of all wanted ones.
+
+    source: folder of the user's files; needed unless all wanted tables are there.
+    name: as `table_dir`.
+    splits: of the benchmark, to build; default all whose files are there.
+    allow_partial: build from incomplete files too; the tables are marked.
+    decode: make sure that each image can be decoded.
+    columns: {field: its name in the files}, for corpora whose columns vary.
+    Raises DataError when files are missing or wrong, when a table is there but made of other files,
+    and when the disk is full.
+    """
+    folders = {t: table_dir(dataset, t, data_dir, name) for t in tables_of(dataset, tables)}
+    if source is None and all(map(is_built, folders.values())):
+        return folders
+    cls, found = _builder_class(dataset), None
+    if issubclass(cls, SourceBuilder) or source is not None:
+        how = ("survey" if allow_partial else "build") if decode else "never"
+        options = Options(tuple(splits) if splits else None, how, columns or {})
+        found = survey(dataset, source, options)
+        _refuse_partial(dataset, found, allow_partial)
+        print(describe(found), file=sys.stderr, flush=True)
+        for table in tables_of(dataset):  # all of them: queries count in their gallery
+            _refuse_other(table_dir(dataset, table, data_dir, name), found.splits.get(table, {}))
+        if absent := [table for table in tables or () if not found.splits.get(table)]:
+            raise DataError(f"{source} lacks what table {absent[0]!r} of {dataset} is made of.")
+        folders = {table: folder for table, folder in folders.items() if found.splits.get(table)}
     for table, folder in folders.items():
         if is_built(folder):
             continue
         try:
             with _locked(folder.parent):
                 if not is_built(folder):  # another process may have built it meanwhile
-                    _build(dataset, table, folder)
+                    _build(dataset, table, folder, found, Path(source) if source else None)
         except Exception as error:  # TFDS and ArrayRecord wrap the system's errors
-            if (reason := _disk_problem(error)) is None:
+            if isinstance(error, DataError) or (reason := _disk_problem(error)) is None:
                 raise
             raise DataError(
                 f"cannot write table {table!r} of {dataset} to {folder.parent}: {reason}. "
@@ -90,21 +203,113 @@ def prepare(
     return folders
 
 
-def _build(dataset: str, table: str, folder: Path) -> None:
+def _refuse_partial(dataset: str, found: Survey, allow_partial: bool) -> None:
+    if allow_partial or all(report.complete for report in found.reports.values()):
+        return
+    raise DataError(
+        f"{dataset} is not complete.\n{describe(found)}\nGet the missing files, choose other "
+        "--splits, or add --allow_partial: results will then be marked as partial."
+    )
+
+
+def _refuse_other(folder: Path, splits: Mapping[str, Split]) -> None:
+    """Raises DataError if the table is there and made of other files."""
+    if not is_built(folder) or not splits:
+        return
+    try:
+        stamp = json.loads((folder / MARK).read_text())["stamp"]
+    except (OSError, ValueError, KeyError):
+        stamp = None
+    if stamp != _stamp(splits):
+        raise DataError(
+            f"{folder} is there already, made of other files than there are now (changed, added, "
+            "completed, other --splits or --allow_partial). Delete all tables in "
+            f"{folder.parent.parent} to build them anew, or leave out --source to keep them."
+        )
+
+
+def incomplete_splits(folder: Path) -> list[str]:
+    """Splits that the table in the folder was built from incomplete files of."""
+    try:
+        splits = json.loads((folder / MARK).read_text())["splits"]
+    except FileNotFoundError:
+        return []  # made from nothing
+    return [name for name, split in splits.items() if not split["complete"]]
+
+
+def _stamp(splits: Mapping[str, Split]) -> dict[str, str]:
+    return {name: split.stamp for name, split in splits.items()}
+
+
+def describe(found: Survey) -> str:
+    """The reports of a survey as text, split by split."""
+    lines = [f"{split}:\n{textwrap.indent(str(r), '  ')}" for split, r in found.reports.items()]
+    lines += [f"{split}: left out: {why}" for split, why in found.skipped.items()]
+    return "\n".join(lines)
+
+
+def _build(
+    dataset: str, table: str, folder: Path, found: Survey | None, source: Path | None
+) -> None:
     if folder.exists():
         raise DataError(f"{folder} exists but is no complete table: delete it and try again.")
     scratch = folder.parent / ".building"
-    shutil.rmtree(scratch, ignore_errors=True)  # of a builder that died
     print(f"building {dataset}/{table} in {folder}", file=sys.stderr, flush=True)
     try:
+        builder, splits = _open(dataset, table, scratch, found)
+        match shards.unfinished(builder, splits, scratch):
+            case "changed":
+                print("  its files have changed since an unfinished build: starting over",
+                      file=sys.stderr, flush=True)  # fmt: skip
+            case "continued":
+                print(f"  keeping {shards.finished_shards(scratch)} finished shard(s)",
+                      file=sys.stderr, flush=True)  # fmt: skip
         with _quiet_tfds():
-            builder = _builder_class(dataset)(
-                config=table, data_dir=scratch, file_format="array_record"
-            )
-            builder.download_and_prepare()
-        os.rename(builder.data_dir, folder)
+            shards.write(builder, splits, scratch)
+        if found is not None:
+            mark: dict[str, Any] = {
+                "stamp": _stamp(splits),
+                "source": str(source.expanduser().absolute()) if source else None,
+            }
+            mark["splits"] = {name: report.mark() for name, report in found.reports.items()}
+            (scratch / MARK).write_text(json.dumps(mark, indent=2) + "\n")
+        os.rename(scratch, folder)
+        (folder / shards.JOURNAL).unlink()
     finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        if not shards.finished_shards(scratch):
+            shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _open(
+    dataset: str, table: str, scratch: Path, found: Survey | None
+) -> tuple[tfds.core.GeneratorBasedBuilder, dict[str, Split]]:
+    """The builder of a table, and what it writes."""
+    cls = _builder_class(dataset)
+    if found is None:
+        with _quiet_tfds():
+            builder = cls(config=table, data_dir=scratch)
+        stamp = f"{dataset} {cls.VERSION}"
+
+        def made(name: str, start: int) -> Iterator[dict[str, Any]]:
+            # a function of its number, but only in order: the first ones are made again
+            examples = builder._split_generators(None)[name]
+            return islice((record for _, record in examples), start, None)
+
+        names = builder._split_generators(None)
+        splits = {n: Split(lambda start, n=n: made(n, start), stamp) for n in names}
+        return builder, splits
+    with _quiet_tfds():
+        builder = cls(config=table, data_dir=scratch, splits=found.splits[table])
+
+    def shown(name: str, split: Split, start: int) -> Iterator[dict[str, Any]]:
+        left = None if split.count is None else split.count - start
+        label = f"{dataset}/{table}/{name}"
+        return progress(islice(split.records(start), left), split.count, label, start)
+
+    return builder, {
+        name: Split(lambda start, n=name, s=split: shown(n, s, start), split.stamp, split.count)
+        for name, split in found.splits[table].items()
+    }
 
 
 @contextlib.contextmanager
@@ -150,6 +355,7 @@ def check(
     dataset: str,
     tables: Sequence[str] | None = None,
     data_dir: str | os.PathLike | None = None,
+    name: str | None = None,
 ) -> dict[str, dict[str, int]]:
     """Reads every record and decodes every image; returns the counts per table and split.
 
@@ -157,8 +363,9 @@ def check(
     """
     counts: dict[str, dict[str, int]] = {}
     problems: list[str] = []
+    own_ids = getattr(_builder_class(dataset), "OWN_IDS", ())
     for table in tables_of(dataset, tables):
-        folder = table_dir(dataset, table, data_dir)
+        folder = table_dir(dataset, table, data_dir, name)
         if not is_built(folder):
             problems.append(f"table {table!r} is missing in {folder.parent}")
             continue
@@ -166,10 +373,11 @@ def check(
             builder = tfds.builder_from_directory(str(folder))
         counts[table] = {name: info.num_examples for name, info in builder.info.splits.items()}
         for split, count in counts[table].items():
-            problems += _check_split(builder, f"{table}/{split}", split, count)
+            label = f"{table}/{split}"
+            problems += _check_split(builder, label, split, count, table in own_ids)
     if problems:
-        listed = "\n  ".join(problems[:_MAX_LISTED])
-        more = f"\n  and {len(problems) - _MAX_LISTED} more" if len(problems) > _MAX_LISTED else ""
+        listed = "\n  ".join(problems[:MAX_LISTED])
+        more = f"\n  and {len(problems) - MAX_LISTED} more" if len(problems) > MAX_LISTED else ""
         raise DataError(
             f"{dataset} has {len(problems)} problem(s):\n  {listed}{more}\n"
             f"Delete the folder of a corrupt table and run launch/prepare.py --dataset={dataset}."
@@ -178,7 +386,7 @@ def check(
 
 
 def _check_split(
-    builder: tfds.core.DatasetBuilder, label: str, split: str, count: int
+    builder: tfds.core.DatasetBuilder, label: str, split: str, count: int, own_ids: bool
 ) -> Iterator[str]:
     """Yields what is wrong with each corrupt record of the split."""
     try:
@@ -186,11 +394,14 @@ def _check_split(
     except Exception as error:  # whatever the reader makes of a missing or damaged file
         yield f"{label}: cannot be opened: {error}"
         return
+    seen: set[int] = set()
     for i in progress(range(count), count, label):
         try:
             record = source[i]
-            if record["id"] != i:
-                yield f"{label} record {i}: has the id {record['id']}"
+            number = int(record["id"])
+            if number in seen or (number != i and not own_ids):
+                yield f"{label} record {i}: has the id {number}"
+            seen.add(number)
             for field in IMAGE_FIELDS:
                 if isinstance(record.get(field), bytes):
                     Image.open(io.BytesIO(record[field])).load()

@@ -10,7 +10,9 @@ from cir_jax.errors import ConfigError, unknown
 OPTIMIZER = {
     "name": "adamw",  # adamw (Adam with weight_decay=0) | muon
     "learning_rate": 1e-4,
-    "schedule": "constant",  # constant | cosine | linear
+    "schedule": "constant",  # constant | cosine | linear | step
+    "drop_every": "0 steps",  # schedule step: a duration, and the factor
+    "drop": 1.0,
     "warmup": "0 steps",  # a duration: "500 steps", "2 epochs", "300k examples", "5%"
     "final": 0.0,  # learning rate at the end, as a share of the peak
     "weight_decay": 0.01,
@@ -35,11 +37,14 @@ def experiment(name: str, composer: Mapping[str, Any]) -> ConfigDict:
     config.seed = 0
     config.backbone = "data/shapes/clip"  # Hugging Face directory or hub id
     config.dtype = "float32"  # of the computation; parameters stay float32
+    config.remat = False  # the backbone's layers are computed twice, to train in less memory
     config.composer = ConfigDict(dict(composer))
     config.stage = ConfigDict()
     config.stages = ()  # which to run, in order
-    config.init_from = ""  # workdir whose result a first stage continues
-    config.export_to = ""  # Hugging Face directory to write a trained backbone to
+    config.init_from = ""  # workdir whose result a first stage continues, or official:PATH
+    # where to write what was trained: a backbone as a Hugging Face directory, a method's own
+    # parameters as the checkpoint of its authors (the other end of official:PATH)
+    config.export_to = ""
     config.data_dir = ""  # "" = $CIR_JAX_DATA, else ~/.cache/cir_jax/data
     config.workers = 0  # Grain worker processes; 0 = threads
     config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})  # -1 = whatever is left
@@ -47,7 +52,10 @@ def experiment(name: str, composer: Mapping[str, Any]) -> ConfigDict:
     config.checkpoint = ConfigDict({"every": "500 steps", "keep": 2})
     config.evaluation = ConfigDict()
     config.evaluation.benchmarks = benchmarks("shapes")
-    config.evaluation.split = "test_0"  # hyper-parameters are chosen on val
+    # "" = each benchmark's own: val where labels are public, test_0 of the embedded world, whose
+    # hyper-parameters are chosen on val
+    config.evaluation.split = ""
+    config.evaluation.allow_partial = False  # benchmarks whose images are not all there
     config.evaluation.batch_size = 256
     return config
 
@@ -67,6 +75,7 @@ def stage(
     after: str = "",
     example: str = "",
     tokens: str = "",
+    split: str = "train",
     composer: Mapping[str, Any] | None = None,
 ) -> ConfigDict:
     """One training stage.
@@ -77,8 +86,9 @@ def stage(
     "2 epochs", "300k examples". ema: decay of the averaged parameters, 0 = none. microbatches:
     parts a batch is encoded in. after: the stage whose result this one continues. example: what
     becomes of a record (`cir_jax.training.inputs.EXAMPLES`), "" = what its table is for. tokens:
-    the inversion stage whose pseudo-words are joined to the records, "" = none. composer: another
-    composer than the experiment's, for this stage alone.
+    the inversion stage whose pseudo-words are joined to the records, "" = none. split: of the tables;
+    "train[:1000]" are the first records. composer: another composer than the experiment's, for this
+    stage alone.
     """
     if wrong := sorted(set(optimizer) - set(OPTIMIZER)):
         raise ConfigError(unknown("optimizer field", wrong[0], OPTIMIZER))
@@ -92,6 +102,7 @@ def stage(
             "group": group,
             "example": example,
             "tokens": tokens,
+            "split": split,
         }
     )
     config.kind = "train"
@@ -106,16 +117,21 @@ def stage(
 
 
 def inversion_stage(
-    *, composer: Mapping[str, Any], table: str, batch_size: int, dataset: str = "shapes"
+    *,
+    composer: Mapping[str, Any],
+    table: str,
+    batch_size: int,
+    dataset: str = "shapes",
+    split: str = "train",
 ) -> ConfigDict:
     """A stage that inverts each image of a table with `composer` and stores the pseudo-words.
 
-    batch_size: images inverted together, on all devices.
+    batch_size: images inverted together, on all devices. split: as `stage`'s.
     """
     config = ConfigDict()
     config.kind = "inversion"
     config.composer = ConfigDict(dict(composer))
-    config.data = ConfigDict({"dataset": dataset, "tables": {table: 1.0}})
+    config.data = ConfigDict({"dataset": dataset, "tables": {table: 1.0}, "split": split})
     config.batch_size = batch_size
     config.after = ""
     return config

@@ -22,11 +22,14 @@ NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Processes of this r
 PROCESS_ID = flags.DEFINE_integer("process_id", None, "Number of this process, from 0")
 
 
-def run(main: Callable[[], None]) -> None:
-    """absl's app.run with readable errors: exit status 2 for what a user can mend."""
+def run(main: Callable[[], None], needs_config: Callable[[], bool] = lambda: True) -> None:
+    """absl's app.run with readable errors: exit status 2 for what a user can mend.
+
+    needs_config: whether --config must be given, asked when the flags are known.
+    """
     try:
         _check_config_path(sys.argv)
-        app.run(lambda _: _guarded(main), flags_parser=_parse)
+        app.run(lambda _: _guarded(main, needs_config()), flags_parser=_parse)
     except CirError as error:
         _fail(error)
 
@@ -65,11 +68,11 @@ def prepare(config: ConfigDict, training: bool) -> None:
         build.prepare(dataset, tables, experiment.data_dir(config))
 
 
-def _guarded(main: Callable[[], None]) -> None:
+def _guarded(main: Callable[[], None], needs_config: bool) -> None:
     from cir_jax.training.loop import Preempted
 
     absl_logging.set_verbosity(absl_logging.WARNING)
-    if CONFIG.value is None:
+    if needs_config and CONFIG.value is None:
         raise ConfigError("--config is missing: --config=experiments/NAME.py[:PRESET].")
     try:
         main()

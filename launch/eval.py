@@ -1,7 +1,14 @@
 """Evaluates a trained workdir, or a training-free method without one.
 
-python launch/eval.py --config=experiments/compodiff.py --workdir=DIR
-python launch/eval.py --config=experiments/slerp.py
+    python launch/eval.py --config=experiments/compodiff.py --workdir=DIR
+    python launch/eval.py --config=experiments/slerp.py --benchmarks=circo,cirr,fashioniq,genecis
+
+Writes results.json, report.html, a contact sheet per benchmark, and with --split=test the files for
+the test servers. Benchmarks may name variants of their protocol: fashioniq:small_gallery.
+
+    python launch/eval.py --validate_submission=FILE
+
+checks such a file, whoever wrote it, as the server would; no --config is needed.
 """
 
 import sys
@@ -9,23 +16,54 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from absl import flags  # noqa: E402
+
 from launch import common  # noqa: E402
+
+BENCHMARKS = flags.DEFINE_list(
+    "benchmarks", None, "Benchmarks, separated by commas; default config.evaluation.benchmarks"
+)
+SPLIT = flags.DEFINE_string(
+    "split", None, "Split of all of them, such as val or test; default each one's own"
+)
+OUTPUT = flags.DEFINE_string("output", None, "Where results are written; default the workdir")
+ALLOW_PARTIAL = flags.DEFINE_bool(
+    "allow_partial", False, "Evaluate on incomplete data too; all results are marked as partial"
+)
+VALIDATE = flags.DEFINE_string(
+    "validate_submission", None, "File for a test server to check, instead of an evaluation"
+)
 
 
 def main() -> None:
+    config = common.CONFIG.value
+    if VALIDATE.value is not None:
+        from cir_jax.evaluation import submissions
+        from cir_jax.input.tables import default_data_dir
+
+        given = config.data_dir if config is not None else ""
+        data_dir = Path(given).expanduser() if given else default_data_dir()
+        print(submissions.validate(Path(VALIDATE.value), data_dir))
+        return
     from cir_jax.training import distributed
 
     common.join(distributed)
     from cir_jax.evaluation import runner
     from cir_jax.training import experiment as experiments
 
-    config = common.CONFIG.value
+    if BENCHMARKS.value:
+        config.evaluation.benchmarks = tuple(BENCHMARKS.value)
+    if SPLIT.value is not None:
+        config.evaluation.split = SPLIT.value
+    if ALLOW_PARTIAL.value:
+        config.evaluation.allow_partial = True
     experiments.check_workdir(common.workdir(), config)
     common.prepare(config, training=False)
     experiment = experiments.setup(config)
     params = runner.trained_params(experiment, common.workdir())
-    runner.run(experiment, params, common.workdir(), common.command())
+    output = Path(OUTPUT.value).expanduser().absolute() if OUTPUT.value else common.workdir()
+    runner.run(experiment, params, output, common.command())
 
 
 if __name__ == "__main__":
-    common.run(main)
+    common.run(main, needs_config=lambda: VALIDATE.value is None)

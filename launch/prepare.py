@@ -1,6 +1,11 @@
 """Builds a dataset: `python launch/prepare.py --dataset=shapes [--tables=gallery,circo]`.
 
-With --check, reads every record of the built tables instead and decodes every image.
+Real datasets are made of files that you have: `--dataset=circo --source=DIR`; data/circo/README.md
+says what has to lie there. Killed builds are continued by the same command.
+
+With --check and --source, says what is missing in DIR and whether the counts are the official ones,
+and builds nothing. With --check alone, reads every record of the built tables and decodes every
+image. Exit status: 0 = good and complete, 1 = checked and not complete, 2 = error.
 """
 
 import sys
@@ -11,31 +16,89 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from absl import app, flags  # noqa: E402
 
 _DATASET = flags.DEFINE_string("dataset", "shapes", "Name of the dataset.")
+_SOURCE = flags.DEFINE_string("source", None, "Folder of the files it is made of.")
 _TABLES = flags.DEFINE_list("tables", None, "Tables to build, separated by commas; default all.")
+_SPLITS = flags.DEFINE_list("splits", None, "Splits to build; default all whose files are there.")
 _DATA_DIR = flags.DEFINE_string(
     "data_dir", None, "Where datasets lie; default $CIR_JAX_DATA, else ~/.cache/cir_jax/data."
 )
-_CHECK = flags.DEFINE_bool("check", False, "Check the tables instead of building them.")
+_NAME = flags.DEFINE_string(
+    "name", None, "What to call it there, if you have several of its kind; default the dataset."
+)
+_CHECK = flags.DEFINE_bool("check", False, "Check the files or tables instead of building.")
+_ALLOW_PARTIAL = flags.DEFINE_bool(
+    "allow_partial", False, "Build from incomplete files; results will be marked as partial."
+)
+_DECODE = flags.DEFINE_bool(
+    "decode", True, "Decode each image to find damaged ones; --nodecode only looks for the files."
+)
+_COLUMNS = flags.DEFINE_list(
+    "columns",
+    None,
+    "FIELD=COLUMN,... or MAPPING.json: what the columns of your files are called; for pairs, "
+    "texts, text_triplets and image_triplets, see the README of each.",
+)
 
 
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
     from cir_jax.errors import CirError
-    from data import build
 
     try:
-        if _CHECK.value:
-            counts = build.check(_DATASET.value, _TABLES.value, _DATA_DIR.value)
-            for table, splits in counts.items():
-                print(f"{table}: {', '.join(f'{s} {n}' for s, n in splits.items())}: good")
+        if not _CHECK.value:
+            _build()
+        elif _SOURCE.value is None:
+            _check_tables()
         else:
-            folders = build.prepare(_DATASET.value, _TABLES.value, _DATA_DIR.value)
-            for table, folder in folders.items():
-                print(f"{table}: {folder}")
+            _check_source()
     except CirError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+def _build() -> None:
+    from data import build, corpus
+
+    folders = build.prepare(
+        _DATASET.value,
+        _TABLES.value,
+        _DATA_DIR.value,
+        source=_SOURCE.value,
+        name=_NAME.value,
+        splits=_SPLITS.value,
+        allow_partial=_ALLOW_PARTIAL.value,
+        decode=_DECODE.value,
+        columns=corpus.parse_columns(_COLUMNS.value or ()),
+    )
+    for table, folder in folders.items():
+        print(f"{table}: {folder}")
+
+
+def _check_tables() -> None:
+    from data import build
+
+    counts = build.check(_DATASET.value, _TABLES.value, _DATA_DIR.value, _NAME.value)
+    for table, splits in counts.items():
+        folder = build.table_dir(_DATASET.value, table, _DATA_DIR.value, _NAME.value)
+        partial = ", ".join(build.incomplete_splits(folder))
+        verdict = f"good, but made of incomplete files of {partial}" if partial else "good"
+        print(f"{table}: {', '.join(f'{s} {n}' for s, n in splits.items())}: {verdict}")
+
+
+def _check_source() -> None:
+    from data import build, corpus
+
+    splits = tuple(_SPLITS.value) if _SPLITS.value else None
+    how = "survey" if _DECODE.value else "never"
+    columns = corpus.parse_columns(_COLUMNS.value or ())
+    options = build.Options(splits, how, columns=columns)
+    found = build.survey(_DATASET.value, _SOURCE.value, options)
+    print(build.describe(found))
+    complete = all(report.complete for report in found.reports.values())
+    but = ", but for what is left out" if found.skipped else ""
+    print(f"complete{but}" if complete else "not complete: --allow_partial builds what there is")
+    sys.exit(0 if complete else 1)
 
 
 if __name__ == "__main__":

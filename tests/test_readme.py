@@ -19,7 +19,7 @@ COMMANDS = [
     for line in re.sub(r"\\\n\s*", " ", README).splitlines()
     if line.startswith("    ") and "python " in line
 ]
-NEEDS_WEIGHTS = ("vit_l14", "path/to/clip")
+NEEDS_WEIGHTS = ("vit_l14", "config.backbone=")
 
 
 def python_part(command):

@@ -62,6 +62,9 @@ class MemoryTable:
     def column(self, name: str) -> np.ndarray:
         return np.asarray([record[name] for record in self.records])
 
+    def mark(self) -> dict[str, Any]:
+        return {}
+
     def __repr__(self) -> str:
         return f"MemoryTable({self.name})"
 

@@ -13,6 +13,11 @@ COMPOSERS = {
     "compodiff": "CompoDiff",
     "image_only": "ImageOnly",
     "image_text": "ImageText",
+    "lincir": "LinCir",
+    "palavra": "Palavra",
+    "pic2word": "Pic2Word",
+    "searle": "Searle",
+    "searle_oti": "SearleOti",
     "slerp": "Slerp",
     "text_only": "TextOnly",
 }

@@ -4,6 +4,7 @@ A composer holds no parameters: `params` (trainable, from `init`) and `frozen` (
 in the optimiser) are arguments of every function. Training and evaluation call the same `compose`.
 """
 
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -44,6 +45,13 @@ class Composer:
     trained: bool = False
     """Whether the method has parameters to train; False = no workdir is needed."""
 
+    inference_settings: tuple[str, ...] = ()
+    """Arguments of the constructor that a trained workdir may be evaluated with other values of:
+    they change how queries are composed, not what was learned."""
+
+    official_format: str = ""
+    """What checkpoints of the method's authors look like, for messages; "" = there are none."""
+
     def __init__(self, backbone: Backbone):
         self.backbone = backbone
 
@@ -59,6 +67,14 @@ class Composer:
         """Trainable parameters; an empty tree for training-free methods."""
         del rng
         return {}
+
+    def read_official(self, path: Path, frozen: Params) -> Params:
+        """Trainable parameters from a checkpoint of the authors; see `weights.official`."""
+        raise TypeError(f"{type(self).__name__} has no official_format")
+
+    def write_official(self, path: Path, params: Params, frozen: Params) -> None:
+        """The inverse of `read_official`; params and frozen are on the host."""
+        raise TypeError(f"{type(self).__name__} has no official_format")
 
     def encode(
         self, params: Params, frozen: Params, batch: dict[str, jax.Array], rngs: jax.Array

@@ -9,7 +9,9 @@ import jax.numpy as jnp
 
 from cir_jax.composers.base import Composer, Params, Query, normalise
 from cir_jax.composers.losses import info_nce
+from cir_jax.errors import ConfigError
 from cir_jax.models.backbone import Backbone
+from cir_jax.models.resnet import ResNetConfig
 
 MAX_SCALE = 100.0  # CLIP clips the learned scale here
 
@@ -21,6 +23,17 @@ class ClipPretraining(Composer):
     def __init__(self, backbone: Backbone, learned_scale: bool = True):
         """learned_scale: False keeps the scale at the config's logit_scale_init_value."""
         super().__init__(backbone)
+        if backbone.family != "clip" or not backbone.joint:
+            raise ConfigError(
+                f"clip_pretraining trains a CLIP, and backbone {backbone.weights_id} is none. "
+                "Set config.backbone to the directory of one."
+            )
+        if isinstance(backbone.config.vision, ResNetConfig):
+            raise ConfigError(
+                f"clip_pretraining starts from random weights, but the batch norms of "
+                f"{backbone.weights_id}, a ResNet, are frozen and would never learn their "
+                "statistics. Set config.backbone to a CLIP with a ViT image tower."
+            )
         self.learned_scale = learned_scale
 
     def freeze(self, backbone_params: Params) -> Params:

@@ -43,6 +43,7 @@ the noise has.
 
 import dataclasses
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -56,7 +57,7 @@ from cir_jax.diffusion.schedule import cosine, q_sample
 from cir_jax.errors import ConfigError, WeightsError, unknown
 from cir_jax.models import denoiser as layers
 from cir_jax.models.backbone import Backbone
-from cir_jax.weights import convert
+from cir_jax.weights import convert, files, official
 
 FEATURE_SCALES = ("none", "unit_variance")
 
@@ -136,6 +137,8 @@ class CompoDiff(Composer):
 
     trained = True
     pools_text = False
+    official_format = "model.safetensors of CompoDiff-Aesthetic, or a training file {ema_model}"
+    inference_settings = ("guidance", "steps", "samples_per_query", "source_mixing")
 
     def __init__(
         self,
@@ -201,6 +204,14 @@ class CompoDiff(Composer):
             self.no_mask(),
         )
         return self.denoiser.init(rng, *one)["params"]
+
+    def read_official(self, path: Path, frozen: Params) -> Params:
+        del frozen
+        return from_released(files.read_tensors(path), str(path))
+
+    def write_official(self, path: Path, params: Params, frozen: Params) -> None:
+        del frozen
+        official.write(path, {"ema_model": to_released(params, self.config)})
 
     def encode(
         self, params: Params, frozen: Params, batch: dict[str, jax.Array], rngs: jax.Array

@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from cir_jax.composers.base import normalise
+
 
 def info_nce(a: jax.Array, b: jax.Array, scale: jax.Array | float) -> jax.Array:
     """Symmetric InfoNCE of unit float32[batch, dim] rows, row i of `a` belonging to row i of `b`.
@@ -15,3 +17,18 @@ def info_nce(a: jax.Array, b: jax.Array, scale: jax.Array | float) -> jax.Array:
     forward = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
     backward = optax.softmax_cross_entropy_with_integer_labels(logits.T, labels)
     return (forward.mean() + backward.mean()) / 2
+
+
+def nt_xent(a: jax.Array, b: jax.Array, temperature: float) -> jax.Array:
+    """NT-Xent of float[batch, dim] rows, row i of `a` belonging to row i of `b`.
+
+    Over the 2 x batch unit rows of both: each row's positive is its counterpart, its negatives are
+    all the others, of its own kind too. As in the released code of SEARLE, PALAVRA and RTD, the
+    mean is over 2 x batch rows (the papers print the sum of both directions over batch). Those
+    compare the rows of one device; here they are the rows of the global batch.
+    """
+    rows = normalise(jnp.concatenate([a, b]).astype(jnp.float32))
+    logits = rows @ rows.T / temperature
+    logits = jnp.where(jnp.eye(len(rows), dtype=bool), -jnp.inf, logits)
+    labels = jnp.roll(jnp.arange(len(rows)), len(a))
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()

@@ -1,4 +1,8 @@
-"""Benchmarks: queries, a gallery, ground truth and a protocol, read from prepared tables."""
+"""The list of benchmarks, and how they are read from prepared tables.
+
+A benchmark is named DATASET[/TABLE][:VARIANT[+VARIANT]]: "circo", "shapes/cirr",
+"fashioniq:small_gallery". Variants are those of its protocol (`protocols.VARIANTS`).
+"""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -10,164 +14,26 @@ import numpy as np
 from cir_jax.errors import DataError, unknown
 from cir_jax.evaluation import protocols
 from cir_jax.evaluation.protocols import Protocol
+from cir_jax.evaluation.queries import Benchmark, CaptionBenchmark, Query, Truth, pad_rows
 from cir_jax.input.tables import Table, default_data_dir
 
-
-@dataclasses.dataclass(frozen=True)
-class Query:
-    """One composed query. All image numbers are positions in the gallery.
-
-    targets: ground truths, the single target first; empty where the labels are not public.
-    candidates: CIRR: the image set with the reference; GeneCIS: the query's own gallery.
-    """
-
-    id: int
-    reference: int
-    texts: tuple[str, ...]
-    targets: tuple[int, ...] = ()
-    candidates: tuple[int, ...] = ()
-    category: str = ""
-    aspects: tuple[str, ...] = ()
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Benchmark:
-    """One split of a benchmark, validated: what it holds can be evaluated.
-
-    gallery: records with the encoded `image`, in ranking order (ties: lowest position first).
-    categories: of each gallery image; needed by protocols with gallery="category" only.
-    source: what error messages call the query file.
-    Raises DataError naming source and record when a query does not fit the gallery or protocol.
-    """
-
-    name: str
-    split: str
-    protocol: Protocol
-    gallery: Sequence[Mapping[str, Any]]
-    queries: tuple[Query, ...]
-    categories: tuple[frozenset[str], ...] = ()
-    source: str = "queries"
-
-    def __post_init__(self) -> None:
-        if not self.queries or not len(self.gallery):
-            raise DataError(
-                f"{self.source}: {len(self.queries)} queries and {len(self.gallery)} gallery "
-                "images; both must be positive. Prepare the dataset again."
-            )
-        if self.protocol.gallery == "category" and len(self.categories) != len(self.gallery):
-            raise DataError(
-                f"{self.source}: protocol {self.protocol.id} needs the categories of all "
-                f"{len(self.gallery)} gallery images, got {len(self.categories)}."
-            )
-        seen: dict[int, int] = {}
-        for position, query in enumerate(self.queries):
-            problem = self._problem(query)
-            if query.id in seen:
-                problem = f"duplicate query id, already used by record {seen[query.id]}"
-            seen[query.id] = position
-            if problem:
-                raise DataError(f"{self.what(position)}: {problem}. Prepare the dataset again.")
-            self.protocol.join(query.texts, self.what(position))
-
-    def what(self, position: int) -> str:
-        """What error messages call a query."""
-        return f"{self.source}, record {position} (id {self.queries[position].id})"
-
-    @property
-    def labelled(self) -> bool:
-        """Whether the ground truth is public, so that metrics can be computed here."""
-        return bool(self.queries[0].targets)
-
-    @property
-    def counts(self) -> dict[str, int]:
-        """Numbers of queries and gallery images: another count is another benchmark."""
-        return {"queries": len(self.queries), "gallery": len(self.gallery)}
-
-    def target_table(self) -> np.ndarray:
-        """int32[queries, targets] padded with -1."""
-        return pad_rows([query.targets for query in self.queries])
-
-    def candidate_table(self, *, without_reference: bool) -> np.ndarray:
-        """int32[queries, candidates] padded with -1."""
-        return pad_rows(
-            [
-                [c for c in query.candidates if not (without_reference and c == query.reference)]
-                for query in self.queries
-            ]
-        )
-
-    def _problem(self, query: Query) -> str:
-        size, protocol = len(self.gallery), self.protocol
-        named = [("reference", [query.reference]), ("ground truth", query.targets)]
-        for name, positions in [*named, ("candidate", query.candidates)]:
-            outside = [p for p in positions if not 0 <= p < size]
-            if outside:
-                return f"{name} {outside[0]} is outside the gallery of {size} images"
-            if len(set(positions)) != len(positions):
-                return f"a {name} is listed twice"
-        if bool(query.targets) != self.labelled:
-            return "ground truth is missing here but present in other records, or the reverse"
-        if protocol.remove_reference and query.reference in query.targets:
-            return "the reference is a ground truth, but the protocol removes it from the gallery"
-        if protocol.gallery == "category":
-            if not any(query.category in kinds for kinds in self.categories):
-                valid = sorted(set().union(*self.categories))
-                return unknown("category", query.category, valid).rstrip(".")
-            outside = [t for t in query.targets if query.category not in self.categories[t]]
-            if outside:
-                return f"ground truth {outside[0]} is not of category {query.category!r}"
-        if protocol.gallery == "candidates" or protocol.subset_recall:
-            if len(set(query.candidates) - {query.reference}) < 1:
-                return f"no candidates, which protocol {protocol.id} needs"
-            needed = query.targets if protocol.gallery == "candidates" else query.targets[:1]
-            missing = [t for t in needed if t not in query.candidates]
-            if missing:
-                return f"ground truth {missing[0]} is not among the candidates"
-        return ""
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class CaptionBenchmark:
-    """Images with captions of their own: caption 0 says all (detailed), the others leave out.
-
-    Raises DataError naming the record without a detailed and a partial caption.
-    """
-
-    name: str
-    split: str
-    protocol: Protocol
-    gallery: Sequence[Mapping[str, Any]]
-    captions: tuple[tuple[str, ...], ...]
-    source: str = "captions"
-
-    def __post_init__(self) -> None:
-        for position, captions in enumerate(self.captions):
-            if len(captions) < 2:
-                raise DataError(
-                    f"{self.source}, record {position}: {len(captions)} captions, expected a "
-                    "detailed and at least one partial caption. Prepare the dataset again."
-                )
-
-    @property
-    def counts(self) -> dict[str, int]:
-        """Numbers of captions and images."""
-        return {"queries": sum(map(len, self.captions)), "gallery": len(self.gallery)}
-
-
-def pad_rows(rows: Sequence[Sequence[int]]) -> np.ndarray:
-    """Ragged rows of positions -> int32[rows, longest], padded with -1."""
-    width = max(1, max(map(len, rows), default=0))
-    out = np.full((len(rows), width), -1, np.int32)
-    for line, row in zip(out, rows, strict=True):
-        line[: len(row)] = row
-    return out
+__all__ = [
+    "REGISTRY", "Benchmark", "CaptionBenchmark", "Entry", "Query", "Truth", "find", "incomplete",
+    "load", "pad_rows", "register", "required",
+]  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """Where a benchmark lies: tables `table` (queries) and `gallery` of a prepared dataset.
+    """Where a benchmark lies: tables of a prepared dataset.
 
+    split: the default one. aliases: split -> what this benchmark calls it.
+    gallery_split: the one split of the gallery that all query splits share, if they do.
     counts: split -> (queries, gallery images) that the official files have, where known.
+    groups: the same per category under the protocol of the entry or a variant:
+        (gallery kind, split, category) -> gallery images.
+    references: the table of reference images, where they are not those of the gallery.
+    truths: tables with the ground truths of caption retrieval.
     """
 
     dataset: str
@@ -175,17 +41,85 @@ class Entry:
     protocol: Protocol
     gallery: str = "gallery"
     counts: Mapping[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
+    split: str = "val"
+    aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    gallery_split: str = ""
+    groups: Mapping[tuple[str, str, str], int] = dataclasses.field(default_factory=dict)
+    references: str = ""
+    truths: tuple[str, ...] = ()
 
+    @property
+    def tables(self) -> tuple[str, ...]:
+        """All tables that are read."""
+        own = (self.gallery, self.table, self.references, *self.truths)
+        return tuple(dict.fromkeys(table for table in own if table))
+
+
+def _fashioniq_groups() -> dict[tuple[str, str, str], int]:
+    counted = {
+        ("category", "train"): (11452, 19036, 16121),
+        ("category", "val"): (3817, 6346, 5373),
+        ("category", "test"): (3818, 6346, 5374),
+        ("triplets", "val"): (2628, 3089, 2902),
+    }
+    return {
+        (*kind, name): count
+        for kind, counts in counted.items()
+        for name, count in zip(("dress", "shirt", "toptee"), counts, strict=True)
+    }
+
+
+_CIRR = {"train": (28225, 16939), "val": (4181, 2297), "test1": (4148, 2315)}
 
 REGISTRY: dict[str, Entry] = {
-    f"{dataset}/{name}": Entry(dataset, name, protocol)
+    f"{dataset}/{name}": Entry(dataset, name, protocol, split="test_0")
     for dataset in ("shapes", "shapes_tiny")
     for name, protocol in protocols.PROTOCOLS.items()
 } | {
-    f"{dataset}/captions": Entry(dataset, "pretrain", protocols.CAPTIONS, gallery="pretrain")
+    f"{dataset}/{name}": entry
     for dataset in ("shapes", "shapes_tiny")
+    for name, entry in {
+        "captions": Entry(dataset, "pretrain", protocols.CAPTIONS, gallery="pretrain", split="val"),
+        "inversion": Entry(dataset, "gallery", protocols.INVERSION, split="test_0"),
+    }.items()
 }
-"""Benchmark name -> entry. Real datasets add theirs with `register`."""
+REGISTRY |= {
+    "circo": Entry(
+        "circo",
+        "queries",
+        protocols.CIRCO,
+        counts={"val": (220, 123403), "test": (800, 123403)},
+        gallery_split="unlabeled",
+    ),
+    "cirr": Entry("cirr", "queries", protocols.CIRR, counts=_CIRR, aliases={"test": "test1"}),
+    "cirr/inversion": Entry(
+        "cirr",
+        "gallery",
+        protocols.INVERSION,
+        counts={split: (size, size) for split, (_, size) in _CIRR.items()},
+        aliases={"test": "test1"},
+    ),
+    "fashioniq": Entry(
+        "fashioniq",
+        "queries",
+        protocols.FASHIONIQ,
+        counts={"train": (18000, 45429), "val": (6016, 15415), "test": (6118, 15417)},
+        groups=_fashioniq_groups(),
+    ),
+    # the attribute tasks could not be counted: the files were out of reach (their mark says more)
+    "genecis": Entry("genecis", "queries", protocols.GENECIS),
+    # one instance per image is chosen, and images without one are left out: no official count
+    "coco_object": Entry("coco_object", "queries", protocols.COCO_OBJECT, references="references"),
+    "coco_captions": Entry(
+        "coco_captions",
+        "captions",
+        protocols.COCO_CAPTIONS,
+        counts={"test": (25000, 5000)},
+        split="test",
+        truths=("original", "cxc", "eccv"),
+    ),
+}
+"""Benchmark name -> entry."""
 
 
 def register(name: str, entry: Entry) -> None:
@@ -194,42 +128,133 @@ def register(name: str, entry: Entry) -> None:
         raise ValueError(f"benchmark {name!r} is already registered as {REGISTRY[name]}")
 
 
+def find(name: str) -> Entry:
+    """The entry of "circo" or "fashioniq:small_gallery", with the protocol of the variants.
+
+    Raises DataError for an unknown name, ConfigError for an unknown variant.
+    """
+    base, _, variants = name.partition(":")
+    if base not in REGISTRY:
+        raise DataError(unknown("benchmark", base, REGISTRY))
+    entry = REGISTRY[base]
+    chosen = variants.split("+") if variants else ()
+    return dataclasses.replace(entry, protocol=protocols.variant(entry.protocol, chosen))
+
+
+def required(names: Sequence[str]) -> dict[str, set[str]]:
+    """Dataset -> tables that these benchmarks read."""
+    needed: dict[str, set[str]] = {}
+    for entry in map(find, names):
+        needed.setdefault(entry.dataset, set()).update(entry.tables)
+    return needed
+
+
 def load(
-    name: str, split: str, data_dir: Path | None = None, *, allow_partial: bool = False
+    name: str, split: str = "", data_dir: Path | None = None, *, allow_partial: bool = False
 ) -> Benchmark | CaptionBenchmark:
     """The benchmark `name` (such as "shapes/circo"), validated.
 
-    allow_partial: accept other counts than the official ones (images that are gone from the web);
-        the name then ends in "(partial)", because the numbers are not comparable.
+    split: "" = the benchmark's own default: public labels, or the first test of the embedded world.
+    allow_partial: accept incomplete data (images that are gone from the web); the name then ends in
+        "(partial)", because the numbers are not comparable.
     Raises DataError for unknown names and splits, missing tables, and records that do not fit.
     """
-    if name not in REGISTRY:
-        raise DataError(unknown("benchmark", name, REGISTRY))
-    entry = REGISTRY[name]
+    entry = find(name)
+    split = entry.aliases.get(split, split) or entry.split
     directory = Path(data_dir) if data_dir is not None else default_data_dir()
-    gallery = Table(directory, entry.dataset, entry.gallery, split)
+    table = Table(directory, entry.dataset, entry.table, split)
+    if entry.gallery == entry.table:
+        gallery = table
+    else:
+        gallery = Table(directory, entry.dataset, entry.gallery, entry.gallery_split or split)
+    problem = incomplete(entry, table, split, (len(table), len(gallery)))
+    if problem and not allow_partial:
+        raise DataError(
+            f"{table!r}: {problem}. Complete the files and prepare again, or allow partial data "
+            "(--allow_partial), whose numbers are not comparable."
+        )
+    shared = {
+        "name": f"{name} (partial)" if problem else name,
+        "split": split,
+        "protocol": entry.protocol,
+        "gallery": gallery,
+        "source": repr(table),
+        "data": f"{entry.dataset}@{getattr(table, 'version', 'unknown')}",
+        "partial": bool(problem),
+    }
     if entry.protocol == protocols.CAPTIONS:
         captions = tuple(_texts(gallery[i]["captions"]) for i in range(len(gallery)))
-        return CaptionBenchmark(name, split, entry.protocol, gallery, captions, repr(gallery))
-    table = Table(directory, entry.dataset, entry.table, split)
-    expected = entry.counts.get(split)
-    if expected and expected != (len(table), len(gallery)):
-        if not allow_partial:
-            raise DataError(
-                f"{table!r}: {len(table)} queries and {len(gallery)} gallery images, the official "
-                f"split has {expected[0]} and {expected[1]}. Complete the images and prepare "
-                "again, or allow a partial gallery, whose numbers are not comparable."
-            )
-        name += " (partial)"
-    categories: tuple[frozenset[str], ...] = ()
-    if entry.protocol.gallery == "category":
-        categories = tuple(frozenset(_texts(gallery[i]["categories"])) for i in range(len(gallery)))
+        return CaptionBenchmark(captions=captions, **shared)
+    if entry.truths:
+        found = {t: Table(directory, entry.dataset, t, split) for t in entry.truths}
+        return _caption_benchmark(table, found, shared)
+    if entry.protocol.text == "inversion":
+        queries = tuple(Query(i, i, ("",), (i,)) for i in range(len(gallery)))
+        return Benchmark(queries=queries, **shared)
     queries = tuple(_query(table[i], f"{table!r}, record {i}") for i in range(len(table)))
-    return Benchmark(name, split, entry.protocol, gallery, queries, categories, repr(table))
+    if entry.protocol.captions == "orders_separate":
+        queries = tuple(one for query in queries for one in _orders(entry.protocol, query))
+    references = None
+    if entry.references:
+        references = Table(directory, entry.dataset, entry.references, split)
+    categories = _categories(entry.protocol, gallery, queries)
+    benchmark = Benchmark(queries=queries, categories=categories, references=references, **shared)
+    for (kind, where, group), count in entry.groups.items():
+        here = benchmark.counts.get(f"gallery {group}")
+        if (kind, where) == (entry.protocol.gallery, split) and here != count and not problem:
+            raise DataError(
+                f"{table!r}: {here} gallery images of {group}, the official split has {count}. "
+                "Prepare the dataset again."
+            )
+    return benchmark
+
+
+def incomplete(entry: Entry, table: Any, split: str, counts: tuple[int, int]) -> str:
+    """Why prepared data are partial; "" = they are not, as far as is known.
+
+    counts: queries and gallery images there are.
+    """
+    expected = entry.counts.get(split)
+    if expected and expected != counts:
+        return (
+            f"{counts[0]} queries and {counts[1]} gallery images, the official split has "
+            f"{expected[0]} and {expected[1]}"
+        )
+    mark = table.mark().get("splits", {}).get(split, {})
+    if mark.get("complete", True):
+        return ""
+    lost = ", ".join(f"{count} {what}" for what, count in mark.get("lost", {}).items() if count)
+    return f"prepared from incomplete files (lost: {lost or 'see source.json beside the table'})"
+
+
+def _categories(
+    protocol: Protocol, gallery: Sequence[Mapping[str, Any]], queries: Sequence[Query]
+) -> tuple[frozenset[str], ...]:
+    """The groups that each gallery image is ranked in."""
+    if protocol.gallery == "category":
+        return tuple(frozenset(_texts(gallery[i]["categories"])) for i in range(len(gallery)))
+    if protocol.gallery != "triplets":
+        return ()
+    found: list[set[str]] = [set() for _ in range(len(gallery))]
+    for query in queries:
+        for position in (query.reference, *query.targets):
+            if 0 <= position < len(found):  # else `Benchmark` names the record
+                found[position].add(query.category)
+    return tuple(map(frozenset, found))
+
+
+def _orders(protocol: Protocol, query: Query) -> list[Query]:
+    """Each order of the captions as a query, with the ids 2 id and 2 id + 1."""
+    texts = protocol.join(query.texts, f"query {query.id}")
+    return [
+        dataclasses.replace(query, id=2 * query.id + i, texts=(text,))
+        for i, text in enumerate(texts)
+    ]
 
 
 def _query(record: Mapping[str, Any], what: str) -> Query:
     try:
+        soft = zip(record.get("soft_targets", ()), record.get("soft_weights", ()), strict=True)
         return Query(
             id=int(record["id"]),
             reference=int(record["reference"]),
@@ -238,12 +263,61 @@ def _query(record: Mapping[str, Any], what: str) -> Query:
             candidates=tuple(int(x) for x in record["candidates"]),
             category=_text(record["category"]),
             aspects=_texts(record["aspects"]),
+            concept=_text(record.get("shared_concept", "")),
+            soft=tuple((int(image), float(weight)) for image, weight in soft),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(
             f"{what}: not a query record ({type(error).__name__}: {error}). "
             "Prepare the dataset again with this version."
         ) from error
+
+
+def _caption_benchmark(
+    table: Any, tables: Mapping[str, Any], shared: dict[str, Any]
+) -> CaptionBenchmark:
+    """COCO captions: grouped by image; the ground truths then name the grouped positions."""
+    images = len(shared["gallery"])
+    grouped: list[list[tuple[int, str]]] = [[] for _ in range(images)]
+    for i in range(len(table)):
+        image = int(table[i]["image"])
+        if not 0 <= image < images:
+            raise DataError(
+                f"{table!r}, record {i}: image {image} is outside the gallery of {images} images. "
+                "Prepare the dataset again."
+            )
+        grouped[image].append((i, _text(table[i]["text"])))
+    order = np.asarray([i for group in grouped for i, _ in group])
+    place = np.empty(len(order), np.int32)  # position in the table -> grouped position
+    place[order] = np.arange(len(order))
+    truths: dict[str, dict[str, Truth]] = {}
+    for name, relevance in tables.items():
+        rows: dict[str, list[tuple[int, tuple[int, ...]]]] = {"i2t": [], "t2i": []}
+        for i in range(len(relevance)):
+            record, what = relevance[i], f"{relevance!r}, record {i}"
+            direction = _text(record["direction"])
+            if direction not in rows:
+                raise DataError(f"{what}: {unknown('direction', direction, rows)}")
+            query, targets = int(record["query"]), [int(x) for x in record["targets"]]
+            captions = [query] if direction == "t2i" else targets
+            if any(not 0 <= x < len(place) for x in captions):
+                raise DataError(
+                    f"{what}: a caption is outside the {len(place)} captions. "
+                    "Prepare the dataset again."
+                )
+            if direction == "t2i":
+                query = int(place[query])
+            else:
+                targets = [int(place[x]) for x in targets]
+            rows[direction].append((query, tuple(dict.fromkeys(targets))))
+        truths[name] = {
+            direction: Truth(
+                np.asarray([q for q, _ in found], np.int32), tuple(t for _, t in found)
+            )
+            for direction, found in rows.items()
+        }
+    captions = tuple(tuple(text for _, text in group) for group in grouped)
+    return CaptionBenchmark(captions=captions, truths=truths, order=order, **shared)
 
 
 def _text(value: Any) -> str:

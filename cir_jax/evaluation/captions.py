@@ -9,11 +9,15 @@ from jax.sharding import Mesh
 
 from cir_jax.composers.base import Composer, Params
 from cir_jax.evaluation import metrics
-from cir_jax.evaluation.benchmarks import CaptionBenchmark, pad_rows
+from cir_jax.evaluation.metrics import Estimate
+from cir_jax.evaluation.queries import CaptionBenchmark, pad_rows
 from cir_jax.evaluation.result import Result
 from cir_jax.retrieval import features, ranking
 
 KINDS = ("detailed", "partial")
+
+FOLDS = 5
+"""Of COCO 1k."""
 
 
 def evaluate(
@@ -28,11 +32,14 @@ def evaluate(
     cache_dir: Path | None = None,
     method: str = "",
 ) -> Result:
-    """`t2i R@k/kind` and `i2t R@k/kind`: text to image and back, detailed and partial captions.
+    """Text to image (t2i) and back (i2t); every caption is a text query.
 
-    composer: one whose `compose` reads text alone (ClipPretraining, TextOnly). Every caption is a
-    text query; an image finds its text when any of its captions of the kind is in the top k.
-    Partial captions fit several images, which limits their recall whatever the backbone.
+    Embedded world: `t2i R@k/kind` and `i2t R@k/kind` for detailed and partial captions; an image
+    finds its text when any of its captions of the kind is in the top k. Partial captions fit
+    several images, which limits their recall whatever the backbone.
+    COCO: see `coco_metrics`.
+    composer: one whose `compose` reads text alone, or does without a reference: its features are
+    zeros, and `has_reference` is False (CompoDiff, arXiv 2303.11916, table 5).
     """
     began = time.perf_counter()
     options: dict[str, Any] = dict(mesh=mesh, batch_size=batch_size)
@@ -44,7 +51,6 @@ def evaluate(
     owner = np.repeat(
         np.arange(len(benchmark.captions), dtype=np.int32), list(map(len, benchmark.captions))
     )
-    first = np.concatenate([[True], owner[1:] != owner[:-1]])
     length = None if composer.pools_text else composer.backbone.context_length
     queries = features.query_features(
         composer,
@@ -53,10 +59,43 @@ def evaluate(
         composer.backbone.tokenizer(texts, length),
         np.arange(len(texts), dtype=np.int32),
         reference_features=np.zeros((len(texts), composer.backbone.dim), np.float32),
+        has_reference=False,
         description=f"{benchmark.name} captions",
         seed=seed,
         **options,
     )
+    measured = coco_metrics if benchmark.truths else _kinds
+    found, headline, ranked = measured(benchmark, queries, gallery, owner)
+    ended = time.perf_counter()
+    return Result(
+        method=method or type(composer).__name__,
+        benchmark=benchmark.name,
+        split=benchmark.split,
+        protocol=benchmark.protocol,
+        metrics=found,
+        headline=headline,
+        counts=benchmark.counts,
+        weights_id=composer.backbone.weights_id,
+        seed=seed,
+        data=benchmark.data,
+        partial=benchmark.partial,
+        seconds=ended - began,
+        queries_per_second=len(texts) / (ended - encoded),
+        top=ranked.top,
+        scores=ranked.scores,
+        subset_top=np.zeros((len(gallery), 0), np.int32),
+        outcome=None,
+    )
+
+
+Measured = tuple[dict[str, Estimate], tuple[str, ...], ranking.Ranking]
+"""All metrics, the names of the headline, the ranking of images for the texts."""
+
+
+def _kinds(
+    benchmark: CaptionBenchmark, queries: np.ndarray, gallery: np.ndarray, owner: np.ndarray
+) -> Measured:
+    first = np.concatenate([[True], owner[1:] != owner[:-1]])
     found, tops = {}, {}
     for kind, chosen in zip(KINDS, (first, ~first), strict=True):
         mine = owner[chosen]
@@ -70,21 +109,61 @@ def evaluate(
         ):
             for k in benchmark.protocol.recall:
                 found[f"{direction} R@{k}/{kind}"] = metrics.estimate(metrics.recall(ranks, k))
-    ended = time.perf_counter()
-    return Result(
-        method=method or type(composer).__name__,
-        benchmark=benchmark.name,
-        split=benchmark.split,
-        protocol=benchmark.protocol,
-        metrics=found,
-        headline=tuple(name for name in found if name.endswith("/detailed")),
-        counts=benchmark.counts,
-        weights_id=composer.backbone.weights_id,
-        seed=seed,
-        seconds=ended - began,
-        queries_per_second=len(texts) / (ended - encoded),
-        top=tops["detailed"].top,
-        scores=tops["detailed"].scores,
-        subset_top=np.zeros((len(gallery), 0), np.int32),
-        outcome=None,
-    )
+    headline = tuple(name for name in found if name.endswith("/detailed"))
+    return found, headline, tops["detailed"]
+
+
+def coco_metrics(
+    benchmark: CaptionBenchmark, texts: np.ndarray, images: np.ndarray, owner: np.ndarray
+) -> Measured:
+    """COCO 5k and 1k, CxC: R@K, 1 where any right answer is in the top K. ECCV Caption: mAP@R,
+    R-Precision and R@1. All rank everything, but COCO 1k, the mean of five folds.
+
+    texts float32[captions, dim], images float32[images, dim]; owner int32[captions]: their image.
+    ECCV Caption's package (arXiv 2204.03359), as CompoDiff's table 5 uses it.
+    """
+    found: dict[str, Estimate] = {}
+    sides = {"i2t": (images, texts), "t2i": (texts, images)}
+    ks = benchmark.protocol.recall
+    for direction, (queries, gallery) in sides.items():
+        for truth, name in (("original", "COCO 5k"), ("cxc", "CxC"), ("eccv", "ECCV")):
+            right = benchmark.truths[truth][direction]
+            chosen = queries[right.queries]
+            ranks = ranking.rank(chosen, gallery, k=1, targets=pad_rows(right.targets)).target_ranks
+            best = metrics.best_rank(ranks)
+            if truth != "eccv":
+                values = {f"R@{k}": metrics.recall(best, k) for k in ks}
+            else:
+                values = {"mAP@R": metrics.map_at_r(ranks), "R-P": metrics.r_precision(ranks)}
+                values["R@1"] = metrics.recall(best, 1)
+            found |= {f"{direction} {name} {k}": metrics.estimate(v) for k, v in values.items()}
+    headline = tuple(found)
+    folds = [_fold(benchmark, texts, images, owner, number) for number in range(FOLDS)]
+    for direction in sides:
+        for k in ks:
+            name = f"{direction} COCO 1k R@{k}"
+            recalls = [metrics.estimate(metrics.recall(fold[direction], k)) for fold in folds]
+            found[name] = metrics.mean_of_groups(recalls)
+    return found, headline, ranking.rank(texts, images, k=10)
+
+
+def _fold(
+    benchmark: CaptionBenchmark,
+    texts: np.ndarray,
+    images: np.ndarray,
+    owner: np.ndarray,
+    number: int,
+) -> dict[str, np.ndarray]:
+    """Best ranks within a fifth of the captions, in their official order, and their images."""
+    assert benchmark.order is not None
+    official = np.argsort(benchmark.order)  # official number -> position here
+    size = len(official) // FOLDS
+    mine = np.sort(official[number * size : (number + 1) * size])
+    here, local = np.unique(owner[mine], return_inverse=True)
+    own = pad_rows([np.flatnonzero(local == image) for image in range(len(here))])
+    t2i = ranking.rank(texts[mine], images[here], k=1, targets=local[:, None].astype(np.int32))
+    i2t = ranking.rank(images[here], texts[mine], k=1, targets=own)
+    return {
+        "t2i": metrics.best_rank(t2i.target_ranks),
+        "i2t": metrics.best_rank(i2t.target_ranks),
+    }

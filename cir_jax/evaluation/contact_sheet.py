@@ -8,10 +8,10 @@ import jax
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from cir_jax.evaluation.benchmarks import Benchmark
+from cir_jax.evaluation.queries import Benchmark
 from cir_jax.evaluation.result import Result
-from cir_jax.input import images
 from cir_jax.retrieval.cache import write_atomically
+from cir_jax.retrieval.features import open_image
 
 TILE = 128
 GAP = 14
@@ -115,7 +115,7 @@ def _row(
     reference, text, shown, missed = _columns()
     draw.line((MARGIN, top - 8, sheet.width - MARGIN, top - 8), RULE)
     top += 4
-    _tile(sheet, benchmark.gallery, query.reference, reference, top, None)
+    _tile(sheet, benchmark.reference(query), f"reference of query {query.id}", reference, top, None)
     rank = int(result.best_rank[position]) + 1
     note = f"query {query.id}, best rank {rank}"
     lines = _wrap(draw, " / ".join(query.texts), _font(17), TEXT_WIDTH)
@@ -127,22 +127,23 @@ def _row(
     draw.text((text, top + TILE - 16), note, FAINT, _font(13))
     found = [int(image) for image in result.top[position][:SHOWN] if image >= 0]
     for x0, image in zip(shown, found, strict=False):
-        _tile(sheet, benchmark.gallery, image, x0, top, HIT if image in query.targets else OTHER)
+        colour = HIT if image in query.targets else OTHER
+        _tile(sheet, benchmark.gallery[image], f"gallery record {image}", x0, top, colour)
     rest = [target for target in query.targets if target not in found]
     if rest:
-        _tile(sheet, benchmark.gallery, rest[0], missed, top, MISSED)
+        what = f"gallery record {rest[0]}"
+        _tile(sheet, benchmark.gallery[rest[0]], what, missed, top, MISSED)
 
 
 def _tile(
     sheet: Image.Image,
-    gallery: Any,
-    position: int,
+    record: Mapping[str, Any],
+    what: str,
     x: int,
     y: int,
     colour: tuple[int, int, int] | None,
 ) -> None:
-    record: Mapping[str, Any] = gallery[position]
-    image = images.decode(bytes(record["image"]), f"{gallery!r}, record {position}")
+    image = open_image(record, "image", what)
     scale = TILE / max(image.size)
     size = tuple(max(1, round(side * scale)) for side in image.size)
     image = image.resize(size, Image.Resampling.BICUBIC)

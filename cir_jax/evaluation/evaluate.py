@@ -1,5 +1,6 @@
 """One evaluation for all methods and benchmarks, and the baselines beside every method."""
 
+import dataclasses
 import time
 from pathlib import Path
 
@@ -9,8 +10,8 @@ from jax.sharding import Mesh
 from cir_jax import composers
 from cir_jax.composers.base import Composer, Params
 from cir_jax.evaluation import captions, protocols
-from cir_jax.evaluation.benchmarks import Benchmark, CaptionBenchmark
-from cir_jax.evaluation.protocols import Outcome
+from cir_jax.evaluation.protocols import Graded, Outcome
+from cir_jax.evaluation.queries import Benchmark, CaptionBenchmark, pad_rows
 from cir_jax.evaluation.result import Result
 from cir_jax.models.backbone import Backbone
 from cir_jax.retrieval import features, ranking
@@ -23,8 +24,9 @@ BASELINES = ("image_only", "text_only", "image_text")
 
 def baselines(backbone: Backbone) -> dict[str, Composer]:
     """The three baselines, always printed beside a method: a benchmark that one modality alone
-    solves says nothing about composition."""
-    return {name: composers.build(name, backbone) for name in BASELINES}
+    solves says nothing about composition. A backbone without text features has one."""
+    names = BASELINES if backbone.joint else ("image_only",)
+    return {name: composers.build(name, backbone) for name in names}
 
 
 def evaluate(
@@ -71,11 +73,13 @@ def evaluate(
     ended = time.perf_counter()
     outcome = None
     if benchmark.labelled:
+        single = benchmark.target_table().shape[1]
         outcome = Outcome(
-            ranked.target_ranks,
+            ranked.target_ranks[:, :single],
             np.full(len(queries), -1) if subset is None else subset.target_ranks[:, 0],
             tuple(query.category for query in benchmark.queries),
             tuple(query.aspects for query in benchmark.queries),
+            _graded(benchmark, ranked, subset) if benchmark.protocol.soft else None,
         )
     protocol = benchmark.protocol
     return Result(
@@ -88,6 +92,8 @@ def evaluate(
         counts=benchmark.counts,
         weights_id=composer.backbone.weights_id,
         seed=seed,
+        data=benchmark.data,
+        partial=benchmark.partial,
         seconds=ended - began,
         queries_per_second=len(queries) / (ended - encoded),
         top=ranked.top,
@@ -111,12 +117,13 @@ def evaluate_with_baselines(
 ) -> list[Result]:
     """The baselines, then the method. Image features are computed once for all of them.
 
-    A method that trains the backbone itself (no `frozen["backbone"]`) has no baselines, nor has
-    caption retrieval.
+    A method that trains the backbone itself (no `frozen["backbone"]`) has no baselines, nor have
+    caption retrieval and inversion, where one modality is all there is.
     """
     options = dict(mesh=mesh, batch_size=batch_size, cache_dir=cache_dir)
     raw, methods = None, {}
-    if isinstance(benchmark, Benchmark) and "backbone" in frozen:
+    composed = isinstance(benchmark, Benchmark) and benchmark.protocol.text != "inversion"
+    if composed and "backbone" in frozen:
         backbone = composer.backbone
         raw = features.image_features(backbone, frozen["backbone"], benchmark.gallery, **options)
         methods = {name: (baseline, {}) for name, baseline in baselines(backbone).items()}
@@ -143,20 +150,30 @@ def _queries(
     for position, query in enumerate(benchmark.queries):
         joined = benchmark.protocol.join(query.texts, benchmark.what(position))
         index += [position] * len(joined)
-        texts += [composer.prompt(text) for text in joined]
+        prompt = benchmark.protocol.prompt
+        texts += [prompt(composer.prompt, text, query.concept) for text in joined]
     rows = np.asarray([benchmark.queries[position].reference for position in index])
+    own = benchmark.references is not None
+    images = benchmark.references if own else gallery
+    transform = backbone.image_transform
+    if own:  # the released code gives such images to the encoder squashed, not cropped
+        transform = dataclasses.replace(transform, resize=transform.crop, squash=True)
     references: dict = {}
     # a method that reads more of the reference than its pooled feature says so
     if composer.needs_reference_images or "backbone" not in frozen:
         references["reference_images"] = lambda row: features.read_image(
-            gallery, int(rows[row]), "image", backbone.image_transform
+            images, int(rows[row]), "image", transform
         )
-    elif raw is not None:
+    elif raw is not None and not own:
         references["reference_features"] = raw[rows]
     else:
         used, where = np.unique(rows, return_inverse=True)
         references["reference_features"] = features.image_features(
-            backbone, frozen["backbone"], features.Rows(gallery, used), **options
+            backbone,
+            frozen["backbone"],
+            features.Rows(images, used),
+            transform=transform,
+            **options,
         )[where]
     composed = features.query_features(
         composer,
@@ -177,6 +194,22 @@ def _queries(
     return features.unit(total)
 
 
+def _graded(
+    benchmark: Benchmark, ranked: ranking.Ranking, subset: ranking.Ranking | None
+) -> Graded:
+    """Where the graded answers are: their ranks stand behind those of the ground truths."""
+    answers = pad_rows([[image for image, _ in query.soft] for query in benchmark.queries])
+    weights = np.zeros(answers.shape, np.float32)
+    for line, query in zip(weights, benchmark.queries, strict=True):
+        line[: len(query.soft)] = [weight for _, weight in query.soft]
+    found = np.full(answers.shape, -1, np.int32)
+    if subset is not None:  # [queries, answers, candidates]
+        here = subset.top[:, None, :] == answers[:, :, None]
+        here &= (answers >= 0)[:, :, None]
+        found = np.where(here.any(axis=2), here.argmax(axis=2), -1)
+    return Graded(ranked.target_ranks[:, -answers.shape[1] :], found, weights)
+
+
 def tokenise(composer: Composer, texts: list[str]) -> np.ndarray:
     """int32[n, length] of one length for all texts, so that all batches are one program."""
     length = None if composer.pools_text else composer.backbone.context_length
@@ -193,13 +226,17 @@ def _rank(
     """The ranking of the protocol's gallery, and the one of the subset if the protocol has it."""
     protocol = benchmark.protocol
     targets = benchmark.target_table()
+    single = targets[:, :1]
+    if protocol.soft:
+        answers = pad_rows([[image for image, _ in query.soft] for query in benchmark.queries])
+        targets = np.concatenate([targets, answers], axis=1)
     scoring = ranking.scoring(composer, params)
     reference = np.asarray([query.reference for query in benchmark.queries], np.int32)
     if protocol.gallery == "candidates":
         table = benchmark.candidate_table(without_reference=protocol.remove_reference)
         return ranking.rank_candidates(queries, gallery, table, targets, **scoring), None
     groups = members = None
-    if protocol.gallery == "category":
+    if protocol.by_group:
         names = sorted({query.category for query in benchmark.queries})
         groups = np.asarray([names.index(query.category) for query in benchmark.queries], np.int32)
         members = np.asarray([[name in kinds for kinds in benchmark.categories] for name in names])
@@ -216,5 +253,4 @@ def _rank(
     if not protocol.subset_recall:
         return ranked, None
     table = benchmark.candidate_table(without_reference=protocol.remove_reference)
-    single = targets[:, :1]
     return ranked, ranking.rank_candidates(queries, gallery, table, single, **scoring)

@@ -53,6 +53,39 @@ def average_precision(ranks: np.ndarray, k: int) -> np.ndarray:
     return 100.0 * gains.sum(axis=1) / np.minimum(k, count)
 
 
+def map_at_r(ranks: np.ndarray) -> np.ndarray:
+    """int[queries, targets] padded with PAD -> mAP@R, float64[queries].
+
+    AP@R with R = G, the number of the query's ground truths (ECCV Caption, arXiv 2204.03359).
+    """
+    count = (np.asarray(ranks) >= 0).sum(axis=1)
+    out = np.empty(len(ranks))
+    for size in np.unique(count):
+        rows = count == size
+        out[rows] = average_precision(np.asarray(ranks)[rows], int(size))
+    return out
+
+
+def r_precision(ranks: np.ndarray) -> np.ndarray:
+    """int[queries, targets] padded with PAD -> share of the top R that is right, R = G; percent."""
+    ranks = np.asarray(ranks)
+    valid = ranks >= 0
+    count = valid.sum(axis=1)
+    if (count == 0).any():
+        raise ValueError(f"query {int(np.argmin(count))} has no ground truth")
+    return 100.0 * (valid & (ranks < count[:, None])).sum(axis=1) / count
+
+
+def soft_score(ranks: np.ndarray, weights: np.ndarray, k: int) -> np.ndarray:
+    """The best weight of the graded answers in the top k, at least 0: float64[queries], percent.
+
+    ranks: int[queries, answers], PAD = not ranked; weights: float[queries, answers]. CIRR grades
+    1, 0.5, 0.2 and -1. From the released code of ARTEMIS (arXiv 2203.08101).
+    """
+    found = (ranks >= 0) & (ranks < k)
+    return 100.0 * np.where(found, weights, 0.0).max(axis=1, initial=0.0)
+
+
 def best_rank(ranks: np.ndarray) -> np.ndarray:
     """int[queries, targets] padded with PAD -> int[queries]: the best ground truth, PAD if none."""
     ranks = np.asarray(ranks)
@@ -69,6 +102,16 @@ def estimate(values: np.ndarray) -> Estimate:
     n = len(values)
     se = float(values.std(ddof=1) / math.sqrt(n)) if n > 1 else math.nan
     return Estimate(float(values.mean()), se, n)
+
+
+def mean_rank(ranks: np.ndarray) -> Estimate:
+    """Mean of the ranks counted from 1 (Pic2Word's table of COCO objects)."""
+    return estimate(np.asarray(ranks) + 1)
+
+
+def median_rank(ranks: np.ndarray) -> Estimate:
+    """Median of the ranks, rounded down, counted from 1; without a standard error."""
+    return Estimate(float(np.floor(np.median(ranks)) + 1), math.nan, len(ranks))
 
 
 def mean_of_groups(groups: Sequence[Estimate]) -> Estimate:

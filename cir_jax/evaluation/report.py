@@ -1,5 +1,6 @@
 """Tables for people and JSON for programs; both carry the protocol beside the numbers."""
 
+import dataclasses
 import importlib.metadata
 import json
 import math
@@ -10,81 +11,112 @@ from typing import Any, TextIO
 
 import jax
 
+from cir_jax.evaluation import published
 from cir_jax.evaluation.metrics import Estimate
+from cir_jax.evaluation.published import Row
 from cir_jax.evaluation.result import Result
 from cir_jax.retrieval.cache import write_atomically
-
-Paper = Mapping[tuple[str, str], float]
-"""(method, metric) -> the published number, percent."""
 
 PACKAGES = ("cir_jax", "jax", "jaxlib", "flax", "numpy", "pillow")
 
 
-def format_table(results: Sequence[Result], paper: Paper | None = None) -> str:
+def format_table(results: Sequence[Result], papers: Sequence[Row] = ()) -> str:
     """Aligned text of one benchmark: rows = methods, columns = headline metrics, value +- se.
 
-    paper: published numbers, each in a column of its own beside ours ("-" where there is none).
+    papers: published rows of the same benchmark, split and protocol; they stand apart, below ours.
     Raises ValueError when the results are of different benchmarks, splits or protocols.
     """
     first = results[0]
     kinds = {(result.benchmark, result.split, result.protocol.id) for result in results}
     if len(kinds) != 1:
         raise ValueError(f"one table per benchmark, split and protocol, got {sorted(kinds)}")
-    paper = paper or {}
-    published = {metric for _, metric in paper} & set(first.headline)
-    header, names = ["method"], []
-    for name in first.headline:
-        header += [name, "paper"] if name in published else [name]
-        names += [(name, False), (name, True)] if name in published else [(name, False)]
-    rows = [
-        [result.method, *(_cell(result, paper, name, theirs) for name, theirs in names)]
-        for result in results
+    key = (first.benchmark, first.split)
+    if other := [row for row in papers if (row.benchmark, row.split) != key]:
+        raise ValueError(f"a published row of {other[0].benchmark} {other[0].split}")
+    header = ["method", *first.headline]
+    ours = [[r.method, *(_cell(r, name) for name in first.headline)] for r in results]
+    theirs = [
+        [
+            f"{row.method} ({row.source}; {row.backbone})",
+            *(f"{row.metrics[n]:.2f}" if n in row.metrics else "-" for n in first.headline),
+        ]
+        for row in papers
     ]
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    columns = zip(header, *ours, *theirs, strict=True)
+    widths = [max(map(len, column)) for column in columns]
 
     def line(cells: Sequence[str]) -> str:
         head, *rest = cells
         numbers = (cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True))
         return "  ".join([head.ljust(widths[0]), *numbers]).rstrip()
 
-    counts = ", ".join(f"{count} {what}" for what, count in first.counts.items())
+    rule = line(["-" * width for width in widths])
     out = [
-        f"{first.benchmark} {first.split}: {counts} images; percent +- standard error over queries",
+        f"{first.benchmark} {first.split}: {_counts(first.counts)}; percent +- standard error over "
+        "queries",
         f"protocol {first.protocol.id}; weights {first.weights_id}",
+        *(["PARTIAL DATA: these numbers are not comparable"] if first.partial else []),
         "",
         line(header),
-        line(["-" * width for width in widths]),
-        *map(line, rows),
+        rule,
+        *map(line, ours),
+        *([rule, "published:", *map(line, theirs)] if theirs else []),
     ]
     if not any(result.metrics for result in results):
         out.append("no public ground truth: send the submission files to the test server")
     return "\n".join(out)
 
 
+def _counts(counts: Mapping[str, int]) -> str:
+    groups = [f"{name.partition(' ')[2]} {n}" for name, n in counts.items() if " " in name]
+    per_group = f" ({', '.join(groups)})" if groups else ""
+    return f"{counts['queries']} queries, {counts['gallery']} gallery images{per_group}"
+
+
+def published_rows(results: Sequence[Result]) -> list[Row]:
+    """What the papers print of these methods on this benchmark and split, under this protocol.
+
+    Nothing for partial data: no published number is comparable with theirs.
+    """
+    first, methods = results[0], [result.method for result in results]
+    return published.rows(first.benchmark, first.split, methods, first.weights_id)
+
+
 def print_table(
-    results: Sequence[Result], paper: Paper | None = None, file: TextIO | None = None
+    results: Sequence[Result], papers: Sequence[Row] = (), file: TextIO | None = None
 ) -> None:
     """Prints `format_table`; on process 0 only."""
     if jax.process_index() == 0:
-        print(format_table(results, paper), file=file or sys.stdout, flush=True)
+        print(format_table(results, papers), file=file or sys.stdout, flush=True)
 
 
-def write_results(path: Path, results: Sequence[Result], command: Sequence[str] = ()) -> None:
+def write_results(
+    path: Path,
+    results: Sequence[Result],
+    command: Sequence[str] = (),
+    settings: Mapping[str, Any] | None = None,
+) -> None:
     """Writes `results.json`, whole or not at all; on process 0 only.
 
     Two equal runs give equal `metrics`: timings stand apart. NaN (a standard error of one query)
-    becomes null. command: how to make it again.
+    becomes null. command: how to make it again. settings: of the composer.
     """
     if jax.process_index() != 0:
         return
-    text = json.dumps(to_dict(results, command), indent=2, allow_nan=False) + "\n"
+    content = to_dict(results, command, settings)
+    text = json.dumps(content, indent=2, allow_nan=False) + "\n"
     write_atomically(Path(path), lambda file: file.write(text.encode()))
 
 
-def to_dict(results: Sequence[Result], command: Sequence[str] = ()) -> dict[str, Any]:
+def to_dict(
+    results: Sequence[Result],
+    command: Sequence[str] = (),
+    settings: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
     """What `write_results` writes; keys in a fixed order."""
     return {
         "command": list(command),
+        "composer": dict(settings or {}),
         "versions": {name: _version(name) for name in PACKAGES}
         | {"python": sys.version.split()[0]},
         "devices": {
@@ -94,7 +126,19 @@ def to_dict(results: Sequence[Result], command: Sequence[str] = ()) -> dict[str,
             "processes": jax.process_count(),
         },
         "results": [_result(result) for result in results],
+        "published": [
+            dataclasses.asdict(row)
+            for same in _by_benchmark(results)
+            for row in published_rows(same)
+        ],
     }
+
+
+def _by_benchmark(results: Sequence[Result]) -> list[list[Result]]:
+    groups: dict[tuple[str, ...], list[Result]] = {}
+    for result in results:
+        groups.setdefault((result.benchmark, result.split, result.weights_id), []).append(result)
+    return list(groups.values())
 
 
 def _result(result: Result) -> dict[str, Any]:
@@ -103,6 +147,8 @@ def _result(result: Result) -> dict[str, Any]:
         "split": result.split,
         "method": result.method,
         "protocol": result.protocol.id,
+        "partial": result.partial,
+        "data": result.data,
         "weights_id": result.weights_id,
         "seed": result.seed,
         "counts": dict(sorted(result.counts.items())),
@@ -119,10 +165,7 @@ def _estimate(x: Estimate) -> dict[str, Any]:
     return {"value": x.value, "se": None if math.isnan(x.se) else x.se, "n": x.n}
 
 
-def _cell(result: Result, paper: Paper, name: str, theirs: bool) -> str:
-    if theirs:
-        number = paper.get((result.method, name))
-        return "-" if number is None else f"{number:.2f}"
+def _cell(result: Result, name: str) -> str:
     if name not in result.metrics:
         return "-"
     x = result.metrics[name]

@@ -20,6 +20,7 @@ class Result:
     scores: float32[queries, k].
     subset_top: int32[queries, candidates] the ranked candidates (CIRR), or of width 0.
     outcome: ranks of all ground truths; None without public ground truth.
+    data: name and version of the data. partial: they are incomplete, the numbers not comparable.
     seconds: gallery features, queries and ranking together, compilation included.
     queries_per_second: of composing and ranking alone, compilation included.
     """
@@ -39,6 +40,8 @@ class Result:
     scores: np.ndarray
     subset_top: np.ndarray
     outcome: Outcome | None
+    data: str = ""
+    partial: bool = False
 
     @property
     def best_rank(self) -> np.ndarray:
@@ -67,6 +70,7 @@ def combine(results: Sequence[Result]) -> Result:
         split="+".join(result.split for result in results),
         metrics=protocols.measure(first.protocol, outcome),
         counts={"queries": queries, "gallery": sum(r.counts["gallery"] for r in results)},
+        partial=any(result.partial for result in results),
         seconds=sum(result.seconds for result in results),
         queries_per_second=queries / busy,
         top=nothing,

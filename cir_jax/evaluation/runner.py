@@ -1,32 +1,40 @@
-"""From an experiment to its tables, results.json and pictures."""
+"""From an experiment to its tables, results.json, submissions, pictures and page."""
 
 import dataclasses
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from cir_jax.errors import CheckpointError
-from cir_jax.evaluation import benchmarks, report
-from cir_jax.evaluation.benchmarks import Benchmark
+from cir_jax.errors import CheckpointError, DataError
+from cir_jax.evaluation import benchmarks, report, submissions
 from cir_jax.evaluation.contact_sheet import contact_sheet
 from cir_jax.evaluation.evaluate import evaluate_with_baselines
+from cir_jax.evaluation.page import Section, write_page
+from cir_jax.evaluation.queries import Benchmark
 from cir_jax.evaluation.result import Result
 from cir_jax.retrieval.batches import to_host
 from cir_jax.retrieval.cache import default_cache_dir
-from cir_jax.training.experiment import Experiment, scored_params, stage_names
+from cir_jax.training.experiment import (
+    Experiment,
+    official_params,
+    scored_params,
+    stage_names,
+)
 from cir_jax.weights.files import content_id
 
 
-def trained_params(experiment: Experiment, workdir: Path) -> Any:
+def trained_params(experiment: Experiment, workdir: Path | None) -> Any:
     """The result of the last stage in `workdir` that has a checkpoint; {} for untrained methods.
 
-    Raises CheckpointError when a trained method has none.
+    Where there is none, the weights of config.init_from=official:PATH; workdir None = these.
+    Raises CheckpointError when a trained method has neither.
     """
     if not experiment.composer.trained:
         return {}
-    for name in reversed(stage_names(experiment.config)):
+    for name in reversed(stage_names(experiment.config)) if workdir else ():
         directory = workdir / name
         if any(path.name.isdigit() for path in (directory / "checkpoints").glob("*")):
             params, position = scored_params(experiment, directory)
@@ -35,8 +43,14 @@ def trained_params(experiment: Experiment, workdir: Path) -> Any:
             if jax.process_index() == 0 and not (last and step == steps):
                 print(f"unfinished training: evaluating step {step} of {steps} of {name}")
             return params
+    params = official_params(experiment)
+    if params is not None:
+        if jax.process_index() == 0:
+            print(f"evaluating the weights of {experiment.config.init_from}")
+        return params
     raise CheckpointError(
-        f"{workdir}: no checkpoint of {', '.join(stage_names(experiment.config))}. Train first "
+        f"{workdir or 'no workdir given'}: no checkpoint of "
+        f"{', '.join(stage_names(experiment.config))}. Train first "
         "(`python launch/main.py` with the same --config and --workdir)."
     )
 
@@ -46,19 +60,32 @@ def run(
 ) -> list[Result]:
     """Evaluates on all of config.evaluation.benchmarks, the baselines beside the method.
 
-    Prints a table per benchmark; writes `results.json` and `<benchmark>.png` (a contact sheet)
-    into `output`. Returns all results.
+    Prints a table per benchmark, with published numbers of the same protocol; writes `results.json`
+    and `report.html` into `output`, per benchmark a contact sheet `<benchmark>.png`, and the files
+    for the test server where the labels are not public. Returns all results.
+    Raises DataError before anything is evaluated when a benchmark or `output` cannot be used.
     """
     config = experiment.config
     method = config.composer.name
+    _check_writable(output)
     if not experiment.composer.pretrained_backbone:  # its weights are what was trained
         name = experiment.backbone.weights_id.partition("@")[0]
         identity = content_id(name, jax.tree.map(to_host, params))
         backbone = dataclasses.replace(experiment.backbone, weights_id=identity)
         experiment.composer.backbone = backbone
+    # all of them first: a mistake in the last one shows before the first is evaluated
+    loaded = [
+        benchmarks.load(
+            name,
+            config.evaluation.split,
+            experiment.data_dir,
+            allow_partial=config.evaluation.get("allow_partial", False),
+        )
+        for name in config.evaluation.benchmarks
+    ]
     everything: list[Result] = []
-    for name in config.evaluation.benchmarks:
-        benchmark = benchmarks.load(name, config.evaluation.split, experiment.data_dir)
+    sections: list[Section] = []
+    for benchmark in loaded:
         results = evaluate_with_baselines(
             experiment.composer,
             params,
@@ -70,16 +97,48 @@ def run(
             cache_dir=default_cache_dir(),
             method=method,
         )
-        if jax.process_index() == 0:
-            print()
-        report.print_table(results)
+        papers = report.published_rows(results)
+        _say("")
+        report.print_table(results, papers)
         everything += results
-        if isinstance(benchmark, Benchmark) and results[-1].outcome is not None:
-            picture = output / f"{name.replace('/', '_')}.png"
-            contact_sheet(results[-1], benchmark, picture)
-            if jax.process_index() == 0:
-                print(f"pictures: {picture}", flush=True)
-    report.write_results(output / "results.json", everything, command)
-    if jax.process_index() == 0:
-        print(f"\nresults: {output / 'results.json'}", flush=True)
+        if isinstance(benchmark, Benchmark):
+            _retrieved(results[-1], benchmark, output)
+            sections.append(Section(benchmark, results[-1], report.format_table(results, papers)))
+    if sections:
+        write_page(output / "report.html", f"{config.name}: what was retrieved", sections)
+        _say(f"\npage: {output / 'report.html'}")
+    settings = config.composer.to_dict()
+    report.write_results(output / "results.json", everything, command, settings)
+    _say(f"results: {output / 'results.json'}")
     return everything
+
+
+def _retrieved(result: Result, benchmark: Benchmark, output: Path) -> None:
+    """The contact sheet, or the submission where there is no public ground truth."""
+    if result.outcome is not None:
+        picture = output / f"{submissions.file_name(benchmark.name)}.png"
+        contact_sheet(result, benchmark, picture)
+        _say(f"pictures: {picture}")
+        return
+    for path in submissions.write(result, benchmark, output):
+        server = submissions.SERVERS[benchmark.protocol.name]
+        _say(f"submission: {path}  ->  {server}")
+
+
+def _check_writable(output: Path) -> None:
+    if jax.process_index() != 0:
+        return
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=output):
+            pass
+    except OSError as error:
+        raise DataError(
+            f"{output}: nothing can be written there ({error.strerror}). Choose another folder "
+            "with --workdir or --output."
+        ) from error
+
+
+def _say(line: str) -> None:
+    if jax.process_index() == 0:
+        print(line, flush=True)

@@ -14,7 +14,7 @@ import grain
 import numpy as np
 
 from cir_jax.errors import DataError
-from cir_jax.input.images import ImageTransform, decode
+from cir_jax.input.images import ImageTransform, RandomResizedCrop, Whole, decode
 from cir_jax.input.tables import Table
 from cir_jax.input.text import Tokenizer
 
@@ -31,7 +31,7 @@ class Records:
 
     table: Table
     images: tuple[str, ...]
-    transform: ImageTransform
+    transform: ImageTransform | Whole
     features: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
     columns: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
     max_corrupt: int = 16
@@ -54,6 +54,9 @@ class Records:
     def _read(self, index: int) -> dict[str, Any]:
         record = dict(self.table[index])
         record |= {field: column[index] for field, column in self.columns.items()}
+        for field, column in self.columns.items():
+            if np.isnan(column[index]).any():  # what inversion gives where it cannot
+                raise DataError(f"{self.table!r}, record {index}: its {field} could not be made.")
         for field in self.images:
             what = f"{self.table!r}, record {index}, field {field!r}"
             if field in self.features:
@@ -135,6 +138,16 @@ class Images(grain.transforms.RandomMap):
         return example
 
 
+@dataclasses.dataclass(frozen=True)
+class CroppedImages(grain.transforms.RandomMap):
+    """A random crop of an image that was read whole: reference_images."""
+
+    crop: RandomResizedCrop
+
+    def random_map(self, element: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
+        return {"reference_images": self.crop(element["image"], rng)}
+
+
 def _tokenise(tokenizer: Tokenizer, text: str) -> np.ndarray:
     return tokenizer([text], length=tokenizer.context_length)[0]
 
@@ -157,4 +170,4 @@ class TrimText(grain.transforms.Map):
         ends = [(ids == self.eos_id).argmax(axis=-1).max() for ids in texts.values()]
         longest = int(max(ends)) + 1
         length = -(-longest // self.bucket) * self.bucket
-        return element | {name: ids[:, :length] for name, ids in texts.items()}
+        return element | {name: ids[..., :length] for name, ids in texts.items()}

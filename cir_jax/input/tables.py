@@ -3,6 +3,7 @@
 A table is one TFDS configuration in ArrayRecord: `<data_dir>/<dataset>/<table>/<version>/`.
 """
 
+import json
 import os
 from pathlib import Path
 from typing import Any, SupportsIndex
@@ -12,6 +13,13 @@ import numpy as np
 from cir_jax.errors import DataError, unknown
 
 DATA_VARIABLE = "CIR_JAX_DATA"
+OWN_DATA = {  # table of a training corpus: the --dataset of launch/prepare.py that makes it
+    "images": "images",
+    "captions": "pairs",
+    "texts": "texts",
+    "text_triplets": "text_triplets",
+    "triplets": "image_triplets",
+}
 
 
 def default_data_dir() -> Path:
@@ -36,14 +44,26 @@ class Table:
         if not versions:
             raise DataError(
                 f"{root}: no prepared table {self.dataset}/{self.table}. Run "
-                f"`python launch/prepare.py --dataset={self.dataset} --data_dir={self.data_dir}`."
+                f"`python launch/prepare.py --dataset={self.dataset} --data_dir={self.data_dir}`"
+                f"{self._own_data()}."
             )
         builder = tfds.builder_from_directory(versions[-1].parent)
         self.version = versions[-1].parent.name
-        if self.split not in builder.info.splits:
+        if self.split.partition("[")[0] not in builder.info.splits:
             name = f"split of {self.dataset}/{self.table}:"
             raise DataError(unknown(name, self.split, builder.info.splits))
-        return builder.as_data_source(self.split)
+        try:
+            return builder.as_data_source(self.split)  # also parts, "train[:1000]"
+        except (ValueError, AssertionError) as error:
+            raise DataError(
+                f"{self.dataset}/{self.table}: {self.split!r} is no part of a split: {error}"
+            ) from error
+
+    def _own_data(self) -> str:
+        if self.table not in OWN_DATA:
+            return ""
+        kind = OWN_DATA[self.table]
+        return f", or, for files of your own, with --dataset={kind} --source=PATH --name=NAME"
 
     def __len__(self) -> int:
         return len(self._source)
@@ -55,6 +75,22 @@ class Table:
             raise DataError(
                 f"{self!r}, record {int(index)}: unreadable ({type(error).__name__}: {error}). "
                 f"Delete {self.data_dir / self.dataset / self.table} and prepare it again."
+            ) from error
+
+    def mark(self) -> dict[str, Any]:
+        """What `source.json` says of the files the table was made of (see `data.build`).
+
+        {} for a table that has none: it was made from nothing, and is complete.
+        """
+        file = self.data_dir / self.dataset / self.table / self.version / "source.json"
+        try:
+            return json.loads(file.read_text())
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError) as error:
+            raise DataError(
+                f"{file}: not readable ({error}). Delete {self.data_dir / self.dataset} and "
+                "prepare it again."
             ) from error
 
     def column(self, name: str) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Tokenisation: text cleaning as OpenAI's CLIP, ids from a Hugging Face `tokenizer.json`."""
+"""Tokenisation: ids from a Hugging Face `tokenizer.json`; for CLIP with its text cleaning."""
 
 import gzip
 import html
@@ -13,6 +13,7 @@ import numpy as np
 import tokenizers
 
 from cir_jax.errors import DataError, WeightsError
+from cir_jax.input import sentencepiece
 
 BUCKET = 8
 """Batches are padded to a multiple of this, so that few lengths, and few programs, occur."""
@@ -24,6 +25,7 @@ CLIP_MERGES = 49152 - 256 - 2
 """Merges of CLIP's vocabulary; OpenAI's file holds more than are used."""
 
 _SPECIAL = ("<|startoftext|>", "<|endoftext|>")
+_END_OF_WORD = "</w>"
 
 
 def clean(text: str) -> str:
@@ -33,38 +35,72 @@ def clean(text: str) -> str:
 
 
 class Tokenizer:
-    """Text -> int32 ids `[start] ... [end] pad ...`."""
+    """Text -> int32 ids `[start] ... [end] pad ...`.
+
+    bos_id: None = no start token (T5). cleaned: texts are cleaned as CLIP's tokenizer does; False
+    leaves them to the `tokenizer.json` (BERT, T5).
+    """
 
     def __init__(
         self,
         tokenizer: tokenizers.Tokenizer,
         *,
         context_length: int,
-        bos_id: int,
+        bos_id: int | None,
         eos_id: int,
         pad_id: int,
+        cleaned: bool = True,
     ):
         self._tokenizer = tokenizer
+        # some files ask for them; both are done here
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
         self.context_length = context_length
         self.bos_id, self.eos_id, self.pad_id = bos_id, eos_id, pad_id
+        self.cleaned = cleaned
 
     @classmethod
-    def from_file(cls, path: Path, **kwargs: int) -> "Tokenizer":
+    def from_file(cls, path: Path, **kwargs: Any) -> "Tokenizer":
         """From a `tokenizer.json`; `kwargs` as the constructor's."""
-        if not path.is_file():
-            raise WeightsError(
-                f"{path} is missing: a tokenizer belongs to the weights. "
-                "Copy tokenizer.json from where the weights come from."
-            )
-        try:
-            return cls(tokenizers.Tokenizer.from_file(str(path)), **kwargs)
-        except Exception as error:  # the library raises bare exceptions
-            raise WeightsError(
-                f"{path}: not a tokenizer ({error}). Download or copy it again."
-            ) from error
+        return cls(read_tokenizer(path), **kwargs)
 
     @classmethod
-    def from_directory(cls, path: Path, **kwargs: int) -> "Tokenizer":
+    def by_tokens(
+        cls,
+        path: Path,
+        *,
+        context_length: int,
+        bos: str | None,
+        eos: str,
+        pad: str,
+        remedy: str = "Copy it from where the weights come from.",
+    ) -> "Tokenizer":
+        """From the directory `path`, whose tokenizer knows the ids of its special tokens.
+
+        Reads tokenizer.json, BERT's vocab.txt or T5's spiece.model; texts are not cleaned. `remedy`
+        is said when none is there, or a token is not in it (WeightsError).
+        """
+        other = {path / "vocab.txt": wordpiece, path / "spiece.model": sentencepiece.read}
+        file = path / "tokenizer.json"
+        if not file.is_file():
+            file = next((each for each in other if each.is_file()), file)
+        tokenizer = other[file](file) if file in other else read_tokenizer(file, remedy)
+        ids = {token: tokenizer.token_to_id(token) for token in (bos, eos, pad) if token}
+        if unknown := [token for token, found in ids.items() if found is None]:
+            raise WeightsError(
+                f"{file}: no token {', '.join(unknown)}, so it belongs to another model. {remedy}"
+            )
+        return cls(
+            tokenizer,
+            context_length=context_length,
+            bos_id=ids[bos] if bos else None,
+            eos_id=ids[eos],
+            pad_id=ids[pad],
+            cleaned=False,
+        )
+
+    @classmethod
+    def from_directory(cls, path: Path, **kwargs: Any) -> "Tokenizer":
         """From what lies beside weights: tokenizer.json, merges.txt, or OpenAI's vocabulary file.
 
         pad_id is overruled by the padding token of tokenizer_config.json, where it names one.
@@ -95,7 +131,7 @@ class Tokenizer:
         return {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "model_max_length": self.context_length,
-            **{name: self._tokenizer.id_to_token(i) for name, i in ids.items()},
+            **{name: self._tokenizer.id_to_token(i) for name, i in ids.items() if i is not None},
         }
 
     def id_of(self, token: str) -> int:
@@ -105,13 +141,22 @@ class Tokenizer:
             raise WeightsError(f"{token!r} is {len(ids)} tokens in this tokenizer, expected one")
         return ids[0]
 
+    def shorten(self, text: str) -> str:
+        """The text, without what the text tower has no room for."""
+        ids, room = self._ids([text])[0], self.context_length - 1 - (self.bos_id is not None)
+        if len(ids) <= room:
+            return text
+        return self._tokenizer.decode(ids[:room]).replace(_END_OF_WORD, " ").strip()
+
     def __call__(self, texts: Sequence[str], length: int | None = None) -> np.ndarray:
         """int32[batch, length], truncated keeping the end token.
 
         length: None pads to the longest text, rounded up to a multiple of BUCKET.
         """
         limit = min(length or self.context_length, self.context_length)
-        rows = [[self.bos_id, *ids[: limit - 2], self.eos_id] for ids in self._ids(texts)]
+        start = [] if self.bos_id is None else [self.bos_id]
+        room = limit - len(start) - 1
+        rows = [[*start, *ids[:room], self.eos_id] for ids in self._ids(texts)]
         if length is None:
             longest = max(map(len, rows), default=1)
             length = min(-(-longest // BUCKET) * BUCKET, self.context_length)
@@ -124,6 +169,9 @@ class Tokenizer:
         # `<|endoftext|>` in a text is text, and `<end_of_text>` is the token, as in OpenCLIP
         # (OpenAI's code has it the other way round). Set here: pickling to workers loses it
         self._tokenizer.encode_special_tokens = True
+        if not self.cleaned:
+            encoded = self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
+            return [row.ids for row in encoded]
         named = {"<start_of_text>": self.bos_id, "<end_of_text>": self.eos_id}
         pieces = [re.split("(<start_of_text>|<end_of_text>)", clean(text)) for text in texts]
         plain = [piece for row in pieces for piece in row if piece not in named]
@@ -136,6 +184,42 @@ class Tokenizer:
             ]
             for row in pieces
         ]
+
+
+def read_tokenizer(
+    path: Path, remedy: str = "Copy tokenizer.json from where the weights come from."
+) -> tokenizers.Tokenizer:
+    """A `tokenizer.json`. Raises WeightsError when it is missing (and the remedy), or is none."""
+    if not path.is_file():
+        raise WeightsError(f"{path} is missing: a tokenizer belongs to the weights. {remedy}")
+    try:
+        return tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises bare exceptions
+        raise WeightsError(
+            f"{path}: not a tokenizer ({error}). Download or copy it again."
+        ) from error
+
+
+def wordpiece(path: Path) -> tokenizers.Tokenizer:
+    """BERT's lower-case tokenizer from its vocab.txt: one token per line."""
+    try:
+        words = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        raise WeightsError(f"{path}: unreadable ({error}). Download or copy it again.") from error
+    model = tokenizers.models.WordPiece(
+        {word: i for i, word in enumerate(words)}, unk_token="[UNK]", max_input_chars_per_word=100
+    )
+    tokenizer = tokenizers.Tokenizer(model)
+    tokenizer.normalizer = tokenizers.normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = tokenizers.decoders.WordPiece()
+    special = [word for word in ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]") if word in words]
+    tokenizer.add_special_tokens(special)
+    if {"[CLS]", "[SEP]"} <= set(special):
+        tokenizer.post_processor = tokenizers.processors.BertProcessing(
+            ("[SEP]", words.index("[SEP]")), ("[CLS]", words.index("[CLS]"))
+        )
+    return tokenizer
 
 
 def placeholder_positions(
@@ -166,13 +250,13 @@ def clip_bpe(merges: Sequence[tuple[str, str]]) -> tokenizers.Tokenizer:
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     symbols = [chr(b) for b in printable]
     symbols += [chr(256 + i) for i in range(256 - len(printable))]
-    words = [*symbols, *(f"{s}</w>" for s in symbols), *map("".join, merges), *_SPECIAL]
+    words = [*symbols, *(s + _END_OF_WORD for s in symbols), *map("".join, merges), *_SPECIAL]
     tokenizer = tokenizers.Tokenizer(
         tokenizers.models.BPE(
             {word: i for i, word in enumerate(words)},
             list(merges),
             unk_token=_SPECIAL[1],
-            end_of_word_suffix="</w>",
+            end_of_word_suffix=_END_OF_WORD,
         )
     )
     pattern = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"

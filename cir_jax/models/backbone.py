@@ -11,26 +11,36 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from cir_jax.errors import ConfigError
 from cir_jax.input.images import ImageTransform
 from cir_jax.input.text import Tokenizer
+from cir_jax.models.blip import Blip, BlipConfig, with_enc_token
 from cir_jax.models.clip import Clip, ClipConfig
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Backbone:
-    """CLIP with its tokenizer and image preprocessing.
+    """CLIP or BLIP with its tokenizer and image preprocessing.
 
     weights_id: name + content hash of the weights; stored in checkpoints, caches and results.
     """
 
-    model: Clip
+    model: Clip | Blip
     tokenizer: Tokenizer
     image_transform: ImageTransform
     weights_id: str
 
+    joint = True
+    """Whether image and text features lie in one space, so that they can be compared and summed."""
+
     @property
-    def config(self) -> ClipConfig:
+    def config(self) -> ClipConfig | BlipConfig:
         return self.model.config
+
+    @property
+    def family(self) -> str:
+        """ "clip" or "blip"."""
+        return "blip" if isinstance(self.model, Blip) else "clip"
 
     @property
     def dim(self) -> int:
@@ -44,7 +54,16 @@ class Backbone:
 
     @property
     def context_length(self) -> int:
-        return self.config.text.max_position_embeddings
+        """Tokens of the longest text: CLIP 77, BLIP 35 (as it was trained; its tower takes 512)."""
+        return self.tokenizer.context_length
+
+    def with_remat(self) -> "Backbone":
+        """The same, its layers computed again in the backward pass (see `models.clip.blocks`)."""
+        fields = (field.name for field in dataclasses.fields(self))
+        models = {name: getattr(self, name) for name in fields if name.endswith("model")}
+        return dataclasses.replace(
+            self, **{name: model.clone(remat=True) for name, model in models.items()}
+        )
 
     def init(self, rng: jax.Array) -> Any:
         """Random parameters (float32)."""
@@ -79,17 +98,101 @@ class Backbone:
     ) -> jax.Array:
         """int32[batch, length] -> float[batch, length, token_dim] after the final norm.
 
-        attention_mask: bool[batch, length], True where a key may be attended to; None = all.
+        attention_mask: bool[batch, length], True where a key may be attended to; None = all for
+        CLIP, which is causal, and all but the padding for BLIP, which is not.
         """
+        if attention_mask is None and self.family == "blip":
+            attention_mask = token_ids != self.config.text.pad_token_id
         embeddings = self.embed_tokens(params, token_ids)
         return self._apply(params, embeddings, attention_mask, method="text_hidden_states")
+
+    def match(
+        self,
+        params: Any,
+        token_ids: jax.Array,
+        visual_tokens: jax.Array,
+        embeddings: jax.Array | None = None,
+    ) -> jax.Array:
+        """float32[batch, 2]: logits (no match, match) of each text with its own image.
+
+        BLIP's matching encoder: the text tower with cross-attention to visual_tokens, float[batch,
+        tokens, vision width]. The start token becomes [ENC], as in BLIP's training and retrieval
+        (its ITM demo and transformers leave [CLS]: that is `Blip.match`).
+        embeddings: as for `encode_text`. Raises ConfigError for backbones without this encoder.
+        """
+        if self.family != "blip":
+            raise ConfigError(
+                f"backbone {self.weights_id}: a CLIP has no matching encoder. Use a BLIP, "
+                "--config.backbone=Salesforce/blip-itm-base-coco."
+            )
+        token_ids = with_enc_token(jnp.asarray(token_ids), self.config)
+        if embeddings is not None:
+            first = self.embed_tokens(params, token_ids[:, :1])
+            embeddings = jnp.concatenate([first.astype(embeddings.dtype), embeddings[:, 1:]], 1)
+        logits = self._apply(params, token_ids, visual_tokens, embeddings, method="match")
+        return logits.astype(jnp.float32)
 
     def _apply(self, params: Any, *args: Any, method: str) -> jax.Array:
         return self.model.apply({"params": params}, *args, method=method)
 
     def _pixels(self, images: jax.Array) -> jax.Array:
-        # uint8 crosses to the device four times as fast; the normalisation is one fused operation
-        if images.dtype != jnp.uint8:
-            return images
-        mean, std = np.asarray(self.image_transform.statistics, np.float32).reshape(2, 1, 1, 1, 3)
-        return (images.astype(jnp.float32) / 255.0 - mean) / std
+        return pixels(images, self.image_transform)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Pair(Backbone):
+    """The image tower of one CLIP and the text tower of another, as CompoDiff's larger release.
+
+    model: the CLIP with the image tower, text_model: the one with the text tower. Parameters are
+    {"image": ..., "text": ...}, without the towers that are not used. Their features are not in one
+    space: there are image features and text hidden states, but no text features.
+    """
+
+    text_model: Clip
+
+    joint = False
+
+    @property
+    def token_dim(self) -> int:
+        return self.text_model.config.text.hidden_size
+
+    def init(self, rng: jax.Array) -> Any:
+        """Random parameters (float32)."""
+        halves = {
+            half: Backbone(model, self.tokenizer, self.image_transform, "").init(rng)
+            for half, model in (("image", self.model), ("text", self.text_model))
+        }
+        return {
+            half: {name: tree for name, tree in params.items() if name in TOWERS[half]}
+            for half, params in halves.items()
+        }
+
+    def encode_text(
+        self, params: Any, token_ids: jax.Array, embeddings: jax.Array | None = None
+    ) -> jax.Array:
+        """Raises ConfigError: see above."""
+        raise ConfigError(
+            f"backbone {self.weights_id}: two models' towers, whose features are not in one space; "
+            "it serves methods that read text hidden states (CompoDiff). Use one model for others."
+        )
+
+    def _apply(self, params: Any, *args: Any, method: str) -> jax.Array:
+        if method in ("encode_image", "visual_tokens"):
+            return self.model.apply({"params": params["image"]}, *args, method=method)
+        return self.text_model.apply({"params": params["text"]}, *args, method=method)
+
+
+TOWERS = {
+    "image": ("vision", "visual_projection", "logit_scale"),
+    "text": ("text", "logit_scale"),
+}
+"""What of a CLIP's parameters each half of a `Pair` has; the scale belongs to the whole module."""
+
+
+def pixels(images: jax.Array, transform: ImageTransform) -> jax.Array:
+    """uint8[batch, height, width, 3] -> normalised float32; float images are so already."""
+    # uint8 crosses to the device four times as fast; the normalisation is one fused operation
+    if images.dtype != jnp.uint8:
+        return images
+    mean, std = np.asarray(transform.statistics, np.float32).reshape(2, 1, 1, 1, 3)
+    return (images.astype(jnp.float32) / 255.0 - mean) / std

@@ -12,6 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from cir_jax.errors import DataError
 from cir_jax.models.clip import ACTIVATIONS, TowerConfig
 
 
@@ -134,7 +135,7 @@ class Bert(nn.Module):
         """
         length = embeddings.shape[1]
         if length > self.config.max_position_embeddings:
-            raise ValueError(
+            raise DataError(
                 f"text of {length} tokens; this text tower takes at most "
                 f"{self.config.max_position_embeddings}. Truncate it when tokenising."
             )

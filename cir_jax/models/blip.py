@@ -14,8 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from cir_jax.errors import ConfigError, DataError
 from cir_jax.models.bert import Bert, BertConfig, dense, layer_norm
-from cir_jax.models.clip import Block, PatchEmbedding, TowerConfig
+from cir_jax.models.clip import Block, PatchEmbedding, TowerConfig, check_batch, check_token_ids
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +66,7 @@ class BlipConfig:
     def published(cls, size: str = "base", image_size: int = 224) -> "BlipConfig":
         """ViT-B/16 ("base") or ViT-L/16 ("large") of salesforce's files, with BERT base."""
         if size not in ("base", "large"):
-            raise ValueError(f"BLIP size {size!r}: give 'base' or 'large'.")
+            raise ConfigError(f"BLIP size {size!r}: give 'base' or 'large'.")
         width, layers, heads = (768, 12, 12) if size == "base" else (1024, 24, 16)
         return cls(
             text=BertConfig(num_attention_heads=12, encoder_hidden_size=width),
@@ -132,10 +133,16 @@ class BlipVision(nn.Module):
 
     def __call__(self, images: jax.Array) -> jax.Array:
         """Normalised float[batch, height, width, 3] -> float[batch, tokens, width]."""
+        if images.ndim != 4 or images.shape[3] != 3:
+            raise DataError(
+                f"images of shape {images.shape}; expected [batch, height, width, 3]. "
+                "Use the image transform that comes with the weights."
+            )
+        check_batch(images, "images")
         batch, height, width, _ = images.shape
         size = self.config.patch_size
         if height % size or width % size:
-            raise ValueError(
+            raise DataError(
                 f"images of {height} x {width} pixels are not made of {size} x {size} patches. "
                 "Resize them to a multiple."
             )
@@ -184,6 +191,7 @@ class Blip(nn.Module):
 
     def embed_tokens(self, token_ids: jax.Array) -> jax.Array:
         """int32[batch, length] -> float[batch, length, token_dim]."""
+        check_token_ids(token_ids, self.config.text.vocab_size)
         return self.text.embed(token_ids)
 
     def text_hidden_states(
@@ -216,8 +224,9 @@ class Blip(nn.Module):
     def _first(
         self, token_ids: jax.Array, embeddings: jax.Array | None, visual_tokens: jax.Array | None
     ) -> jax.Array:
+        check_batch(token_ids, "texts")
         if embeddings is None:
-            embeddings = self.text.embed(token_ids)
+            embeddings = self.embed_tokens(token_ids)
         words = token_ids != self.config.text.pad_token_id
         return self.text(embeddings, words, visual_tokens)[:, 0]
 

@@ -13,7 +13,8 @@ leave the base untouched, run the model unmerged:
     with lora.attached(adapter, scale, dropout=0.1, rng=rng):
         features = model.apply({"params": params}, images)
 
-Export: save the merged tree as the base model's own weights, or `save` / `load` the adapter.
+Export: save the merged tree as the base model's own weights, `save` / `load` the adapter, or write
+and read it as PEFT does (`weights.save_adapter`, `weights.load_adapter`).
 """
 
 import contextlib
@@ -94,7 +95,7 @@ def merge(params: Mapping[str, Any], adapter: Mapping[str, Any], scale: float) -
     Raises WeightsError when the adapter is for another model.
     """
     flat = flatten_dict(params, sep="/")
-    for path, (a, b) in _pairs(adapter).items():
+    for path, (a, b) in pairs(adapter).items():
         kernel = flat.get(path)
         if kernel is None or (math.prod(kernel.shape[:-1]), kernel.shape[-1]) != (
             a.shape[0],
@@ -126,12 +127,12 @@ def attached(
     """
     if dropout and rng is None:
         raise ValueError("LoRA dropout needs rng.")
-    pairs, calls = _pairs(adapter), Counter()
+    adapted, calls = pairs(adapter), Counter()
 
     def add(next_call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
         y = next_call(*args, **kwargs)
         path = "/".join((*context.module.path, "kernel"))
-        if context.method_name != "__call__" or path not in pairs:
+        if context.method_name != "__call__" or path not in adapted:
             return y
         if not isinstance(context.module, nn.Dense):
             raise WeightsError(f"LoRA adapter: {path} is not of a dense layer; use lora.merge.")
@@ -141,12 +142,12 @@ def attached(
             keep = jax.random.bernoulli(jax.random.fold_in(key, calls[path]), 1 - dropout, x.shape)
             x = jnp.where(keep, x / (1 - dropout), 0)
         calls[path] += 1
-        a, b = (part.astype(y.dtype) for part in pairs[path])
+        a, b = (part.astype(y.dtype) for part in adapted[path])
         return y + scale * ((x.astype(y.dtype) @ a) @ b)
 
     with nn.intercept_methods(add):
         yield
-    if unused := sorted(pairs.keys() - calls.keys()):
+    if unused := sorted(adapted.keys() - calls.keys()):
         raise WeightsError(
             f"LoRA adapter: {len(unused)} of its kernels were not used, as {unused[0]}. "
             "Apply the model it was made for."
@@ -180,7 +181,7 @@ def load(path: Path) -> tuple[dict[str, Any], LoraConfig]:
     return unflatten_dict(flat, sep="/"), config
 
 
-def _pairs(adapter: Mapping[str, Any]) -> dict[str, tuple[jax.Array, jax.Array]]:
+def pairs(adapter: Mapping[str, Any]) -> dict[str, tuple[jax.Array, jax.Array]]:
     """Path of the kernel -> (a, b)."""
     flat = flatten_dict(adapter, sep="/")
     paths = [path.removesuffix("/a") for path in flat if path.endswith("/a")]

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 EXPANSION = 4  # output channels of a bottleneck / its inner channels
 STRIDE = 32  # pixels per cell of the last map
+STATISTICS = ("mean", "var")  # parameters of a frozen batch norm that no optimiser may touch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,11 +126,15 @@ class AttentionPool(nn.Module):
 
 
 class ResNetTower(nn.Module):
-    """Same interface as clip.VisionTower, but `pool` ends in the joint dimension `dim`."""
+    """Same interface as clip.VisionTower, but `pool` ends in the joint dimension `dim`.
+
+    remat: the backward pass computes each bottleneck again, see clip.blocks.
+    """
 
     config: ResNetConfig
     dim: int
     dtype: Any = jnp.float32
+    remat: bool = False
 
     def setup(self) -> None:
         width, dtype = self.config.width, self.dtype
@@ -140,9 +145,10 @@ class ResNetTower(nn.Module):
             FrozenBatchNorm(width // 2, dtype),
         )
         self.conv3, self.norm3 = conv(width, 3, dtype=dtype), FrozenBatchNorm(width, dtype)
+        bottleneck = nn.remat(Bottleneck) if self.remat else Bottleneck
         self.stages = [
             [
-                Bottleneck(width * 2**stage, 1 if i or not stage else 2, i == 0, dtype)
+                bottleneck(width * 2**stage, 1 if i or not stage else 2, i == 0, dtype)
                 for i in range(count)
             ]
             for stage, count in enumerate(self.config.layers)

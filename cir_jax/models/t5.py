@@ -14,6 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from cir_jax.errors import WeightsError
+from cir_jax.models.clip import check_batch, check_token_ids
+
 
 @dataclasses.dataclass(frozen=True)
 class T5Config:
@@ -36,9 +39,9 @@ class T5Config:
         known = {field.name for field in dataclasses.fields(cls)}
         config = cls(**{key: value for key, value in values.items() if key in known})
         if config.feed_forward_proj not in ("relu", "gated-gelu"):
-            raise ValueError(
+            raise WeightsError(
                 f"T5 feed_forward_proj {config.feed_forward_proj!r}: known are 'relu' and "
-                "'gated-gelu'."
+                "'gated-gelu'. Correct the checkpoint's config, or use another T5."
             )
         return config
 
@@ -140,6 +143,8 @@ class T5Encoder(nn.Module):
 
     def embed(self, token_ids: jax.Array) -> jax.Array:
         """int32[batch, length] -> float[batch, length, d_model]."""
+        check_batch(token_ids, "texts")
+        check_token_ids(token_ids, self.config.vocab_size)
         return self.token_embedding(token_ids)
 
     def encode(self, embeddings: jax.Array, attention_mask: jax.Array | None = None) -> jax.Array:

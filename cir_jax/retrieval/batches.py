@@ -83,7 +83,7 @@ def map_rows(
             while starts and len(loading) < AHEAD:
                 start = starts.popleft()
                 # padding repeats the last row, which is loaded once
-                wanted, where = np.unique(np.minimum(start + rows, n - 1), return_inverse=True)
+                wanted, where = _wanted(start, rows, n)
                 futures = [pool.submit(load, int(row)) for row in wanted]
                 loading.append((start, futures, where))
             if loading:
@@ -100,6 +100,11 @@ def map_rows(
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
         progress.close()
+
+
+def _wanted(start: int, rows: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows to load for these positions of the batch at `start`, each once, and where they go."""
+    return np.unique(np.minimum(start + rows, n - 1), return_inverse=True)
 
 
 def _local_rows(mesh: Mesh, batch_size: int) -> np.ndarray:

@@ -15,10 +15,14 @@ from typing import Any, BinaryIO
 import jax
 import numpy as np
 
+from cir_jax.errors import DataError
 from cir_jax.input.tables import Table
 from cir_jax.retrieval.batches import to_host
 
 CACHE_VARIABLE = "CIR_JAX_CACHE"
+CROP = "crop"
+"""Field of records of which only a part is meant; see `features.open_image`."""
+
 CHUNK_ROWS = 8192
 SAMPLES = 4096
 
@@ -30,24 +34,34 @@ def default_cache_dir() -> Path:
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
-    """The whole file or none: a temporary file in the same directory, then `os.replace`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, scratch = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    """The whole file or none: a temporary file in the same directory, then `os.replace`.
+
+    Raises DataError when the disk is full or the directory is not writable.
+    """
     try:
-        with os.fdopen(handle, "wb") as file:
-            write(file)
-        os.chmod(scratch, 0o644)
-        os.replace(scratch, path)
-    except BaseException:
-        Path(scratch).unlink(missing_ok=True)
-        raise
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, scratch = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                write(file)
+            os.chmod(scratch, 0o644)
+            os.replace(scratch, path)
+        except BaseException:
+            Path(scratch).unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise DataError(
+            f"{path}: cannot be written ({error.strerror or error}). Free some space or choose "
+            f"another folder: --workdir or --output for results, ${CACHE_VARIABLE} for features."
+        ) from error
 
 
 def source_identity(source: Sequence[Mapping[str, Any]], field: str) -> str:
     """What tells one list of images from another.
 
     A prepared table: its name and its files' names, sizes and times, so that a table prepared again
-    is another one. A source with `identity()`: that. Other records: a hash of the bytes themselves.
+    is another one. A source with `identity()`: that. Other records: a hash of the bytes themselves,
+    and of the part of the image that is meant.
     """
     if isinstance(source, Table):
         root = source.data_dir / source.dataset / source.table / source.version
@@ -57,8 +71,11 @@ def source_identity(source: Sequence[Mapping[str, Any]], field: str) -> str:
         return str(source.identity())
     digest = hashlib.sha256()
     for i in range(len(source)):
-        data = bytes(source[i][field])
+        record = source[i]
+        data = bytes(record[field])
         digest.update(len(data).to_bytes(8, "little") + data)
+        if CROP in record:  # the same file, another part of it
+            digest.update(f"black square {[int(x) for x in record[CROP]]}".encode())
     return f"records {digest.hexdigest()}"
 
 

@@ -8,13 +8,15 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Mesh
+from PIL import Image
 
 from cir_jax.composers.base import Composer, Params
 from cir_jax.errors import DataError
 from cir_jax.input import images
+from cir_jax.input.images import ImageTransform
 from cir_jax.models.backbone import Backbone
 from cir_jax.retrieval.batches import map_rows, on_mesh
-from cir_jax.retrieval.cache import ChunkStore, fingerprint, source_identity
+from cir_jax.retrieval.cache import CROP, ChunkStore, fingerprint, source_identity
 from cir_jax.training.mesh import replicated
 
 Records = Sequence[Mapping[str, Any]]
@@ -51,12 +53,14 @@ def image_features(
     cache_dir: Path | None = None,
     normalise: bool = False,
     skip_unreadable: bool = False,
+    transform: ImageTransform | None = None,
 ) -> np.ndarray:
     """The backbone's image features of all records: float32[n, dim], un-normalised by default.
 
     params: of the backbone, on the host or sharded over the mesh. batch_size: global, rounded up to
         what the mesh needs. cache_dir: None = not stored; else see `cache.default_cache_dir`.
     skip_unreadable: rows of NaN for images that do not decode, instead of DataError naming them.
+    transform: None = the backbone's.
     """
     description = {
         "features": "backbone image features, un-normalised",
@@ -67,7 +71,7 @@ def image_features(
     params = on_mesh(mesh, params)
     features = _embed(
         lambda batch: _encode_images(backbone, mesh, params, batch),
-        backbone.image_transform,
+        backbone.image_transform if transform is None else transform,
         source,
         field,
         description,
@@ -133,6 +137,7 @@ def query_features(
     *,
     reference_features: np.ndarray | None = None,
     reference_images: Callable[[int], np.ndarray] | None = None,
+    has_reference: bool = True,
     mesh: Mesh,
     batch_size: int = 256,
     seed: int = 0,
@@ -143,6 +148,7 @@ def query_features(
     token_ids: int32[n, length]. query_index: int32[n], passed on, so that a method that draws noise
         can draw the same for a query whatever the batch size.
     reference_features: float32[n, dim] un-normalised, or reference_images: row -> uint8[h, w, 3].
+    has_reference: False = the queries are texts, and the reference is a placeholder.
     """
     params, frozen = on_mesh(mesh, params), on_mesh(mesh, frozen)
 
@@ -151,6 +157,8 @@ def query_features(
             "token_ids": np.asarray(token_ids[row], np.int32),
             "query_index": np.asarray(query_index[row], np.int32),
         }
+        if not has_reference:
+            query["has_reference"] = np.bool_(False)
         if reference_images is not None:
             return query | {"reference_images": reference_images(row)}
         assert reference_features is not None
@@ -170,8 +178,33 @@ def query_features(
 
 def read_image(source: Records, row: int, field: str, transform: Any) -> np.ndarray:
     """Decoded and transformed: uint8[height, width, 3]. Raises DataError naming the record."""
-    data, rgb = bytes(source[row][field]), not transform.rgb_last
-    return transform(images.decode(data, _name(source, row), rgb=rgb))
+    image = open_image(source[row], field, _name(source, row), rgb=not transform.rgb_last)
+    return transform(image)
+
+
+def open_image(
+    record: Mapping[str, Any], field: str, what: str, *, rgb: bool = True
+) -> Image.Image:
+    """The image of a record; only the part in its box `crop`, if that is not all zeros.
+
+    crop: left, top, right, bottom in pixels. A part is padded to a black square, itself in the
+    middle (rounded down), before any other transform: GeneCIS's attribute tasks, released code.
+    """
+    image = images.decode(bytes(record[field]), what, rgb=rgb)
+    box = tuple(int(x) for x in record.get(CROP, ()))
+    if not any(box):
+        return image
+    left, top, right, bottom = box
+    if not (0 <= left < right <= image.width and 0 <= top < bottom <= image.height):
+        raise DataError(
+            f"{what}: crop {box} is not inside the image of {image.width} x {image.height} pixels. "
+            "Prepare the dataset again."
+        )
+    part = image.crop(box).convert("RGB")
+    side = max(part.size)
+    square = Image.new("RGB", (side, side))
+    square.paste(part, ((side - part.width) // 2, (side - part.height) // 2))
+    return square
 
 
 def _embed(

@@ -17,10 +17,10 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from cir_jax import composers
+from cir_jax import composers, weights
 from cir_jax.composers.base import Composer
 from cir_jax.errors import CheckpointError, ConfigError, unknown
-from cir_jax.evaluation.benchmarks import REGISTRY
+from cir_jax.evaluation.benchmarks import REGISTRY, find
 from cir_jax.input.tables import default_data_dir
 from cir_jax.models.backbone import Backbone
 from cir_jax.retrieval.batches import to_host
@@ -29,12 +29,13 @@ from cir_jax.training import mesh as meshes
 from cir_jax.training.checkpoints import load_scored
 from cir_jax.training.inputs import make_pipeline
 from cir_jax.training.loop import Stage, Trainer, check_weights, describe
-from cir_jax.weights import clip as weights
+from cir_jax.weights import official
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 CONFIG_FILE = "config.json"
 FREE_FIELDS = (
     "mesh",
+    "remat",
     "evaluation",
     "log_every",
     "checkpoint",
@@ -78,14 +79,16 @@ def setup(config: ml_collections.ConfigDict) -> Experiment:
         backbone, params = weights.load(config.backbone, dtype)
     else:
         backbone, params = weights.load_architecture(config.backbone, dtype), {}
+    if config.remat:
+        backbone = backbone.with_remat()
     composer = composers.build(name, backbone, **settings)
     frozen = composer.freeze(params)
     if config.export_to and composer.pretrained_backbone:
-        raise ConfigError(
-            f"config.export_to={config.export_to!r}: composer {name} trains no backbone that could "
-            "be exported."
-        )
-    if config.init_from and all(not config.stage[s].after for s in stage_names(config)):
+        official.check_known(composer, f"config.export_to={config.export_to!r}")
+        official.check_torch(f"config.export_to={config.export_to!r}")
+    if official.given(config.init_from):
+        official.check_known(composer, f"config.init_from={config.init_from!r}")
+    elif config.init_from and all(not config.stage[s].after for s in stage_names(config)):
         raise ConfigError(
             f"config.init_from={config.init_from!r}: none of the stages "
             f"{', '.join(stage_names(config))} continues another one."
@@ -122,11 +125,15 @@ def train(experiment: Experiment, workdir: Path) -> Any:
     A finished stage is read back, an interrupted one resumed, so the same command always continues.
     """
     params, before = None, ""
+    # read before anything is computed: it may not fit
+    given = official_params(experiment)
     for name in stage_names(experiment.config):
         if experiment.config.stage[name].kind == "inversion":
             inversion.run(of_stage(experiment, name), name, workdir)
             continue
         previous = params if before == experiment.config.stage[name].after else None
+        if before == "" and given is not None:
+            previous = given
         initial = initial_params(experiment, name, workdir, previous)
         trainer = make_trainer(experiment, name, initial, workdir)
         params, before = trainer.run(workdir / name), name
@@ -186,6 +193,18 @@ def make_trainer(
     )
 
 
+def official_params(experiment: Experiment) -> Any:
+    """The parameters of config.init_from=official:PATH, on the mesh; None where it is not set.
+
+    The first training stage starts from them.
+    """
+    path = official.given(experiment.config.init_from)
+    if path is None:
+        return None
+    host = jax.tree.map(to_host, experiment.frozen)
+    return meshes.place(experiment.mesh, official.load(experiment.composer, path, host))
+
+
 def initial_params(experiment: Experiment, name: str, workdir: Path, previous: Any) -> Any:
     """What stage `name` starts from: the stage before, or config.init_from, or nothing.
 
@@ -229,7 +248,9 @@ def check_workdir(workdir: Path, config: ml_collections.ConfigDict) -> None:
     if not (workdir / CONFIG_FILE).is_file():
         return
     values = json.loads(config.to_json_best_effort())
-    if differ := differing_fields(read_config(workdir), values):
+    composer = composers.composer_class(config.composer.name)
+    free = (*FREE_FIELDS, *(f"composer.{name}" for name in composer.inference_settings))
+    if differ := differing_fields(read_config(workdir), values, free):
         raise CheckpointError(
             f"{workdir} belongs to another run; these fields differ: {'; '.join(differ)}. "
             "Use a new --workdir, or the config of the run there."
@@ -298,16 +319,21 @@ def read_config(workdir: Path) -> dict[str, Any]:
         raise CheckpointError(f"{file}: not valid JSON ({error}).") from error
 
 
-def differing_fields(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """ "field (was a, is b)" for each field that matters and differs."""
+def differing_fields(
+    old: Mapping[str, Any],
+    new: Mapping[str, Any],
+    free: tuple[str, ...] = FREE_FIELDS,
+    prefix: str = "",
+) -> list[str]:
+    """ "field (was a, is b)" for each field that differs and is not `free` to."""
     found = []
     for key in sorted(old.keys() | new.keys()):
         name = f"{prefix}{key}"
-        if name in FREE_FIELDS:
+        if name in free:
             continue
         before, now = old.get(key), new.get(key)
         if isinstance(before, Mapping) and isinstance(now, Mapping):
-            found += differing_fields(before, now, f"{name}.")
+            found += differing_fields(before, now, free, f"{name}.")
         elif before != now:
             found.append(f"{name} (was {before!r}, is {now!r})")
     return found
@@ -320,27 +346,36 @@ def required_tables(
     needed: dict[str, list[str]] = {}
     for name in stage_names(config) if training else ():
         data = config.stage[name].data
+        tables = [table for table, weight in data.tables.items() if weight]
         if not data.dataset:
             raise ConfigError(
                 f"config.stage.{name}.data.dataset is empty: this preset's corpora do not come "
                 f"with the project. Name a prepared dataset with the tables "
-                f"{', '.join(data.tables)}: --config.stage.{name}.data.dataset=NAME."
+                f"{', '.join(tables)}: --config.stage.{name}.data.dataset=NAME."
             )
-        needed.setdefault(data.dataset, []).extend(data.tables)
+        needed.setdefault(data.dataset, []).extend(tables)
     for benchmark in config.evaluation.benchmarks:
-        if benchmark not in REGISTRY:
+        if benchmark.partition(":")[0] not in REGISTRY:
             raise ConfigError(unknown("benchmark", benchmark, REGISTRY))
-        entry = REGISTRY[benchmark]
-        needed.setdefault(entry.dataset, []).extend((entry.gallery, entry.table))
+        entry = find(benchmark)
+        needed.setdefault(entry.dataset, []).extend(entry.tables)
     return {dataset: sorted(set(tables)) for dataset, tables in needed.items()}
 
 
 def export(experiment: Experiment, params: Any) -> None:
-    """Writes a trained backbone to config.export_to, if set, as a Hugging Face directory (fp16)."""
+    """Writes what was trained to config.export_to, if set.
+
+    A backbone as a Hugging Face directory (fp16), a method's own parameters in the format of its
+    authors.
+    """
     if not experiment.config.export_to:
         return
     path = Path(experiment.config.export_to).expanduser()
-    host = jax.tree.map(to_host, params)
+    composer = experiment.composer
+    host, frozen = (jax.tree.map(to_host, tree) for tree in (params, experiment.frozen))
     if jax.process_index() == 0:
-        weights.save(path, experiment.backbone, host, np.float16)
+        if composer.pretrained_backbone:
+            official.save(composer, path, host, frozen)
+        else:
+            weights.save(path, experiment.backbone, host, np.float16)
         print(f"exported to {path}")

@@ -10,10 +10,9 @@ import jax
 import numpy as np
 
 from cir_jax.errors import ConfigError, unknown
-from cir_jax.input import records, text
+from cir_jax.input import images, keywords, objects, records, text
 from cir_jax.input.pipeline import Part, Pipeline
 from cir_jax.input.tables import Table
-from cir_jax.models.backbone import Backbone
 from cir_jax.retrieval.cache import default_cache_dir
 from cir_jax.retrieval.features import image_features
 
@@ -25,6 +24,7 @@ TABLES = {
     "pretrain": "pairs",
     "triplets": "triplets",
     "images": "images",
+    "texts": "masked_captions",
 }
 """Training tables -> the example that their records become by default."""
 
@@ -33,24 +33,61 @@ TABLES = {
 class Example:
     """What becomes of a record: the image fields it needs, and the transform.
 
-    make(backbone, suffix, with_reference): suffix "images" or "features" says what the image
-    fields hold; with_reference: whether the rows share a batch with triplets.
+    make(experiment, data, source): data is the stage's config.data, source what the records are
+    read from. whole: images come as they are (PIL), for a transform that crops them at random.
     """
 
     fields: tuple[str, ...]
-    make: Callable[[Backbone, str, bool], grain.transforms.RandomMap]
+    make: Callable[["Experiment", Any, records.Records], grain.transforms.RandomMap]
+    whole: bool = False
+
+
+def _suffix(data: Any) -> str:
+    """What the image fields hold."""
+    return "features" if data.features else "images"
+
+
+def _pairs(experiment: "Experiment", data: Any, source: records.Records) -> records.CaptionPairs:
+    mixed = "triplets" in data.tables or data.with_reference
+    return records.CaptionPairs(experiment.backbone.tokenizer, _suffix(data), mixed)
+
+
+def _cropped(experiment: "Experiment", data: Any, source: records.Records) -> records.CroppedImages:
+    size = experiment.backbone.image_transform.crop
+    return records.CroppedImages(images.RandomResizedCrop(size, tuple(data.crop)))
+
+
+def _masked(experiment: "Experiment", data: Any, source: records.Records) -> Any:
+    return keywords.MaskedCaptions(experiment.backbone.tokenizer, keywords.tagger(data.keywords))
+
+
+def _object_sets(
+    experiment: "Experiment", data: Any, source: records.Records
+) -> objects.ObjectSets:
+    known = getattr(experiment.composer, "objects", None)
+    if known is None:
+        raise ConfigError(
+            "sets of objects need a composer with classes: set composer.objects of the stage."
+        )
+    found = objects.members(source, known)
+    tokenizer = experiment.backbone.tokenizer
+    return objects.ObjectSets(tokenizer, known, source, found, _suffix(data), data.set_size)
 
 
 EXAMPLES = {
-    "pairs": Example(
-        ("image",),
-        lambda backbone, suffix, mixed: records.CaptionPairs(backbone.tokenizer, suffix, mixed),
-    ),
+    "pairs": Example(("image",), _pairs),
     "triplets": Example(
         ("reference", "target"),
-        lambda backbone, suffix, mixed: records.Triplets(backbone.tokenizer, suffix),
+        lambda experiment, data, source: records.Triplets(
+            experiment.backbone.tokenizer, _suffix(data)
+        ),
     ),
-    "images": Example(("image",), lambda backbone, suffix, mixed: records.Images(suffix)),
+    "images": Example(
+        ("image",), lambda experiment, data, source: records.Images(_suffix(data))
+    ),
+    "cropped_images": Example(("image",), _cropped, whole=True),
+    "masked_captions": Example((), _masked),
+    "object_sets": Example(("image",), _object_sets),
 }
 
 
@@ -64,9 +101,7 @@ def make_pipeline(
     """
     config, backbone = experiment.config, experiment.backbone
     data = config.stage[name].data
-    suffix = "features" if data.features else "images"
     parts = []
-    mixed = "triplets" in data.tables or data.with_reference
     for table_name, weight in data.tables.items():
         if table_name not in TABLES:
             raise ConfigError(unknown(f"table in stage.{name}.data.tables:", table_name, TABLES))
@@ -74,18 +109,22 @@ def make_pipeline(
             raise ConfigError(unknown(f"stage.{name}.data.example:", data.example, EXAMPLES))
         if not weight:
             continue
-        table = Table(experiment.data_dir, data.dataset, table_name, "train")
+        table = Table(experiment.data_dir, data.dataset, table_name, data.split)
         example = EXAMPLES[data.example or TABLES[table_name]]
         features, columns = {}, {}
+        if data.features and example.whole:
+            raise ConfigError(
+                f"stage.{name}.data: example={data.example!r} crops images, so it needs "
+                "features=False."
+            )
         if data.features:
             make = _no_features if shapes_only else _features
             features = {field: make(experiment, table, field) for field in example.fields}
         if data.tokens:
             columns["pseudo_words"] = _pseudo_words(experiment, data.tokens, table, workdir)
-        transform = backbone.image_transform
+        transform = images.Whole() if example.whole else backbone.image_transform
         source = records.Records(table, example.fields, transform, features, columns)
-        make_example = example.make(backbone, suffix, mixed)
-        parts.append(Part(table_name, source, make_example, weight))
+        parts.append(Part(table_name, source, example.make(experiment, data, source), weight))
     trim = records.TrimText(backbone.tokenizer.eos_id, text.BUCKET)
     # on several processes every one must see the same shape, without asking the others
     trims = jax.process_count() == 1 and experiment.composer.pools_text

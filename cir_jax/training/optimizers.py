@@ -8,14 +8,16 @@ import jax
 import optax
 
 from cir_jax.errors import ConfigError, unknown
+from cir_jax.models.resnet import STATISTICS
 
-SCHEDULES = ("constant", "cosine", "linear")
+SCHEDULES = ("constant", "cosine", "linear", "step")
 
 
 def schedule(config: Mapping[str, Any], steps: int, to_steps: Callable[..., int]) -> optax.Schedule:
     """Linear warm-up, then constant, or cosine or linear decay to `final` x learning_rate.
 
-    config: learning_rate, schedule, warmup (a duration), final (0..1).
+    "step": multiplied by `drop` every `drop_every`, as PyTorch's StepLR.
+    config: learning_rate, schedule, warmup, drop_every (durations), final, drop (0..1).
     """
     peak, kind = config["learning_rate"], config["schedule"]
     warmup = to_steps(config["warmup"], field="optimizer.warmup", total_steps=steps)
@@ -26,6 +28,11 @@ def schedule(config: Mapping[str, Any], steps: int, to_steps: Callable[..., int]
         main = optax.cosine_decay_schedule(peak, decay_steps, alpha=config["final"])
     elif kind == "linear":
         main = optax.linear_schedule(peak, peak * config["final"], decay_steps)
+    elif kind == "step":
+        every = to_steps(config["drop_every"], field="optimizer.drop_every", total_steps=steps)
+        if every < 1:
+            raise ConfigError("optimizer.drop_every: schedule 'step' needs 1 step or more.")
+        main = optax.exponential_decay(peak, every, config["drop"], staircase=True)
     else:
         main = optax.constant_schedule(peak)
     if not warmup:
@@ -51,16 +58,18 @@ def optimizer(
 ) -> optax.GradientTransformation:
     """The optimiser that `config` describes; see experiments/base.py for its fields and defaults.
 
-    weight_decay acts on the parameters whose path matches `decay` (default: matrices only).
+    weight_decay acts on the parameters whose path matches `decay` (default: matrices only), but
+    never on the statistics of frozen batch norms, which get no gradient either.
     muon: orthogonalised momentum on the matrices inside the blocks, Adam (adam_learning_rate) on
     the rest.
     """
     rate = schedule(config, steps, to_steps)
     name = config["name"]
     adam = {"b1": config["b1"], "b2": config["b2"], "eps": config["eps"]}
+    decay = path_mask(rf"(?!.*/({'|'.join(STATISTICS)})$)({config['decay']})")
     if name == "adamw":
         main = optax.adamw(
-            rate, **adam, weight_decay=config["weight_decay"], mask=path_mask(config["decay"])
+            rate, **adam, weight_decay=config["weight_decay"], mask=decay
         )
     elif name == "muon":
         ratio = config["adam_learning_rate"] / config["learning_rate"]
@@ -79,7 +88,7 @@ def optimizer(
             adam_learning_rate=lambda step: rate(step) * ratio,
             muon_weight_dimension_numbers=dimensions,
             weight_decay=config["weight_decay"],
-            weight_decay_mask=path_mask(config["decay"]),
+            weight_decay_mask=decay,
             adam_weight_decay=0.0,
         )
     else:

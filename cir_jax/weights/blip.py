@@ -1,8 +1,9 @@
-"""BLIP in Hugging Face format and in salesforce's original `.pth`: names of the tensors."""
+"""BLIP in Hugging Face format and in salesforce's original `.pth` files."""
 
 import dataclasses
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -10,9 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from cir_jax.errors import WeightsError
+from cir_jax.input import images
+from cir_jax.input.images import ImageTransform
+from cir_jax.input.text import Tokenizer
+from cir_jax.models.backbone import Backbone
 from cir_jax.models.bert import BertConfig
 from cir_jax.models.blip import Blip, BlipConfig, BlipVisionConfig, interpolate_positions
-from cir_jax.weights import convert
+from cir_jax.weights import beside, convert, families, files
 
 IGNORE = (
     r"(.*\.)?position_ids",  # a constant
@@ -22,11 +27,73 @@ IGNORE = (
     r"temp|logit_scale",  # temperature of the contrastive loss
 )
 
+CONTEXT_LENGTH = 35
+"""Tokens of a text in salesforce's pre-training and retrieval; the tower itself takes 512."""
+
+TOKENIZER = (
+    "It is BERT's: `hf download google-bert/bert-base-uncased tokenizer.json --local-dir {}`."
+)
+
 POSITIONS = {
     "huggingface": "vision_model.embeddings.position_embedding",
     "salesforce": "visual_encoder.pos_embed",
 }
 """Format -> its name of the image position embeddings, which also tells the formats apart."""
+
+
+def read(source: files.Source, dtype: Any, params_dtype: Any) -> tuple[Backbone, dict[str, Any]]:
+    """Backbone and parameters; see `backbones.load`."""
+    tensors, what = source.tensors(), source.what()
+    layout_of(tensors, what)  # of another model: said before anything else is
+    config = _config(source, tensors, what)
+    backbone = _backbone(source, config, dtype)
+    params = to_params(tensors, config, what, params_dtype)
+    weights_id = files.content_id(source.name, params, beside.settings(config))
+    return dataclasses.replace(backbone, weights_id=weights_id), params
+
+
+def architecture(source: files.Source, dtype: Any) -> Backbone:
+    """Backbone without its weights, which need not be there unless the config is read off them."""
+    tensors = {} if source.kind else source.tensors()
+    return _backbone(source, _config(source, tensors, str(source.file)), dtype)
+
+
+def write(path: Path, backbone: Backbone, params: Any, dtype: Any) -> None:
+    """See `backbones.save`: a directory for transformers' BlipForImageTextRetrieval."""
+    about = {
+        files.HUGGING_FACE: backbone.config.to_dict() | {"torch_dtype": np.dtype(dtype).name},
+        beside.PREPROCESSING: backbone.image_transform.to_dict(),
+    }
+    tensors = to_tensors(params, backbone.config)
+    beside.write(path, "model.safetensors", tensors, about, backbone.tokenizer, dtype)
+
+
+def _config(source: files.Source, tensors: Mapping[str, Any], what: str) -> BlipConfig:
+    return BlipConfig.from_dict(source.config) if source.kind else config_of(tensors, what)
+
+
+def _backbone(source: files.Source, config: BlipConfig, dtype: Any) -> Backbone:
+    directory, text = source.directory, config.text
+    if source.kind:
+        transform = ImageTransform.from_dict(files.read_json(directory / beside.PREPROCESSING))
+    else:
+        transform = images.blip(config.vision.image_size)
+    tokenizer = Tokenizer.by_tokens(
+        directory,
+        context_length=min(CONTEXT_LENGTH, text.max_position_embeddings),
+        bos="[CLS]",
+        eos="[SEP]",
+        pad="[PAD]",
+        remedy=TOKENIZER.format(directory),
+    )
+    if (tokenizer.eos_id, tokenizer.pad_id) != (text.sep_token_id, text.pad_token_id):
+        raise WeightsError(
+            f"{directory}: the tokenizer's [SEP] and [PAD] are {tokenizer.eos_id} and "
+            f"{tokenizer.pad_id}, the model's {text.sep_token_id} and {text.pad_token_id}. "
+            + TOKENIZER.format(directory)
+        )
+    beside.check(directory, tokenizer, transform, config)
+    return Backbone(Blip(config, dtype), tokenizer, transform, f"{source.name}@untrained")
 
 
 def names(config: BlipConfig, layout: str = "huggingface") -> convert.Names:
@@ -82,13 +149,24 @@ def names(config: BlipConfig, layout: str = "huggingface") -> convert.Names:
 
 def layout_of(tensors: Mapping[str, Any], what: str = "BLIP weights") -> str:
     """ "huggingface" or "salesforce". Raises WeightsError for files that are neither."""
+    wanted = (
+        "Give a Hugging Face BlipForImageTextRetrieval, or salesforce's model_base.pth, "
+        "model_base_capfilt_large.pth, model_large.pth or their retrieval files."
+    )
     for layout, name in POSITIONS.items():
-        if name in tensors:
-            return layout
+        if name not in tensors:
+            continue
+        if not {"text_encoder.embeddings.word_embeddings.weight", "vision_proj.weight"} <= set(
+            tensors
+        ):
+            raise WeightsError(
+                f"{what}: a BLIP without the contrastive text encoder (text_encoder, vision_proj), "
+                f"such as those that write captions. {wanted}"
+            )
+        return layout
     raise WeightsError(
-        f"{what}: no BLIP: neither {' nor '.join(POSITIONS.values())} is in it. "
-        "Give a Hugging Face BlipForImageTextRetrieval or one of salesforce's files (its entry "
-        "'model')."
+        f"{what}: tensors of {families.describe(tensors)}, expected BLIP ({name} or "
+        f"{POSITIONS['huggingface']}). {wanted}"
     )
 
 
@@ -97,7 +175,11 @@ def config_of(tensors: Mapping[str, np.ndarray], what: str = "BLIP weights") -> 
 
     What shapes do not tell is the same in all of them: heads of 64, GELU, epsilons 1e-6 and 1e-12.
     """
-    layout_of(tensors, what)
+    if layout_of(tensors, what) != "salesforce":
+        raise WeightsError(
+            f"{what}: Hugging Face names and no config.json beside it. Copy config.json, "
+            "preprocessor_config.json and tokenizer.json from where it comes from."
+        )
     width, _, patch, _ = tensors["visual_encoder.patch_embed.proj.weight"].shape
     side = round((tensors[POSITIONS["salesforce"]].shape[1] - 1) ** 0.5)
     words, text_width = tensors["text_encoder.embeddings.word_embeddings.weight"].shape

@@ -1,15 +1,13 @@
-"""CLIP in any of its formats: Hugging Face, OpenCLIP, OpenAI; one way in, one way out."""
+"""CLIP in any of its formats: Hugging Face, OpenCLIP, OpenAI."""
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from safetensors.numpy import save_file
 
 from cir_jax.errors import WeightsError
 from cir_jax.input.images import ImageTransform
@@ -17,19 +15,9 @@ from cir_jax.input.text import Tokenizer
 from cir_jax.models.backbone import Backbone
 from cir_jax.models.clip import Clip, ClipConfig, TowerConfig
 from cir_jax.models.resnet import ResNetConfig
-from cir_jax.weights import convert, files, open_clip
-from cir_jax.weights.files import REPOSITORY as REPOSITORY
+from cir_jax.weights import beside, convert, families, files, open_clip
 
 IGNORE = (r"(text|vision)_model\.embeddings\.position_ids",)
-
-# tensors that only one family has, to say what a file is when it is not what was expected
-_SIGNATURES = {
-    "CLIP (Hugging Face names)": ("text_model.embeddings.token_embedding.weight",),
-    "CLIP (OpenAI or OpenCLIP names)": ("token_embedding.weight", "visual.conv1.weight"),
-    "BLIP (Hugging Face names)": ("vision_proj.weight", "vision_model.embeddings.class_embedding"),
-    "BLIP (original names)": ("visual_encoder.cls_token",),
-    "T5": ("encoder.block.0.layer.0.SelfAttention.q.weight",),
-}
 
 
 def hf_names(config: ClipConfig) -> convert.Names:
@@ -70,47 +58,48 @@ def hf_names(config: ClipConfig) -> convert.Names:
     return table
 
 
-def load(
-    name_or_path: str | Path, dtype: Any = jnp.float32, *, params_dtype: Any = jnp.float32
+def read(
+    source: files.Source, dtype: Any, params_dtype: Any, keep: Container[str] | None = None
 ) -> tuple[Backbone, dict[str, Any]]:
-    """Backbone and parameters of a directory, file or hub id (see `files.find`).
+    """Backbone and parameters; see `backbones.load`.
 
-    dtype: of the computation. params_dtype: of the parameters, None = as they are stored.
-    Raises WeightsError naming what is missing, unreadable, another model's, or does not fit.
+    keep: the top-level names of the parameters that are wanted (`backbone.TOWERS`); None = all.
+    Other tensors are not read.
     """
-    source = _find(name_or_path)
-    tensors, paths = source.tensors(), source.files()
-    what = str(paths[0]) if len(paths) == 1 else f"{source.directory} ({len(paths)} files)"
+    tensors, what = source.tensors(), source.what()
     config, openai = _config(source, tensors, what)
     if source.kind == files.HUGGING_FACE and not openai:
         table, ignore, marker = hf_names(config), IGNORE, "text_model."
+        expected = "CLIP (Hugging Face names)"
     else:
         table, ignore, marker = open_clip.names(config), open_clip.IGNORE, "token_embedding."
+        expected = "CLIP (OpenAI or OpenCLIP names)"
     if not any(name.startswith(marker) for name in tensors):
-        raise WeightsError(f"{what}: tensors of {_family(tensors)}, expected {_expected(marker)}.")
+        raise WeightsError(f"{what}: tensors of {families.describe(tensors)}, expected {expected}.")
     if openai:
         ignore = (*ignore, *open_clip.OPENAI_CONSTANTS)
     backbone = _backbone(source, config, dtype, openai)
+    shapes = jax.eval_shape(backbone.init, jax.random.key(0))
+    if keep is not None:
+        other = {name for name, (path, _) in table.items() if path[0] not in keep}
+        table = {name: target for name, target in table.items() if name not in other}
+        tensors = files.without(tensors, other)
+        shapes = {name: tree for name, tree in shapes.items() if name in keep}
     params = convert.to_ours(tensors, table, ignore=ignore, what=what, dtype=params_dtype)
-    convert.check_shapes(params, jax.eval_shape(backbone.init, jax.random.key(0)), what)
-    weights_id = files.content_id(source.name, params, _beside_shapes(config))
+    convert.check_shapes(params, shapes, what)
+    weights_id = files.content_id(source.name, params, beside.settings(config))
     return dataclasses.replace(backbone, weights_id=weights_id), params
 
 
-def load_architecture(name_or_path: str | Path, dtype: Any = jnp.float32) -> Backbone:
+def architecture(source: files.Source, dtype: Any) -> Backbone:
     """Backbone without its weights, which need not be there unless the config is read off them."""
-    source = _find(name_or_path)
     tensors = {} if source.kind else source.tensors()
     config, openai = _config(source, tensors, str(source.file or source.directory))
     return _backbone(source, config, dtype, openai)
 
 
-def save(path: Path, backbone: Backbone, params: Any, dtype: Any = np.float32) -> None:
-    """Writes a directory, whole or not at all: Hugging Face's format, which transformers loads;
-    OpenCLIP's for ResNets, which Hugging Face's cannot say.
-
-    dtype: of the stored tensors; float16 halves the files.
-    """
+def write(path: Path, backbone: Backbone, params: Any, dtype: Any) -> None:
+    """See `backbones.save`."""
     config = backbone.config
     if isinstance(config.vision, ResNetConfig):
         table, file = open_clip.names(config), "open_clip_model.safetensors"
@@ -121,30 +110,12 @@ def save(path: Path, backbone: Backbone, params: Any, dtype: Any = np.float32) -
     else:
         table, file = hf_names(config), "model.safetensors"
         about = {files.HUGGING_FACE: config.to_dict() | {"torch_dtype": np.dtype(dtype).name}}
-    tensors = convert.to_source(jax.device_get(params), table)
-    tensors = {name: np.asarray(array, dtype, order="C") for name, array in tensors.items()}
     preprocessing = backbone.image_transform.to_dict()
     if files.OPEN_CLIP in about:
         preprocessing.setdefault("cir_jax", {})  # see _backbone
-    about |= {
-        "preprocessor_config.json": preprocessing,
-        "tokenizer_config.json": backbone.tokenizer.to_dict(),
-    }
-    with files.new_directory(Path(path)) as scratch:
-        save_file(tensors, scratch / file, metadata={"format": "pt"})
-        for name, content in about.items():
-            (scratch / name).write_text(json.dumps(content, indent=2) + "\n")
-        backbone.tokenizer.save(scratch / "tokenizer.json")
-
-
-def _find(name_or_path: str | Path) -> files.Source:
-    source = files.find(name_or_path)
-    if source.kind and source.model_type != "clip":
-        raise WeightsError(
-            f"{source.directory / source.kind}: model_type {source.model_type!r}, expected 'clip'. "
-            "Give the weights of a CLIP."
-        )
-    return source
+    about[beside.PREPROCESSING] = preprocessing
+    tensors = convert.to_source(jax.device_get(params), table)
+    beside.write(path, file, tensors, about, backbone.tokenizer, dtype)
 
 
 def _config(
@@ -155,8 +126,8 @@ def _config(
     if openai or not source.kind:
         if not {"token_embedding.weight", "visual.conv1.weight"} <= set(tensors):
             raise WeightsError(
-                f"{what}: tensors of {_family(tensors)} and no config beside them. Expected an "
-                "OpenAI CLIP file, or the directory of a model with its config."
+                f"{what}: tensors of {families.describe(tensors)} and no config beside them. "
+                "Expected an OpenAI CLIP file, or the directory of a model with its config."
             )
         config = open_clip.from_shapes({name: array.shape for name, array in tensors.items()})
         if not openai:
@@ -180,7 +151,7 @@ def _config(
 def _backbone(source: files.Source, config: ClipConfig, dtype: Any, openai: bool) -> Backbone:
     directory = source.directory
     hugging_face = source.kind == files.HUGGING_FACE and not openai
-    preprocessing = directory / "preprocessor_config.json"
+    preprocessing = directory / beside.PREPROCESSING
     stored = files.read_json(preprocessing) if hugging_face or preprocessing.is_file() else {}
     # beside OpenCLIP weights only our own says more than open_clip_config.json
     if hugging_face or "cir_jax" in stored:
@@ -188,11 +159,6 @@ def _backbone(source: files.Source, config: ClipConfig, dtype: Any, openai: bool
     else:
         size = config.vision.image_size
         transform = ImageTransform.from_open_clip(source.config.get("preprocess_cfg", {}), size)
-    if transform.crop != config.vision.image_size:
-        raise WeightsError(
-            f"{preprocessing}: images of {transform.crop} pixels, but the model takes "
-            f"{config.vision.image_size}. Correct crop_size (or size)."
-        )
     text = config.text
     last = text.vocab_size - 1
     # OpenAI's published configs carry eos 2, which is no token; the end token is the last word
@@ -205,26 +171,5 @@ def _backbone(source: files.Source, config: ClipConfig, dtype: Any, openai: bool
         # the tokenizer's own padding token where it names one: the config's is often wrong
         pad_id=eos if hugging_face else 0,
     )
-    if tokenizer.vocab_size > text.vocab_size:
-        raise WeightsError(
-            f"{directory}: the tokenizer has {tokenizer.vocab_size} tokens, the model only "
-            f"{text.vocab_size}. Use the tokenizer that comes with the weights."
-        )
+    beside.check(directory, tokenizer, transform, config)
     return Backbone(Clip(config, dtype), tokenizer, transform, f"{source.name}@untrained")
-
-
-def _beside_shapes(config: ClipConfig) -> list[Any]:
-    towers: list[Any] = [config.text, config.vision]
-    names = ("hidden_act", "num_attention_heads", "layer_norm_eps")
-    return [getattr(tower, name, None) for tower in towers for name in names]
-
-
-def _family(tensors: Mapping[str, Any]) -> str:
-    for family, names in _SIGNATURES.items():
-        if all(name in tensors for name in names):
-            return family
-    return f"an unknown model ({', '.join(list(tensors)[:3])} ...)"
-
-
-def _expected(marker: str) -> str:
-    return next(family for family, names in _SIGNATURES.items() if names[0].startswith(marker))

@@ -68,7 +68,7 @@ def to_ours(
         )
     tree: dict[str, Any] = {}
     for name, (path, layout) in names.items():
-        array, paths = np.asarray(tensors[name]), _expand(path)
+        array, paths = np.asarray(tensors[name]), expand(path)
         axes = _TO_OURS[layout]
         if (axes and array.ndim != len(axes)) or (len(paths) > 1 and len(array) % len(paths)):
             raise WeightsError(
@@ -89,13 +89,13 @@ def to_ours(
 def to_source(params: Mapping[str, Any], names: Mapping[str, Target]) -> dict[str, np.ndarray]:
     """The inverse: source tensors from our tree. WeightsError for parameters without a name."""
     flat = flatten(params)
-    paths = {one for path, _ in names.values() for one in _expand(path)}
+    paths = {one for path, _ in names.values() for one in expand(path)}
     if extra := ["/".join(path) for path in flat if path not in paths]:
         raise WeightsError(f"parameters without a name in this format: {_some(extra)}.")
     tensors = {}
     for name, (path, layout) in names.items():
         axes = _TO_SOURCE[layout]
-        parts = [np.asarray(flat[one]) for one in _expand(path)]
+        parts = [np.asarray(flat[one]) for one in expand(path)]
         parts = parts if axes is None else [part.transpose(axes) for part in parts]
         joined = np.concatenate(parts) if len(parts) > 1 else parts[0]
         tensors[name] = np.asarray(joined, order="C")
@@ -126,7 +126,7 @@ def flatten(tree: Mapping[str, Any], prefix: tuple[str, ...] = ()) -> dict[tuple
     return flat
 
 
-def _expand(path: Path) -> list[tuple[str, ...]]:
+def expand(path: Path) -> list[tuple[str, ...]]:
     """The paths of a fused tensor's parts, in their order; of any other tensor, its one path."""
     paths: list[tuple[str, ...]] = [()]
     for key in path:

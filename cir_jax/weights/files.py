@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -56,8 +56,15 @@ class Source:
 
     @property
     def model_type(self) -> str:
-        """ "clip", "blip" ... as the config says; "" where nothing says it."""
-        return "clip" if self.kind == OPEN_CLIP else self.config.get("model_type", "")
+        """ "clip", "blip", "t5", "timm" ... as the config says; "" where nothing says it."""
+        if self.kind == OPEN_CLIP:
+            return "clip"
+        return self.config.get("model_type", "timm" if self.kind else "")
+
+    def what(self) -> str:
+        """The weights as messages call them: the file, or the directory of several."""
+        paths = self.files()
+        return str(paths[0]) if len(paths) == 1 else f"{self.directory} ({len(paths)} files)"
 
     def files(self) -> list[Path]:
         """The files that hold the tensors; fetched from the hub where they are not here."""
@@ -101,13 +108,24 @@ def _reader(tensors: Mapping[str, np.ndarray], name: str) -> Any:
     return lambda: tensors[name]
 
 
-def find(name_or_path: str | Path) -> Source:
+def without(tensors: Mapping[str, np.ndarray], names: Container[str]) -> Mapping[str, np.ndarray]:
+    """The other tensors, not read yet."""
+    return Lazy({name: _reader(tensors, name) for name in tensors if name not in names})
+
+
+def places(name_or_path: str | Path) -> tuple[Path, Path]:
+    """Where a path may lie: as it is given, or relative to the repository."""
+    return Path(name_or_path).expanduser(), REPOSITORY / name_or_path
+
+
+def find(name_or_path: str | Path, what: str = "backbone") -> Source:
     """A directory (also relative to the repository), a weight file, or a hub id (cached).
 
-    Raises WeightsError that says what to download and where to put it.
+    what: is wanted, for the message. Raises WeightsError that says what to download and where to
+    put it.
     """
     given = str(name_or_path)
-    for path in (Path(given).expanduser(), REPOSITORY / given):
+    for path in places(given):
         if path.is_file() and path.suffix in _SUFFIXES:
             return _of_file(path.resolve())
         if path.is_dir() and (found := _of_directory(path.resolve(), path.resolve().name)):
@@ -122,11 +140,15 @@ def find(name_or_path: str | Path) -> Source:
         reason = f"a file of unknown kind; expected one of {', '.join(_SUFFIXES)}"
     else:
         reason = "no such directory with a config.json"
+    if what == "backbone":
+        kinds = "an OpenCLIP directory, an OpenAI .pt or BLIP .pth file"
+        use = "set --config.backbone=DIR"
+    else:
+        kinds, use = "a timm directory", "give DIR"
     raise WeightsError(
-        f"backbone {given!r}: {reason}. Give a directory in Hugging Face format (config.json, "
-        "model.safetensors, tokenizer.json, preprocessor_config.json), an OpenCLIP directory, an "
-        "OpenAI .pt file, or download one where there is a network, "
-        f"`hf download {given} --local-dir DIR`, and set --config.backbone=DIR."
+        f"{what} {given!r}: {reason}. Give a directory in Hugging Face format (config.json, "
+        f"model.safetensors, tokenizer.json, preprocessor_config.json), {kinds}, or download one "
+        f"where there is a network, `hf download {given} --local-dir DIR`, and {use}."
     )
 
 
@@ -197,11 +219,12 @@ def new_directory(path: Path) -> Iterator[Path]:
 
 def _of_directory(path: Path, name: str, hub_id: str = "") -> Source | None:
     # hub repositories of OpenCLIP have another library's config.json too, which names no model_type
-    for kind in (HUGGING_FACE, OPEN_CLIP):
-        if (path / kind).is_file():
-            config = read_json(path / kind)
-            if kind == OPEN_CLIP or "model_type" in config:
-                return Source(name, path, kind, config, hub_id=hub_id)
+    configs = {k: read_json(path / k) for k in (HUGGING_FACE, OPEN_CLIP) if (path / k).is_file()}
+    for kind, config in configs.items():
+        if kind == OPEN_CLIP or "model_type" in config:
+            return Source(name, path, kind, config, hub_id=hub_id)
+    if "architecture" in configs.get(HUGGING_FACE, {}):  # timm's own
+        return Source(name, path, HUGGING_FACE, configs[HUGGING_FACE], hub_id=hub_id)
     return None
 
 
@@ -217,8 +240,9 @@ def _snapshot(hub_id: str) -> tuple[Path | None, str]:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
+    small = ["*.json", "merges.txt", "vocab.txt", "spiece.model"]
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=["*.json", "merges.txt"])), ""
+        return Path(snapshot_download(hub_id, allow_patterns=small)), ""
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
         return None, str(error).splitlines()[0] if str(error) else type(error).__name__
 

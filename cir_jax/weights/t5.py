@@ -1,5 +1,6 @@
 """T5 encoders in Hugging Face format: names of their tensors."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,6 +16,14 @@ IGNORE = (
     r"decoder\..*",  # of the whole T5 the encoder is enough
     r"lm_head\.weight",
 )
+CONTEXT_LENGTH = 512
+"""Tokens of T5's own training texts (`n_positions` of its config)."""
+
+TOKENIZER = (
+    "It is tokenizer.json or spiece.model, the same for T5 v1.0, v1.1 and Flan-T5: "
+    "`hf download google/flan-t5-small spiece.model --local-dir {}`."
+)
+
 SHARED, EMBEDDING = "shared.weight", "encoder.embed_tokens.weight"
 """Two names of one tensor; files hold the first, the second or both."""
 
@@ -62,15 +71,16 @@ def to_params(
 
     dtype: of the parameters; None = as they are stored.
     """
-    tensors = dict(tensors)
-    embedding = tensors.pop(EMBEDDING, None)
-    if embedding is not None and not np.array_equal(
-        embedding, tensors.setdefault(SHARED, embedding)
-    ):
-        raise WeightsError(
-            f"{what}: {SHARED} and {EMBEDDING} differ; T5 ties them. Save the model again."
-        )
-    params = convert.to_ours(tensors, names(config), ignore=IGNORE, what=what, dtype=dtype)
+    table, ignore = names(config), IGNORE
+    if SHARED not in tensors:
+        table[EMBEDDING] = table.pop(SHARED)
+    elif EMBEDDING in tensors:
+        if not np.array_equal(tensors[EMBEDDING], tensors[SHARED]):
+            raise WeightsError(
+                f"{what}: {SHARED} and {EMBEDDING} differ; T5 ties them. Save the model again."
+            )
+        ignore = (*IGNORE, re.escape(EMBEDDING))
+    params = convert.to_ours(tensors, table, ignore=ignore, what=what, dtype=dtype)
     convert.check_shapes(params, shapes(T5Encoder(config)), what)
     return params
 

@@ -1,5 +1,6 @@
 """timm's state dicts of the light encoders <-> our variables (params and batch_stats)."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -7,7 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cir_jax.models.light import LightEncoder
+from cir_jax.errors import WeightsError
+from cir_jax.input.images import IMAGENET_MEAN, IMAGENET_STD, ImageTransform
+from cir_jax.models.light import PUBLISHED, LightEncoder
 from cir_jax.weights import convert
 
 IGNORE = (
@@ -15,6 +18,18 @@ IGNORE = (
     r"(classifier|head)\..*",  # ImageNet's classes
     r".*\.attention_bias_idxs",  # a constant that older files of EfficientViT store
 )
+
+TAGS = {
+    "efficientnet_b0": "ra_in1k",
+    "efficientnet_b2": "ra_in1k",
+    "efficientvit_m2": "r224_in1k",
+    "mobilenetv2_100": "ra_in1k",
+    "mobilevitv2_100": "cvnets_in1k",
+}
+"""timm's default weights of ISA's query encoders."""
+
+_IMAGE_SIZES = {"efficientnet_b1": 240, "efficientnet_b2": 256, "efficientnet_b3": 288}
+_MODES = {"bicubic": 3, "bilinear": 2}
 
 # leaf of our tree -> (timm's, layout)
 _LEAVES = {
@@ -25,6 +40,50 @@ _LEAVES = {
     "var": ("running_var", "same"),
     "attention_biases": ("attention_biases", "same"),
 }
+
+
+def hub_id(name: str) -> str:
+    """Hub id of what timm calls `name`; any other name as it is.
+
+    "mobilenetv2_100", "mobilenetv2_100.ra_in1k", "hf_hub:timm/mobilenetv2_100.ra_in1k".
+    """
+    name = name.removeprefix("hf_hub:").removeprefix("hf-hub:")
+    base, _, tag = name.partition(".")
+    if base not in PUBLISHED:
+        return name
+    if not tag and base not in TAGS:
+        raise WeightsError(
+            f"encoder {name!r}: say which of timm's weights, {name}.TAG "
+            f"(https://huggingface.co/timm lists them), or give a directory or file."
+        )
+    return f"timm/{base}.{tag or TAGS[base]}"
+
+
+def image_transform(name: str, config: Mapping[str, Any]) -> ImageTransform:
+    """timm's evaluation transform, from the `pretrained_cfg` of a config.json.
+
+    {} = the defaults of the published encoder `name`. Raises WeightsError for modes that are not
+    implemented.
+    """
+    mobilevit = name.startswith("mobilevit")
+    mean, std = ((0.0,) * 3, (1.0,) * 3) if mobilevit else (IMAGENET_MEAN, IMAGENET_STD)
+    usual = 256 if mobilevit else _IMAGE_SIZES.get(name, 224)
+    size = config.get("input_size", (3, usual, usual))[-1]
+    mode, filter_name = config.get("crop_mode", "center"), config.get("interpolation", "bicubic")
+    if mode not in ("center", "squash") or filter_name not in _MODES:
+        raise WeightsError(
+            f"{name}: pretrained_cfg says crop_mode {mode!r} and interpolation {filter_name!r}; "
+            f"expected 'center' or 'squash', and one of {', '.join(_MODES)}."
+        )
+    return ImageTransform(
+        resize=math.floor(size / (config.get("crop_pct") or (0.888 if mobilevit else 0.875))),
+        crop=size,
+        mean=tuple(config.get("mean", mean)),
+        std=tuple(config.get("std", std)),
+        squash=mode == "squash",
+        resample=_MODES[filter_name],
+        round_offset=True,
+    )
 
 
 def shapes(model: LightEncoder) -> dict[str, Any]:

@@ -59,11 +59,29 @@ def read(path: Path) -> Mapping[str, np.ndarray]:
 
     Raises WeightsError naming the file when it cannot be read or holds no tensors.
     """
+    tensors = _flatten(_unwrap(_tree(path)))
+    if not tensors:
+        raise WeightsError(f"{path}: holds no tensors. Expected the weights of a model.")
+    return _without_module(tensors)
+
+
+def read_parts(path: Path) -> dict[str, Mapping[str, np.ndarray]]:
+    """The state dicts of a training checkpoint by their key; a tensor beside them is under "".
+
+    Raises WeightsError naming the file when it cannot be read.
+    """
+    tree = _tree(path)
+    parts: dict[str, dict[str, Any]] = {}
+    for key, value in tree.items() if isinstance(tree, Mapping) else ():
+        name = str(key) if isinstance(value, Mapping) else ""
+        if found := _flatten(value, "" if name else f"{key}."):
+            parts.setdefault(name, {}).update(found)
+    return {name: _without_module(tensors) for name, tensors in parts.items()}
+
+
+def _tree(path: Path) -> Any:
     try:
-        if zipfile.is_zipfile(path):
-            tree = _Archive(path).tree()
-        else:
-            tree = _legacy(path)
+        return _Archive(path).tree() if zipfile.is_zipfile(path) else _legacy(path)
     except WeightsError:
         raise
     except Exception as error:  # a corrupt pickle raises whatever its opcodes run into
@@ -71,9 +89,9 @@ def read(path: Path) -> Mapping[str, np.ndarray]:
             f"{path}: not a readable PyTorch file ({type(error).__name__}: {error}). "
             "Download or copy it again."
         ) from error
-    tensors = _flatten(_unwrap(tree))
-    if not tensors:
-        raise WeightsError(f"{path}: holds no tensors. Expected the weights of a model.")
+
+
+def _without_module(tensors: dict[str, Any]) -> Lazy:
     if all(name.startswith("module.") for name in tensors):  # of DataParallel
         tensors = {name.removeprefix("module."): reader for name, reader in tensors.items()}
     return Lazy(tensors)

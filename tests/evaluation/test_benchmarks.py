@@ -5,14 +5,22 @@ import dataclasses
 import numpy as np
 import pytest
 
-from cir_jax.errors import DataError
+from cir_jax.errors import ConfigError, DataError
 from cir_jax.evaluation import benchmarks, protocols
 from tests import tiny as factory
 from tests.evaluation import worlds
 
 
+SHARED = protocols.variant(protocols.CIRCO, ["shared_concept"])
+SOFT = protocols.variant(protocols.CIRR, ["artemis"])
+
+
 def broken(protocol, position, **changes):
     queries = list(worlds.queries(protocol))
+    if protocol in (SHARED, SOFT):
+        queries = [
+            dataclasses.replace(q, concept="a tile", soft=((q.targets[0], 1.0),)) for q in queries
+        ]
     queries[position] = dataclasses.replace(queries[position], **changes)
     return worlds.benchmark(protocol, queries=tuple(queries))
 
@@ -29,6 +37,9 @@ def broken(protocol, position, **changes):
         (protocols.CIRR, {"reference": 1, "targets": (1,)}, "the reference is a ground truth"),
         (protocols.CIRR, {"candidates": ()}, "no candidates, which protocol cirr"),
         (protocols.GENECIS, {"candidates": (5, 6)}, "is not among the candidates"),
+        (SHARED, {"concept": ""}, "no shared concept, which protocol circo(gallery=all"),
+        (SOFT, {"soft": ()}, "no graded answers, which protocol cirr"),
+        (SOFT, {"soft": ((50, 1.0),)}, "graded answer 50 is outside the gallery of 45"),
         (protocols.FASHIONIQ, {"category": "evn"}, "unknown category 'evn'. Did you mean 'even'"),
         (protocols.FASHIONIQ, {"category": "even", "targets": (1,)}, "1 is not of category 'even'"),
     ],
@@ -88,7 +99,8 @@ def test_load_reads_prepared_tables(tables):
     benchmark = benchmarks.load("shapes/fashioniq", "val")
     assert benchmark.queries == worlds.queries(protocols.FASHIONIQ)
     assert benchmark.categories[:2] == (frozenset({"even"}), frozenset({"odd"}))
-    assert benchmark.counts == {"queries": 14, "gallery": 45}
+    groups = {"gallery even": 23, "gallery odd": 22}
+    assert benchmark.counts == {"queries": 14, "gallery": 45} | groups
     del tables["fashioniq"].records[3]["texts"]
     with pytest.raises(DataError, match=r"record 3: not a query record \(KeyError: 'texts'"):
         benchmarks.load("shapes/fashioniq", "val")
@@ -105,3 +117,55 @@ def test_a_partial_gallery_is_refused_unless_allowed(tables, monkeypatch):
         benchmarks.load("real/fashioniq", "val")
     partial = benchmarks.load("real/fashioniq", "val", allow_partial=True)
     assert partial.name == "real/fashioniq (partial)"
+
+
+def test_the_registry_knows_the_official_counts():
+    counts = {name: benchmarks.find(name).counts for name in ("circo", "cirr", "fashioniq")}
+    assert counts["circo"] == {"val": (220, 123403), "test": (800, 123403)}
+    assert counts["cirr"]["val"] == (4181, 2297) and counts["cirr"]["test1"] == (4148, 2315)
+    assert counts["fashioniq"]["val"] == (6016, 15415)
+    groups = benchmarks.find("fashioniq").groups
+    names = ("dress", "shirt", "toptee")
+    assert [groups["category", "val", n] for n in names] == [3817, 6346, 5373]
+    assert [groups["triplets", "val", n] for n in names] == [2628, 3089, 2902]
+
+
+def test_variants_are_parts_of_the_name():
+    entry = benchmarks.find("fashioniq:small_gallery+capitalised")
+    assert (entry.protocol.gallery, entry.protocol.captions) == ("triplets", "capitalised")
+    assert benchmarks.find("shapes/circo").protocol == protocols.CIRCO
+    with pytest.raises(ConfigError, match="Did you mean 'shared_concept'"):
+        benchmarks.find("circo:shared_concepts")
+
+
+def test_default_splits_have_public_labels():
+    assert benchmarks.find("shapes/circo").split == "test_0"
+    for name in ("circo", "cirr", "fashioniq", "genecis", "coco_object"):
+        assert benchmarks.find(name).split == "val"
+
+
+def test_required_tables_are_those_of_all_benchmarks():
+    needed = benchmarks.required(["circo", "circo:shared_concept", "coco_captions", "coco_object"])
+    assert needed["circo"] == {"queries", "gallery"}
+    assert needed["coco_captions"] == {"captions", "gallery", "original", "cxc", "eccv"}
+    assert needed["coco_object"] == {"queries", "gallery", "references"}
+
+
+def test_a_mark_makes_data_partial(tables):
+    mark = {"splits": {"val": {"complete": False, "lost": {"queries": 2, "gallery": 0}}}}
+    tables["fashioniq"].mark = lambda: mark
+    with pytest.raises(DataError, match=r"incomplete files \(lost: 2 queries\).*--allow_partial"):
+        benchmarks.load("shapes/fashioniq", "val")
+    partial = benchmarks.load("shapes/fashioniq", "val", allow_partial=True)
+    assert partial.partial and partial.name == "shapes/fashioniq (partial)"
+    mark["splits"]["val"]["complete"] = True
+    assert not benchmarks.load("shapes/fashioniq", "val").partial
+
+
+def test_a_category_of_the_wrong_size_is_refused(tables, monkeypatch):
+    entry = dataclasses.replace(
+        benchmarks.find("shapes/fashioniq"), groups={("category", "val", "odd"): 23}
+    )
+    monkeypatch.setitem(benchmarks.REGISTRY, "shapes/fashioniq", entry)
+    with pytest.raises(DataError, match="22 gallery images of odd, the official split has 23"):
+        benchmarks.load("shapes/fashioniq", "val")

@@ -1,14 +1,25 @@
 """One evaluation for all benchmarks: protocols, baselines, meshes."""
 
+import dataclasses
+import io
 import json
 
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
-from cir_jax.errors import DataError
-from cir_jax.evaluation import evaluate, protocols, report
-from cir_jax.evaluation.benchmarks import CaptionBenchmark
+from cir_jax.errors import ConfigError, DataError
+from cir_jax.evaluation import (
+    benchmarks,
+    captions,
+    evaluate,
+    page,
+    protocols,
+    published,
+    report,
+)
+from cir_jax.evaluation.queries import CaptionBenchmark, Truth
 from cir_jax.evaluation.result import combine
 from cir_jax.retrieval.features import image_features, unit
 from tests import tiny as factory
@@ -124,8 +135,6 @@ def test_splits_are_combined_by_query(oracle):
 
 
 def test_without_public_ground_truth_there_are_rankings_but_no_metrics(oracle):
-    import dataclasses
-
     hidden = tuple(
         dataclasses.replace(q, targets=(), aspects=()) for q in worlds.queries(protocols.CIRR)
     )
@@ -147,14 +156,19 @@ def test_table_and_json(oracle, tmp_path):
     results = [
         evaluate.evaluate(*oracle, worlds.benchmark(), mesh=mesh, method=name) for name in "ab"
     ]
-    text = report.format_table(results, {("a", "mAP@5"): 12.3})
+    row = published.Row("tiles/circo", "val", "paper", "a", "clip_l14", {"mAP@5": 12.3})
+    text = report.format_table(results, [row])
     lines = text.splitlines()
     assert "tiles/circo val: 14 queries, 45 gallery images" in lines[0]
     assert protocols.CIRCO.id in lines[1] and "tiny@0" in lines[1]
-    assert lines[3].split()[:3] == ["method", "mAP@5", "paper"]
+    assert lines[3].split()[:3] == ["method", "mAP@5", "mAP@10"]
     x = results[0].metrics["mAP@5"]
-    assert lines[5].split()[:4] == ["a", f"{x.value:.2f}", f"+-{x.se:.2f}", "12.30"]
-    assert lines[6].split()[3] == "-"
+    assert lines[5].split()[:3] == ["a", f"{x.value:.2f}", f"+-{x.se:.2f}"]
+    # never in a row of ours
+    assert lines[8:] == ["published:", lines[9]]
+    assert lines[9].split()[:5] == ["a", "(paper;", "clip_l14)", "12.30", "-"]
+    with pytest.raises(ValueError, match="a published row of circo val"):
+        report.format_table(results, [dataclasses.replace(row, benchmark="circo")])
     paths = [tmp_path / "x" / "results.json", tmp_path / "y.json"]
     for path, result in zip(paths, results, strict=True):
         report.write_results(path, [result], ["eval", "--seed=0"])
@@ -165,6 +179,22 @@ def test_table_and_json(oracle, tmp_path):
     assert not list(tmp_path.glob("**/.*"))  # no temporary files are left
     whole = json.loads(paths[0].read_text())
     assert whole["versions"]["jax"] == jax.__version__ and whole["command"] == ["eval", "--seed=0"]
+    assert whole["published"] == [] and first["partial"] is False and first["seed"] == 0
+
+
+def test_partial_data_are_marked_in_table_json_picture_and_page(oracle, tmp_path):
+    benchmark = worlds.benchmark(name="circo (partial)", partial=True, data="circo@1.0.0")
+    result = evaluate.evaluate(*oracle, benchmark, mesh=worlds.mesh(1), method="searle")
+    text = report.format_table([result], report.published_rows([result]))
+    assert "PARTIAL DATA" in text and "circo (partial) val" in text and "published" not in text
+    content = report.to_dict([result])
+    assert content["results"][0]["partial"] and content["results"][0]["data"] == "circo@1.0.0"
+    assert content["published"] == []
+    html = page.page("title", [page.Section(benchmark, result, text)])
+    assert "circo (partial)" in html and "PARTIAL DATA" in html
+    whole = dataclasses.replace(result, benchmark="circo", partial=False)
+    rows = report.to_dict([whole])["published"]
+    assert {row["method"] for row in rows} == {"searle"} and rows[0]["source"]
 
 
 def test_a_table_holds_one_benchmark_only(oracle):
@@ -179,8 +209,8 @@ def test_caption_retrieval_finds_the_colour(tiny):
     backbone, params = tiny
     rng = np.random.default_rng(0)
     records = [{"image": worlds.tile(rng, c)} for c in (0, 1, 2)]
-    captions = (("a red star", "star"), ("a green star", "red"), ("a blue circle", "blue"))
-    benchmark = CaptionBenchmark("tiles/captions", "val", protocols.CAPTIONS, records, captions)
+    texts = (("a red star", "star"), ("a green star", "red"), ("a blue circle", "blue"))
+    benchmark = CaptionBenchmark("tiles/captions", "val", protocols.CAPTIONS, records, texts)
     result = evaluate.evaluate(
         worlds.ColourOracle(backbone), {}, {"backbone": params}, benchmark, mesh=worlds.mesh(1)
     )
@@ -198,3 +228,180 @@ def test_every_caption_table_record_needs_both_kinds():
     table = factory.caption_table(3)
     with pytest.raises(DataError, match="record 1: 1 captions"):
         CaptionBenchmark("x", "val", protocols.CAPTIONS, table, (("a", "b"), ("c",), ("d", "e")))
+
+
+def soft_benchmark():
+    """CIRR with graded answers: the target in full, another of its colour by half."""
+    made = []
+    for query in worlds.queries(protocols.CIRR):
+        target = query.targets[0]
+        other = next(
+            i
+            for i in range(45)
+            if i % 3 == target % 3 and i not in (target, query.reference, *query.candidates)
+        )
+        made.append(dataclasses.replace(query, soft=((other, 0.5), (target, 1.0))))
+    artemis = protocols.variant(protocols.CIRR, ["artemis"])
+    return worlds.benchmark(artemis, queries=tuple(made))
+
+
+def test_graded_answers_are_ranked_as_the_released_code_does(slerp):
+    benchmark = soft_benchmark()
+    result = evaluate.evaluate(*slerp, benchmark, mesh=worlds.mesh(1))
+    for k in (1, 5, 10):
+        best = []
+        for query, top in zip(benchmark.queries, result.top, strict=True):
+            best.append(max([w for i, w in query.soft if i in top[:k]], default=0))
+        assert result.metrics[f"R@{k}"].value == pytest.approx(100 * np.mean(best))
+    for k in (1, 2, 3):
+        best = []
+        for query, top in zip(benchmark.queries, result.top, strict=True):
+            members = [i for i in top if i in query.candidates][:k]
+            best.append(max([w for i, w in query.soft if i in members], default=0))
+        assert result.metrics[f"Rs@{k}"].value == pytest.approx(100 * np.mean(best))
+    assert any(0 < result.metrics[name].value < 100 for name in result.headline)
+
+
+def test_the_small_gallery_ranks_among_the_images_of_the_triplets(slerp):
+    small = protocols.variant(protocols.FASHIONIQ, ["small_gallery"])
+    queries = tuple(
+        dataclasses.replace(query, category="ab"[i % 2])
+        for i, query in enumerate(worlds.queries(protocols.FASHIONIQ))
+    )
+    categories = benchmarks._categories(small, range(45), queries)
+    benchmark = worlds.benchmark(small, queries=queries, categories=categories)
+    result = evaluate.evaluate(*slerp, benchmark, mesh=worlds.mesh(1))
+    for name in "ab":
+        own = [q for q in queries if q.category == name]
+        expected = {q.reference for q in own} | {q.targets[0] for q in own}
+        assert benchmark.counts[f"gallery {name}"] == len(expected) < 45
+        for query, top in zip(queries, result.top, strict=True):
+            if query.category == name:
+                assert set(top[top >= 0]) == expected
+
+
+def test_references_of_their_own_are_squashed(tiny):
+    """COCO objects: the query's image comes from another table, and keeps no aspect ratio."""
+    backbone, params = tiny
+    rng = np.random.default_rng(3)
+    buffer = io.BytesIO()
+    wide = Image.fromarray(rng.integers(0, 255, (20, 60, 3), np.uint8))
+    wide.save(buffer, "PNG")
+    reference = {"image": buffer.getvalue()}
+    query = worlds.Query(0, 0, ("red and star and blue",), (4,))
+    benchmark = worlds.benchmark(
+        protocols.COCO_OBJECT, queries=(query,), references=[reference], name="coco_object"
+    )
+    image_only = evaluate.composers.build("image_only", backbone)
+    frozen = {"backbone": params}
+    result = evaluate.evaluate(image_only, {}, frozen, benchmark, mesh=worlds.mesh(1))
+    pixels = np.asarray(wide.resize((16, 16), Image.Resampling.BICUBIC))[None]
+    expected = unit(np.asarray(jax.jit(backbone.encode_image)(params, pixels)))[0]
+    gallery = image_features(
+        backbone, params, benchmark.gallery, mesh=worlds.mesh(1), normalise=True
+    )
+    np.testing.assert_allclose(result.scores[0], np.sort(gallery @ expected)[::-1], rtol=1e-4)
+    assert result.metrics["mean rank"].value == 1 + result.outcome.target_ranks[0, 0]
+    outside = dataclasses.replace(query, reference=1)
+    with pytest.raises(DataError, match="reference 1 is outside the table of references of 1"):
+        worlds.benchmark(protocols.COCO_OBJECT, queries=(outside,), references=[reference])
+
+
+def test_inversion_wants_a_pseudo_word_and_has_no_baselines(tiny):
+    backbone, params = tiny
+    queries = tuple(worlds.Query(i, i, ("",), (i,)) for i in range(45))
+    benchmark = worlds.benchmark(protocols.INVERSION, queries=queries, name="shapes/inversion")
+    with pytest.raises(ConfigError, match="does not have"):
+        evaluate.evaluate_with_baselines(
+            evaluate.composers.build("slerp", backbone),
+            {},
+            {"backbone": params},
+            benchmark,
+            mesh=worlds.mesh(1),
+        )
+
+    class Named(evaluate.composers.composer_class("image_only")):
+        """Stands for a perfect inversion."""
+
+        def prompt(self, text):
+            return f"a photo of red that {text}" if text else "a photo of red"
+
+    results = evaluate.evaluate_with_baselines(
+        Named(backbone), {}, {"backbone": params}, benchmark, mesh=worlds.mesh(1), method="named"
+    )
+    assert [r.method for r in results] == ["named"]
+    assert results[0].metrics["R@1"].value == 100
+
+
+def coco_benchmark(rng, images=10):
+    """Two captions per image, listed in an official order that is not ours."""
+    captions = tuple((f"{i}a", f"{i}b") for i in range(images))
+    owner = np.repeat(np.arange(images), 2)
+    own = [tuple(np.flatnonzero(owner == i).tolist()) for i in range(images)]
+    original = {
+        "t2i": Truth(np.arange(2 * images), tuple((int(i),) for i in owner)),
+        "i2t": Truth(np.arange(images), tuple(own)),
+    }
+    more = {
+        "t2i": Truth(np.arange(4), ((0, 3, 5), (1,), (1, 2), (0, 9))),
+        "i2t": Truth(np.asarray([2, 7]), ((4, 5, 0), (1, 14))),
+    }
+    # folds are of whole images: captions 2i and 2i + 1 stay neighbours
+    order = rng.permutation(images).repeat(2) * 2 + np.tile([0, 1], images)
+    official = np.empty(2 * images, np.int64)
+    official[order] = np.arange(2 * images)
+    return CaptionBenchmark(
+        "coco_captions",
+        "test",
+        protocols.COCO_CAPTIONS,
+        [{"image": b""}] * images,
+        captions,
+        truths={"original": original, "cxc": more, "eccv": more},
+        order=official,
+    ), owner.astype(np.int32)
+
+
+def test_coco_captions_are_measured_as_the_package_does():
+    rng = np.random.default_rng(5)
+    benchmark, owner = coco_benchmark(rng)
+    images = unit(rng.normal(size=(10, 6)).astype(np.float32))
+    texts = unit(images[owner] + 0.9 * rng.normal(size=(20, 6)).astype(np.float32))
+    found, headline, _ = captions.coco_metrics(benchmark, texts, images, owner)
+    scores = {"t2i": texts @ images.T, "i2t": images @ texts.T}
+
+    def retrieved(direction, query, allowed=None):
+        order = np.argsort(-scores[direction][query], kind="stable")
+        return [int(i) for i in order if allowed is None or i in allowed]
+
+    for direction in ("i2t", "t2i"):
+        for table, name in (("original", "COCO 5k"), ("cxc", "CxC")):
+            truth = benchmark.truths[table][direction]
+            for k in (1, 5, 10):
+                hits = [
+                    bool(set(retrieved(direction, q)[:k]) & set(t))
+                    for q, t in zip(truth.queries, truth.targets, strict=True)
+                ]
+                expected = 100 * np.mean(hits)
+                assert found[f"{direction} {name} R@{k}"].value == pytest.approx(expected)
+        truth = benchmark.truths["eccv"][direction]
+        precision = [
+            len(set(retrieved(direction, q)[: len(t)]) & set(t)) / len(t)
+            for q, t in zip(truth.queries, truth.targets, strict=True)
+        ]
+        assert found[f"{direction} ECCV R-P"].value == pytest.approx(100 * np.mean(precision))
+    position = np.argsort(benchmark.order)  # official number -> our position
+    for k in (1, 5):
+        recalls = {"t2i": [], "i2t": []}
+        for fold in range(5):
+            mine = [int(i) for i in position[4 * fold : 4 * fold + 4]]
+            here = {int(owner[i]) for i in mine}
+            recalls["t2i"].append(
+                np.mean([owner[q] in retrieved("t2i", q, here)[:k] for q in mine])
+            )
+            recalls["i2t"].append(
+                np.mean([any(owner[c] == i for c in retrieved("i2t", i, mine)[:k]) for i in here])
+            )
+        for direction, values in recalls.items():
+            expected = 100 * np.mean(values)
+            assert found[f"{direction} COCO 1k R@{k}"].value == pytest.approx(expected)
+    assert "i2t ECCV mAP@R" in headline and not any("1k" in name for name in headline)

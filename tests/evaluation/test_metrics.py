@@ -17,8 +17,11 @@ def load(name):
     return dict(np.load(GOLDEN / f"metrics_{name}.npz"))
 
 
-def test_circo_equals_the_official_evaluation():
-    data = load("circo")
+KS = (5, 10, 25, 50)
+
+
+def circo_numbers(data):
+    """What we measure on the features of a fixture, after comparing the ranking."""
     where = {int(image): i for i, image in enumerate(data["in/index_ids"])}
     targets = np.vectorize(lambda x: where.get(x, -1))(data["in/gt_img_ids"]).astype(np.int32)
     assert (targets[:, 0] == [where[i] for i in data["in/target_img_id"]]).all()
@@ -31,20 +34,25 @@ def test_circo_equals_the_official_evaluation():
         query_block=96,
     )
     np.testing.assert_array_equal(data["in/index_ids"][ranked.top], data["out/top50_ids"])
-    names = [str(i) for i in range(9)]
     aspects = tuple(
-        tuple(n for n, on in zip(names, row, strict=True) if on)
-        for row in data["in/semantic_aspects"]
+        tuple(str(i) for i, on in enumerate(row) if on) for row in data["in/semantic_aspects"]
     )
     count = len(targets)
     outcome = Outcome(ranked.target_ranks, np.full(count, -1), ("",) * count, aspects)
-    found = protocols.measure(protocols.CIRCO, outcome)
-    ks = (5, 10, 25, 50)
+    return protocols.measure(protocols.CIRCO, outcome)
+
+
+def check_circo(data):
+    found = circo_numbers(data)
     for prefix, key in (("mAP", "out/map_at"), ("R", "out/recall_at")):
-        ours = [found[f"{prefix}@{k}"].value for k in ks]
+        ours = [found[f"{prefix}@{k}"].value for k in KS]
         np.testing.assert_allclose(ours, 100 * data[key], rtol=1e-6)
-    ours = [found[f"mAP@10/{name}"].value for name in names]
+    ours = [found[f"mAP@10/{i}"].value for i in range(9)]
     np.testing.assert_allclose(ours, 100 * data["out/semantic_map_at10"], rtol=1e-6)
+
+
+def test_circo_equals_the_official_evaluation():
+    check_circo(load("circo"))
 
 
 def test_cirr_equals_the_official_evaluation():
@@ -150,3 +158,81 @@ def test_fashioniq_captions_are_stripped_and_joined_in_both_orders():
     assert protocols.CIRR.join([" kept as it is."], "query") == [" kept as it is."]
     with pytest.raises(Exception, match="record 3: 2 texts, protocol cirr"):
         protocols.CIRR.join(["a", "b"], "record 3")
+
+
+def test_r_precision_and_map_at_r_by_hand():
+    # two ground truths at 0 and 3; three at 1, 2 and 9; one at 0
+    ranks = np.array([[0, 3, -1], [9, 1, 2], [0, -1, -1]])
+    np.testing.assert_allclose(metrics.r_precision(ranks), [50, 200 / 3, 100])
+    # R = 2: only the hit at 0 counts; R = 3: precisions 1/2 and 2/3 at its hits
+    expected = [100 * 1 / 2, 100 * (1 / 2 + 2 / 3) / 3, 100]
+    np.testing.assert_allclose(metrics.map_at_r(ranks), expected)
+    with pytest.raises(ValueError, match="query 1 has no ground truth"):
+        metrics.r_precision(np.array([[0], [-1]]))
+
+
+def test_map_at_r_follows_the_definition_item_by_item():
+    rng = np.random.default_rng(0)
+    right = [set(rng.permutation(30)[: 1 + i % 9].tolist()) for i in range(40)]
+    ranks = np.full((40, 9), -1)
+    for line, found in zip(ranks, right, strict=True):
+        line[: len(found)] = sorted(found)
+    for value, precision, found in zip(
+        metrics.map_at_r(ranks), metrics.r_precision(ranks), right, strict=True
+    ):
+        total = len(found)
+        top = [sum(i in found for i in range(r)) / r for r in range(1, total + 1)]
+        gains = [p for i, p in enumerate(top) if i in found]
+        assert value == pytest.approx(100 * sum(gains) / total)
+        assert precision == pytest.approx(100 * top[-1])
+
+
+def test_graded_answers_score_the_best_grade_in_the_top():
+    ranks = np.array([[0, 4, -1], [2, 0, 1], [9, -1, -1]])
+    weights = np.array([[0.5, 1.0, 1.0], [0.2, -1.0, 0.5], [1.0, 0, 0]])
+    for k, expected in ((1, [50, 0, 0]), (2, [50, 50, 0]), (5, [100, 50, 0]), (10, [100, 50, 100])):
+        np.testing.assert_allclose(metrics.soft_score(ranks, weights, k), expected)
+
+
+def test_graded_answers_count_among_the_first_fifty_only():
+    ranks, subset = np.array([[60, 3]]), np.array([[0, 2]])
+    graded = protocols.Graded(ranks, subset, np.array([[1.0, 0.5]]))
+    outcome = Outcome(np.array([[60]]), np.array([0]), ("",), ((),), graded)
+    found = protocols.measure(protocols.variant(protocols.CIRR, ["artemis"]), outcome)
+    # the full answer is first in its set, but the ranking is cut before it
+    assert found["Rs@1"].value == 0 and found["Rs@3"].value == 50 and found["R@5"].value == 50
+    assert found["Avg"].value == pytest.approx((50 + 0) / 2)
+    both = protocols.concatenate([outcome, outcome])
+    assert protocols.measure(protocols.variant(protocols.CIRR, ["artemis"]), both)["R@5"].n == 2
+
+
+def test_mean_and_median_ranks_count_from_one():
+    ranks = np.array([0, 1, 4, 9])
+    assert metrics.mean_rank(ranks).value == pytest.approx(4.5)
+    assert metrics.median_rank(ranks).value == 3  # floor(2.5) + 1, as the released code
+    outcome = Outcome(ranks[:, None], np.full(4, -1), ("",) * 4, ((),) * 4)
+    found = protocols.measure(protocols.COCO_OBJECT, outcome)
+    assert found["mean rank"].value == pytest.approx(4.5) and found["R@5"].value == 75
+
+
+def test_ties_go_to_the_lowest_position_before_metrics_see_them():
+    # all scores are equal: ground truths at positions 1 and 4 have ranks 1 and 4
+    query, gallery = np.ones((1, 2), np.float32), np.ones((6, 2), np.float32)
+    ranked = ranking.rank(unit(query), unit(gallery), k=6, targets=np.array([[4, 1]], np.int32))
+    np.testing.assert_array_equal(ranked.target_ranks, [[4, 1]])
+    expected = 100 * (1 / 2 + 2 / 5) / 2
+    assert metrics.average_precision(ranked.target_ranks, 5)[0] == pytest.approx(expected)
+
+
+REAL = Path(__file__).resolve().parents[3] / "shared" / "annotations" / "golden_real"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not REAL.is_dir(), reason="the official annotations are not here")
+def test_circo_val_annotations_give_the_official_numbers():
+    data = dict(np.load(REAL / "metrics_circo_val.npz"))
+    check_circo(data)
+    ours = circo_numbers(data)
+    np.testing.assert_allclose([ours[f"mAP@{k}"].value for k in KS], data["out/searle_map_at_pct"])
+    ours = [ours[f"R@{k}"].value for k in KS]
+    np.testing.assert_allclose(ours, data["out/searle_recall_at_pct"], rtol=1e-6)

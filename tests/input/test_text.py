@@ -105,6 +105,53 @@ def test_placeholders_are_found():
         placeholder_positions(tokenizer(["$", "a photo"]), dollar)
 
 
+def test_berts_words_and_texts_left_as_they_are(tmp_path):
+    """vocab.txt and tokenizer.json give the same ids; CLIP's cleaning is not applied."""
+    words = "[PAD] [UNK] [CLS] [SEP] [MASK] naive cat ##s & ; amp $ * , !".split()
+    (tmp_path / "vocab.txt").write_text("\n".join(words) + "\n")
+    kwargs = {"context_length": 12, "bos": "[CLS]", "eos": "[SEP]", "pad": "[PAD]"}
+    tokenizer = Tokenizer.by_tokens(tmp_path, **kwargs)
+    texts = ["Na\u00efve  CATS!", "cat &amp; $, [SEP] cats", "dog"]
+    ids = tokenizer(texts, 12)
+    spelt = [" ".join(words[i] for i in row if i) for row in ids]
+    assert spelt[0] == "[CLS] naive cat ##s ! [SEP]"
+    # a special token in a text is text, and an HTML entity stays one
+    assert spelt[1].startswith("[CLS] cat & amp ; $ , [UNK]") and spelt[1].count("[SEP]") == 1
+    assert spelt[2] == "[CLS] [UNK] [SEP]"
+    assert tokenizer.id_of("$") == words.index("$") and tokenizer([""])[0, :2].tolist() == [2, 3]
+    tokenizer.save(tmp_path / "tokenizer.json")
+    (tmp_path / "vocab.txt").unlink()
+    assert Tokenizer.by_tokens(tmp_path, **kwargs)(texts, 12).tolist() == ids.tolist()
+    none = Tokenizer.by_tokens(tmp_path, **(kwargs | {"bos": None}))
+    assert none(["cat"], 4).tolist() == [[6, 3, 0, 0]] and "bos_token" not in none.to_dict()
+    again = pickle.loads(pickle.dumps(tokenizer))
+    assert again(texts, 12).tolist() == ids.tolist()
+    with pytest.raises(WeightsError, match="tokenizer.json: no token </s>, so it belongs to anoth"):
+        Tokenizer.by_tokens(tmp_path, **(kwargs | {"eos": "</s>"}))
+    (tmp_path / "tokenizer.json").unlink()
+    with pytest.raises(WeightsError, match="tokenizer.json is missing: .* Copy it from"):
+        Tokenizer.by_tokens(tmp_path, **kwargs)
+
+
+@pytest.mark.peer
+def test_wordpiece_is_transformers(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    letters = [chr(c) for c in range(ord("a"), ord("z") + 1)]
+    words = "[PAD] [UNK] [CLS] [SEP] [MASK] the cat red ##d ##s $ * , ! ' - 2 ##2 un ##able".split()
+    words += [*letters, *(f"##{letter}" for letter in letters), "\u4eba"]
+    (tmp_path / "vocab.txt").write_text("\n".join(words) + "\n")
+    theirs = transformers.BertTokenizer(vocab=str(tmp_path / "vocab.txt"))
+    kwargs = {"context_length": 35, "bos": "[CLS]", "eos": "[SEP]", "pad": "[PAD]"}
+    texts = [
+        "A photo of $ that IS red, un-able!",
+        "  \t caf\u00e9\u200b na\u00efve\n", "\u4eba\u4eba cat", "",
+        "it's 2222 $* \u2014 \u00bd", "x" * 120, "the cats " * 30,
+    ]  # fmt: skip
+    ours = Tokenizer.by_tokens(tmp_path, **kwargs)(texts, 35)
+    expected = theirs(texts, padding="max_length", truncation=True, max_length=35)["input_ids"]
+    assert ours.tolist() == expected
+
+
 def test_clip_ids_of_placeholders():
     """With CLIP's vocabulary: `$,` is one chunk, and not a placeholder."""
     merges = parity_core.installed_clip_merges()

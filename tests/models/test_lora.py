@@ -13,6 +13,7 @@ from cir_jax.models.t5 import T5Config, T5Encoder
 from cir_jax.weights import blip as blip_weights
 from tests import parity
 from tests.parity_core import nhwc
+from tests.weights import worlds
 
 GOLDEN = parity.ROOT / "tests" / "golden"
 
@@ -112,6 +113,26 @@ def test_convolutions_are_adapted_by_merging():
     delta = {"kernel": 0.5 * (a @ b).reshape(3, 3, 2, 5), "bias": np.zeros(5, np.float32)}
     parts = (model.apply({"params": tree}, x) for tree in (params["stem"], delta))
     np.testing.assert_allclose(model.apply({"params": merged["stem"]}, x), sum(parts), atol=1e-5)
+
+
+def test_a_resnet_by_path():
+    """Its attention pool either way; its convolutions by merging, and attaching them says so."""
+    backbone, params = worlds.make("resnet")
+    images = np.random.default_rng(0).random((2, 32, 32, 3), np.float32)
+
+    def run(params, adapter=None):
+        with lora.attached(adapter or {}, 0.7):
+            return backbone.model.apply({"params": params}, images, method="encode_image")
+
+    adapter = random_adapter(params, r"vision/attention_pool/(query|value)/kernel")
+    merged = jax.jit(run)(lora.merge(params, adapter, 0.7))
+    assert difference(merged, jax.jit(run)(params, adapter)) < 1e-5
+    assert difference(merged, jax.jit(run)(params)) > 1e-4
+    convolutions = random_adapter(params, r"vision/stages_1_0/conv\d/kernel")
+    assert convolutions["vision"]["stages_1_0"]["conv2"]["kernel"]["a"].shape == (9 * 8, 3)
+    assert difference(lora.merge(params, convolutions, 0.7), params) > 1e-3
+    with pytest.raises(WeightsError, match="stages_1_0/conv1/kernel is not of a dense layer; use"):
+        jax.eval_shape(run, params, convolutions)
 
 
 def test_half_precision_base_keeps_its_type(tiny):

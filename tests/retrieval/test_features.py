@@ -1,11 +1,16 @@
 """Each row once on any mesh; features stored, resumed, and never reused for something else."""
 
 import dataclasses
+import errno
+import io
 import json
+import os
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
 from cir_jax.composers.base import Composer, normalise
 from cir_jax.errors import DataError
@@ -251,3 +256,67 @@ def test_noise_belongs_to_the_query_not_to_the_batch(tiny):
     first = run(0, mesh=mesh(1), batch_size=7)
     np.testing.assert_array_equal(first, run(0, mesh=mesh(3), batch_size=3))
     assert not np.array_equal(first, run(1, mesh=mesh(1), batch_size=7))
+
+
+def part(picture, box):
+    """A record of which the part in the box is meant."""
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    return {"image": buffer.getvalue(), "crop": np.asarray(box, np.int32)}
+
+
+def test_a_part_is_cut_out_and_padded_to_a_black_square():
+    pixels = np.random.default_rng(0).integers(1, 255, (10, 20, 3), np.uint8)
+    picture = Image.fromarray(pixels)
+    square = np.asarray(features.open_image(part(picture, (3, 2, 10, 6)), "image", "record"))
+    # 7 x 4: three missing rows, one above (rounded down) and two below
+    expected = np.zeros((7, 7, 3), np.uint8)
+    expected[1:5] = pixels[2:6, 3:10]
+    np.testing.assert_array_equal(square, expected)
+    whole = features.open_image(part(picture, (0, 0, 0, 0)), "image", "record")
+    np.testing.assert_array_equal(np.asarray(whole), pixels)
+    with pytest.raises(
+        DataError, match=r"record 3: crop \(3, 2, 30, 6\) is not inside the image of"
+    ):
+        features.open_image(part(picture, (3, 2, 30, 6)), "image", "record 3")
+
+
+def test_two_parts_of_one_image_are_two_images_for_the_cache(tiny, tmp_path):
+    pixels = np.random.default_rng(0).integers(1, 255, (40, 40, 3), np.uint8)
+    picture = Image.fromarray(pixels)
+    one, other = [part(picture, (0, 0, 20, 20))], [part(picture, (20, 20, 40, 40))]
+    a, b = run(tiny, one, tmp_path), run(tiny, other, tmp_path)
+    assert not np.allclose(a, b, atol=1e-4)
+    alone = [{"image": part(Image.fromarray(pixels[20:, 20:]), (0, 0, 0, 0))["image"]}]
+    np.testing.assert_allclose(b, run(tiny, alone, tmp_path), rtol=1e-4, atol=1e-5)
+
+
+def test_a_full_disk_is_an_error_that_says_what_to_do(tiny, table, tmp_path, monkeypatch):
+    def full(file):
+        file.write(b"half")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.raises(DataError, match="x.json: cannot be written .No space left on device.*Free"):
+        cache.write_atomically(tmp_path / "x.json", full)
+    assert not list(tmp_path.iterdir())  # nothing half-written
+    monkeypatch.setattr(cache.np, "save", lambda file, rows: full(file))
+    with pytest.raises(DataError, match="chunk_00000.npy: cannot be written"):
+        run(tiny, table, tmp_path)
+    assert not list(tmp_path.glob("*/chunk*"))
+
+
+def test_text_queries_say_that_they_have_no_reference(tiny):
+    backbone, params = tiny
+
+    class Says(Composer):
+        def compose(self, params, frozen, query, rng):
+            given = query.get("has_reference", jnp.ones(len(query["token_ids"]), bool))
+            return given.astype(jnp.float32)[:, None]
+
+    arguments = dict(reference_features=np.zeros((3, 24), np.float32), mesh=mesh(1), batch_size=2)
+    ids, index = np.ones((3, 8), np.int32), np.arange(3, dtype=np.int32)
+    for given in (True, False):
+        found = features.query_features(
+            Says(backbone), {}, {"backbone": params}, ids, index, has_reference=given, **arguments
+        )
+        assert (found == given).all()

@@ -214,12 +214,12 @@ def test_damaged_files_are_named(saved, name):
 
 
 def test_another_model_is_recognised(saved):
-    edit(saved / "config.json", model_type="blip")
-    with pytest.raises(WeightsError, match="config.json: model_type 'blip', expected 'clip'"):
+    edit(saved / "config.json", model_type="bert")
+    with pytest.raises(WeightsError, match="config.json: model_type 'bert', expected 'clip' or"):
         weights.load(saved)
 
 
-def test_a_blip_file_given_as_clip(saved):
+def test_a_blip_file_given_as_clip_and_the_reverse(saved):
     blip = {
         "vision_model.embeddings.class_embedding": np.zeros((1, 1, 4), np.float32),
         "vision_proj.weight": np.zeros((4, 4), np.float32),
@@ -227,9 +227,11 @@ def test_a_blip_file_given_as_clip(saved):
     save_file(blip, saved / "model.safetensors")
     with pytest.raises(WeightsError, match="tensors of BLIP .Hugging Face names., expected CLIP"):
         weights.load(saved)
-    save_file({"visual_encoder.cls_token": np.zeros(4)}, saved.parent / "model_base.safetensors")
-    with pytest.raises(WeightsError, match="tensors of BLIP .original names. and no config"):
-        weights.load(saved.parent / "model_base.safetensors")
+    clip_tensors = {"text_model.embeddings.token_embedding.weight": np.zeros((4, 4), np.float32)}
+    save_file(clip_tensors, saved / "model.safetensors")
+    edit(saved / "config.json", model_type="blip")
+    with pytest.raises(WeightsError, match="tensors of CLIP .Hugging Face names., expected BLIP"):
+        weights.load(saved)
 
 
 def test_leftover_and_missing_tensors_are_listed(saved):
@@ -273,6 +275,16 @@ def test_a_file_that_does_not_say_its_activation(tmp_path, vit):
     (tmp_path / "open_clip_config.json").write_text(str(error.value).partition("rest: ")[2])
     backbone, params = weights.load(file)
     assert equal(params, vit[1]) and backbone.config == vit[0].config
+
+
+def test_a_bare_file_that_needs_its_directory(saved):
+    alone = saved.parent / "alone.safetensors"
+    shutil.copy(saved / "model.safetensors", alone)
+    with pytest.raises(WeightsError, match="alone.safetensors: tensors of CLIP .Hugging Face nam"):
+        weights.load(alone)
+    save_file({"x": np.zeros(2)}, alone)
+    with pytest.raises(WeightsError, match="tensors of an unknown model .x ....*load_encoder"):
+        weights.load(alone)
 
 
 def test_open_clip_models_that_are_no_clip(tmp_path, vit):

@@ -1,4 +1,4 @@
-"""Small CLIPs in each of the formats people have, for the tests of loading."""
+"""Small models in each of the formats people have, for the tests of loading."""
 
 import json
 from pathlib import Path
@@ -9,24 +9,28 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from cir_jax.input import images
-from cir_jax.input.text import Tokenizer, clip_bpe
+from cir_jax.input.text import Tokenizer, clip_bpe, wordpiece
 from cir_jax.models.backbone import Backbone
+from cir_jax.models.bert import BertConfig
+from cir_jax.models.blip import Blip, BlipConfig, BlipVisionConfig
 from cir_jax.models.clip import Clip, ClipConfig, TextConfig, VisionConfig
 from cir_jax.models.resnet import ResNetConfig
-from cir_jax.weights import convert, open_clip
+from cir_jax.weights import blip, convert, open_clip
 
 MERGES = [("a", "t</w>"), ("c", "at</w>"), ("r", "e"), ("re", "d</w>")]
 VOCABULARY = 512 + len(MERGES) + 2
 TEXTS = ["a red cat", "$ that is red"]
 
 
-def make(kind: str = "vit", act: str = "quick_gelu", seed: int = 0) -> tuple[Backbone, Any]:
+def make(
+    kind: str = "vit", act: str = "quick_gelu", seed: int = 0, text_width: int = 64
+) -> tuple[Backbone, Any]:
     """A random CLIP whose heads are 64 wide, as OpenAI's are: (backbone, params)."""
     shared = {"num_hidden_layers": 1, "hidden_act": act}
     text = TextConfig(
-        hidden_size=64,
-        num_attention_heads=1,
-        intermediate_size=256,
+        hidden_size=text_width,
+        num_attention_heads=text_width // 64,
+        intermediate_size=4 * text_width,
         vocab_size=VOCABULARY,
         max_position_embeddings=16,
         bos_token_id=VOCABULARY - 2,
@@ -61,6 +65,43 @@ def make(kind: str = "vit", act: str = "quick_gelu", seed: int = 0) -> tuple[Bac
     # positive, because variances are among them
     params = jax.tree.map(lambda x: np.float32(rng.uniform(0.01, 0.1, x.shape)), shapes)
     return backbone, params
+
+
+# [PAD], [CLS] and [SEP] have the ids of bert-base-uncased, which BLIP's files count on
+WORDPIECES = ["[PAD]", *(f"[unused{i}]" for i in range(99)), "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+WORDPIECES += "$ * , . a photo of that is red blue cat star ##s make it and has two".split()
+
+
+def make_blip(folder: Path, seed: int = 0, image_size: int = 32) -> tuple[Backbone, Any]:
+    """A random BLIP whose heads are 64 wide, as the published are: (backbone, params).
+
+    folder: where its vocab.txt is written.
+    """
+    (folder / "vocab.txt").write_text("\n".join(WORDPIECES) + "\n")
+    shared = {"intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 1}
+    vision = BlipVisionConfig(
+        hidden_size=64, layer_norm_eps=1e-6, image_size=image_size, patch_size=16, **shared
+    )
+    text = BertConfig(
+        hidden_size=64,
+        vocab_size=len(WORDPIECES) + 2,  # [DEC], [ENC]
+        encoder_hidden_size=64,
+        max_position_embeddings=48,
+        bos_token_id=len(WORDPIECES),
+        **shared,
+    )
+    model = Blip(BlipConfig(text, vision, projection_dim=16))
+    tokenizer = Tokenizer(
+        wordpiece(folder / "vocab.txt"),
+        context_length=blip.CONTEXT_LENGTH,
+        bos_id=101,
+        eos_id=102,
+        pad_id=0,
+        cleaned=False,
+    )
+    rng = np.random.default_rng(seed)
+    params = jax.tree.map(lambda x: np.float32(rng.normal(0, 0.2, x.shape)), blip.shapes(model))
+    return Backbone(model, tokenizer, images.blip(image_size), "blip@0"), params
 
 
 def openai_tensors(backbone: Backbone, params: Any) -> dict[str, np.ndarray]:

@@ -1,0 +1,459 @@
+"""The phrase regulariser of SEARLE (arXiv 2303.15247, section 3.1) for pseudo-word methods.
+
+    L_gpt = 1 - cos(text(phrase with the pseudo-word), text(phrase)),
+
+phrase: one about a concept that the image resembles, the concept replaced by the pseudo-word. It
+keeps pseudo-words where the text encoder expects words. Association, drawing and loss run in the
+compiled program, from tables that lie in `frozen["phrases"]`:
+
+original            uint16[phrases, length] ids of all phrases
+suffixes            uint16[phrases, length'] ids with the placeholder, without the beginning
+prefix, prefixes    int32[phrases], int32[beginnings, length''], `beginnings`: see `Split`
+lengths             int32[phrases, 2] of original and suffix, with start and end token
+first, count        int32[concepts] a concept's rows; count 0 = discarded (`PhraseBook.discarded`)
+concepts            float32[concepts, dim] unit features: mean over the templates (METHODS 2.1)
+
+A method uses it so:
+
+    def __init__(...):    self.phrases = Phrases.read(path, backbone, top_k, every=True)
+    def freeze(...):      phrases = self.phrases.freeze(backbone, p)
+                          return super().freeze(p) | {"phrases": phrases}
+    def encode(...):      top = self.phrases.associate(frozen["phrases"], features)
+                          row = self.phrases.draw_concept_first(frozen["phrases"], top, rngs)
+                          loss = phrase_loss(self, frozen, row, words)      # float32[batch]
+
+Memory: Open Images' 20,931 concepts with 256 phrases each are 5.4 million rows, 10.7 MB per token
+of their length and table: 0.9 GB for both at length 40, on each device. The tables are as wide as
+their longest phrase; LONG_TAIL says how the few long ones are kept from slowing down the others.
+"""
+
+import collections
+import dataclasses
+import functools
+import hashlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from cir_jax.composers.base import normalise
+from cir_jax.composers.pseudo_word import PseudoWord
+from cir_jax.errors import ConfigError, DataError
+from cir_jax.input import phrases as files
+from cir_jax.input.text import BUCKET, Tokenizer
+from cir_jax.models import clip_suffix
+from cir_jax.models.backbone import Backbone
+from cir_jax.models.clip import overwrite_tokens
+from cir_jax.retrieval.cache import ChunkStore, default_cache_dir, fingerprint
+
+LONG_TAIL = 1e-3
+"""The share of phrases longer than `Phrases.usual_length`, a multiple of BUCKET."""
+
+MAX_PREFIXES = 64
+"""Beginnings whose states are kept; texts that begin otherwise are read as a whole."""
+
+TEXTS_AT_ONCE = 4096
+Tables = dict[str, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Split:
+    """Texts with a placeholder, cut in front of it (models.clip_suffix).
+
+    ids: int[texts, length], from the placeholder on. prefix: int32[texts], row of the beginning in
+    prefixes: int32[beginnings, length], prefix_lengths: int32[beginnings] long. Row 0 is empty: it
+    goes with texts that are whole. lengths: int32[texts] of ids, with the end token.
+    """
+
+    ids: np.ndarray
+    lengths: np.ndarray
+    prefix: np.ndarray
+    prefixes: np.ndarray
+    prefix_lengths: np.ndarray
+
+    @classmethod
+    def of(cls, token_ids: np.ndarray, placeholder: int, eos: int, causal: bool = True) -> "Split":
+        """token_ids: int[texts, length], each with a placeholder. causal: False cuts nothing."""
+        at = (token_ids == placeholder).argmax(axis=1)
+        begins = [bytes(row[:n].tobytes()) for row, n in zip(token_ids, at, strict=True)]
+        common = collections.Counter(b for b in begins if b).most_common(MAX_PREFIXES)
+        rows = {b"": 0} | ({b: i + 1 for i, (b, _) in enumerate(common)} if causal else {})
+        prefix = np.asarray([rows.get(b, 0) for b in begins], np.int32)
+        at = np.where(prefix > 0, at, 0)
+        # rows shifted to the left; what comes in from the right is padding behind the end
+        columns = np.minimum(at[:, None] + np.arange(token_ids.shape[1]), token_ids.shape[1] - 1)
+        ids = np.take_along_axis(token_ids, columns, axis=1)
+        lengths = ((ids == eos).argmax(axis=1) + 1).astype(np.int32)
+        parts = [np.frombuffer(b, token_ids.dtype) for b in rows]
+        widest = max(1, *map(len, parts)) if len(parts) > 1 else 1
+        prefixes = np.zeros((len(parts), widest), np.int32)
+        for row, part in zip(prefixes, parts, strict=True):
+            row[: len(part)] = part
+        sizes = np.asarray(list(map(len, parts)), np.int32)
+        return cls(ids, lengths, prefix, prefixes, sizes)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Phrases:
+    """Tokenised phrases on the host. top_k: concepts of an image.
+
+    templates: with the placeholder in them. usual: lengths of original and suffix that all but
+    LONG_TAIL of the phrases fit into. cut: concepts left out because a phrase is too long.
+    """
+
+    book: files.PhraseBook
+    top_k: int
+    templates: Split
+    tables: dict[str, np.ndarray]
+    usual: tuple[int, int]
+    source: str
+    cut: int
+
+    @classmethod
+    def read(
+        cls,
+        path: str | Path,
+        backbone: Backbone,
+        top_k: int,
+        *,
+        every: bool = False,
+        suffix: bool = True,
+        names: str | Path = "",
+    ) -> "Phrases":
+        """From a phrase book (`input.phrases.read`).
+
+        every: each occurrence of the concept in a phrase becomes a placeholder (SEARLE's phi), not
+            the first alone (OTI). suffix: False = phrases are "a photo of {concept}".
+        names: file of the concepts to associate images with; "" = all of the book.
+        Raises DataError, ConfigError when top_k is not in 1..concepts.
+        """
+        path = _resolve(path)
+        book = files.read(path)
+        if names:
+            book = book.only(files.read_names(_resolve(names)), str(names))
+        book = book if suffix else book.without_suffix()
+        return cls.tokenise(book, backbone, top_k, every=every, source=str(path))
+
+    @classmethod
+    def tokenise(
+        cls,
+        book: files.PhraseBook,
+        backbone: Backbone,
+        top_k: int,
+        *,
+        every: bool = False,
+        source: str = "phrases",
+    ) -> "Phrases":
+        """See `read`."""
+        if not 1 <= top_k <= len(book.concepts):
+            raise ConfigError(
+                f"top_k={top_k}: {source} has {len(book.concepts)} concepts, so it must be in "
+                f"1..{len(book.concepts)}."
+            )
+        tokenizer, causal = backbone.tokenizer, backbone.family == "clip"
+        placeholder, eos = tokenizer.id_of(files.PLACEHOLDER), tokenizer.eos_id
+        pairs = [
+            (phrase, name)
+            for name, phrases in book.concepts.items()
+            if name not in book.discarded
+            for phrase in phrases
+        ]
+        original = _ids(tokenizer, [phrase for phrase, _ in pairs])
+        replaced = _ids(
+            tokenizer, [files.with_placeholder(phrase, name, every) for phrase, name in pairs]
+        )
+        # truncation may have cut the placeholder off: nothing would be trained there
+        lost = ~(replaced == placeholder).any(axis=1)
+        cut = {pairs[row][1] for row in np.flatnonzero(lost)}
+        keep = np.asarray([name not in cut for _, name in pairs], bool)
+        if not keep.any():
+            raise DataError(
+                f"{source}: no concept is left, as each has a phrase that does not contain it. "
+                "Phrases must repeat their concept letter by letter."
+            )
+        number = {name: i for i, name in enumerate(book.concepts)}
+        owners = [number[name] for _, name in pairs]
+        count = np.bincount(np.asarray(owners)[keep], minlength=len(number)).astype(np.int32)
+        original = original[keep]
+        split = Split.of(replaced[keep], placeholder, eos, causal)
+        lengths = np.stack([(original == eos).argmax(axis=1) + 1, split.lengths], axis=1)
+        longest = [_bucket(n, tokenizer.context_length) for n in lengths.max(axis=0)]
+        usual = np.quantile(lengths, 1 - LONG_TAIL, axis=0, method="higher")
+        texts = [text.format(f" {files.PLACEHOLDER} ") for text in book.templates]
+        templates = Split.of(tokenizer(texts), placeholder, eos, causal)
+        templates = dataclasses.replace(templates, ids=templates.ids[:, : templates.lengths.max()])
+        tables = {
+            "original": original[:, : longest[0]],
+            "suffixes": split.ids[:, : longest[1]],
+            "prefix": split.prefix,
+            "prefixes": split.prefixes,
+            "prefix_lengths": split.prefix_lengths,
+            "lengths": lengths.astype(np.int32),
+            "first": (np.cumsum(count) - count).astype(np.int32),
+            "count": count,
+        }
+        usual = tuple(_bucket(n, tokenizer.context_length) for n in usual)
+        made = cls(book, top_k, templates, tables, usual, source, len(cut))
+        if made.dropped and jax.process_index() == 0:
+            print(made.report(), flush=True)
+        return made
+
+    @property
+    def names(self) -> list[str]:
+        """Concepts in the order of their index."""
+        return list(self.book.concepts)
+
+    @property
+    def dropped(self) -> int:
+        """Concepts without usable phrases."""
+        return int((self.tables["count"] == 0).sum())
+
+    def report(self) -> str:
+        """One line: how many concepts and phrases there are, and how many were discarded."""
+        return (
+            f"{self.source}: {len(self.names)} concepts, {len(self.tables['lengths'])} phrases; "
+            f"{len(self.book.discarded)} concepts discarded, as one of their phrases does not "
+            f"contain them, {self.cut} as it is too long."
+        )
+
+    def freeze(self, backbone: Backbone, params: Any) -> Tables:
+        """The tables for `frozen["phrases"]`; concept features are computed once and stored.
+
+        params: of the backbone.
+        """
+        return {**self.tables, "concepts": concept_features(self.book, backbone, params)}
+
+    def features(self, backbone: Backbone, params: Any) -> np.ndarray:
+        """float32[phrases, dim]: un-normalised text features of all phrases, once and stored."""
+        ids = self.tables["original"]
+
+        def encode(start: int, stop: int) -> np.ndarray:
+            return np.asarray(_encode(backbone, params, ids[start:stop].astype(np.int32)))
+
+        what = {"features": "phrases", "phrases": hashlib.sha256(ids.tobytes()).hexdigest()}
+        return _once(what, len(ids), TEXTS_AT_ONCE, encode, backbone, params)
+
+    def associate(self, tables: Tables, features: jax.Array) -> jax.Array:
+        """The top_k concepts nearest to each image, best first: int32[batch, top_k].
+
+        features: float32[batch, dim], un-normalised image features. Discarded concepts count, too:
+        the released code leaves them out after the cut.
+        """
+        scores = normalise(features.astype(jnp.float32)) @ tables["concepts"].T
+        return jax.lax.top_k(scores, self.top_k)[1].astype(jnp.int32)
+
+    def draw(self, tables: Tables, top: jax.Array, rngs: jax.Array) -> jax.Array:
+        """int32[batch]: a phrase of each image, uniform over all phrases of its concepts (OTI).
+
+        rngs: one key per image. -1 where all concepts of the image are discarded.
+        """
+
+        def one(concepts: jax.Array, rng: jax.Array) -> jax.Array:
+            ends = jnp.cumsum(tables["count"][concepts])
+            drawn = jax.random.randint(rng, (), 0, jnp.maximum(ends[-1], 1))
+            slot = jnp.searchsorted(ends, drawn, side="right")
+            concept = concepts[jnp.minimum(slot, len(concepts) - 1)]
+            before = ends - tables["count"][concepts]
+            row = tables["first"][concept] + drawn - before[slot]
+            return jnp.where(ends[-1] > 0, row, -1)
+
+        return jax.vmap(one)(top, rngs)
+
+    def draw_concept_first(self, tables: Tables, top: jax.Array, rngs: jax.Array) -> jax.Array:
+        """int32[batch]: uniform over an image's concepts, then over the concept's phrases (phi).
+
+        rngs, -1: as `draw`.
+        """
+
+        def one(concepts: jax.Array, rng: jax.Array) -> jax.Array:
+            which, what = jax.random.split(rng)
+            count = tables["count"][concepts]
+            ends = jnp.cumsum(count > 0)
+            slot = jax.random.randint(which, (), 0, jnp.maximum(ends[-1], 1))
+            slot = jnp.searchsorted(ends, slot, side="right")
+            slot = jnp.minimum(slot, len(concepts) - 1)
+            drawn = jax.random.randint(what, (), 0, jnp.maximum(count[slot], 1))
+            return jnp.where(ends[-1] > 0, tables["first"][concepts[slot]] + drawn, -1)
+
+        return jax.vmap(one)(top, rngs)
+
+    def draw_any(self, tables: Tables, top: jax.Array, rngs: jax.Array) -> jax.Array:
+        """int32[batch]: a phrase of any concept, whatever the image shows (SEARLE's ablation)."""
+        total = len(tables["lengths"])
+        return jax.vmap(lambda rng: jax.random.randint(rng, (), 0, total))(rngs)
+
+    def at_usual_length(
+        self, run: Callable[[jax.Array, jax.Array], Any], tables: Tables, rows: jax.Array
+    ) -> Any:
+        """run(original ids, suffix ids) of the rows, at a length that all of them fit into.
+
+        ids: int32[batch, length] each. What `run` returns must not depend on the lengths.
+        """
+        names = ("original", "suffixes")
+
+        def cut(lengths: tuple[int, ...]) -> Any:
+            ids = (tables[name][rows][:, :n] for name, n in zip(names, lengths, strict=True))
+            return run(*(x.astype(jnp.int32) for x in ids))
+
+        longest = tuple(tables[name].shape[1] for name in names)
+        usual = tuple(map(min, self.usual, longest))
+        if usual == longest:
+            return cut(longest)
+        fits = (tables["lengths"][rows] <= jnp.asarray(usual)[None]).all()
+        # one condition for the whole batch: only one branch runs
+        return jax.lax.cond(fits, lambda: cut(usual), lambda: cut(longest))
+
+
+class Suffixes:
+    """Text features of split texts; the states of their beginnings are computed once.
+
+    backbone: parameters of the text tower.
+    """
+
+    def __init__(
+        self, composer: PseudoWord, backbone: Any, prefixes: jax.Array, prefix_lengths: jax.Array
+    ):
+        self.composer, self.params, self.past = composer, backbone, None
+        if composer.backbone.family == "clip":
+            model = composer.backbone.model
+            past = clip_suffix.read_prefixes(
+                model.config, backbone, prefixes, prefix_lengths, model.dtype
+            )
+            self.past = jax.lax.stop_gradient(past)
+
+    def features(self, prefix: jax.Array, token_ids: jax.Array, words: jax.Array) -> jax.Array:
+        """float32[batch, dim] of the texts with `words`, float[batch, token_dim], put in.
+
+        prefix: int32[batch]; token_ids: int32[batch, length] from there on. Only the first
+        placeholder is replaced, as in SEARLE.
+        """
+        if self.past is None:  # not causal: the texts are whole
+            return self.composer.text_features(self.params, token_ids, words)
+        backbone = self.composer.backbone
+        at = (token_ids == self.composer.placeholder_id).argmax(axis=-1)
+        embeddings = backbone.embed_tokens(self.params, token_ids)
+        embeddings = overwrite_tokens(embeddings, at, words)
+        past = clip_suffix.of_rows(self.past, prefix)
+        return clip_suffix.encode(backbone.config, self.params, past, token_ids, embeddings)
+
+
+def phrase_loss(
+    composer: PseudoWord, phrases: Phrases, frozen: Any, rows: jax.Array, words: jax.Array
+) -> jax.Array:
+    """float32[batch]: 1 - cosine of each drawn phrase with and without its pseudo-word.
+
+    frozen: with "backbone" and "phrases". rows: int32[batch] from a draw; -1 gives NaN.
+    words: [batch, token_dim]. No gradient flows into the original phrases.
+    """
+    tables, backbone = frozen["phrases"], frozen["backbone"]
+    suffixes = Suffixes(composer, backbone, tables["prefixes"], tables["prefix_lengths"])
+
+    def run(original: jax.Array, suffix: jax.Array) -> jax.Array:
+        target = composer.backbone.encode_text(backbone, original)
+        ours = suffixes.features(tables["prefix"][rows], suffix, words)
+        return cosine_loss(ours, jax.lax.stop_gradient(target))
+
+    return nan_where_none(rows, phrases.at_usual_length(run, tables, rows))
+
+
+def cosine_loss(a: jax.Array, b: jax.Array) -> jax.Array:
+    """1 - cosine of float[..., dim] rows, in float32: `torch.nn.CosineEmbeddingLoss`, target 1."""
+    a, b = normalise(a.astype(jnp.float32)), normalise(b.astype(jnp.float32))
+    return 1 - jnp.sum(a * b, axis=-1)
+
+
+def nan_where_none(rows: jax.Array, values: jax.Array) -> jax.Array:
+    """NaN in the place of images all of whose concepts are discarded: never trained in silence."""
+    missing = (rows < 0).reshape(rows.shape + (1,) * (values.ndim - rows.ndim))
+    return jnp.where(missing, jnp.nan, values)
+
+
+def concept_features(book: files.PhraseBook, backbone: Backbone, params: Any) -> np.ndarray:
+    """float32[concepts, dim] of unit norm: mean of the unit features of all templates (2.1).
+
+    Stored in `cache.default_cache_dir()`, as image features are.
+    """
+    names, templates = list(book.concepts), book.templates
+
+    def encode(start: int, stop: int) -> np.ndarray:
+        some = names[start:stop]
+        texts = [template.format(f" {name} ") for name in some for template in templates]
+        return np.asarray(_ensemble(backbone, len(templates), params, backbone.tokenizer(texts)))
+
+    identity = files.PhraseBook(templates, {name: () for name in names}).identity
+    what = {"features": "concepts", "concepts": identity}
+    return _once(what, len(names), TEXTS_AT_ONCE // len(templates), encode, backbone, params)
+
+
+def _once(
+    what: dict[str, str],
+    rows: int,
+    size: int,
+    encode: Callable[[int, int], np.ndarray],
+    backbone: Backbone,
+    params: Any,
+) -> np.ndarray:
+    """float32[rows, dim] of encode(start, stop), `size` rows or fewer at a time; stored."""
+    description = {
+        **what,
+        "weights": backbone.weights_id,
+        "dtype": np.dtype(backbone.model.dtype).name,
+        "parameters": fingerprint(params),
+    }
+    store = ChunkStore(default_cache_dir(), description, rows)
+    stored = store.load()
+    parts = [] if stored is None else [stored]
+    done = 0 if stored is None else len(stored)
+    with tqdm(
+        total=rows, initial=done, desc=f"{what['features']}: text features", unit="text", delay=2,
+        disable=jax.process_index() != 0,
+    ) as progress:  # fmt: skip
+        while done < rows:
+            chunk = []
+            end = min(done + store.chunk_rows, rows)
+            for start in range(done, end, size):
+                chunk.append(encode(start, min(start + size, end)))
+                progress.update(len(chunk[-1]))
+            parts.append(np.concatenate(chunk))
+            store.write(done // store.chunk_rows, parts[-1])
+            done = end
+    return np.concatenate(parts)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _encode(backbone: Backbone, params: Any, ids: jax.Array) -> jax.Array:
+    return backbone.encode_text(params, ids)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _ensemble(backbone: Backbone, templates: int, params: Any, ids: jax.Array) -> jax.Array:
+    features = normalise(backbone.encode_text(params, ids))
+    return normalise(features.reshape(-1, templates, features.shape[-1]).mean(axis=1))
+
+
+def _resolve(path: str | Path) -> Path:
+    """A path as given, or relative to the repository (the embedded world's phrases)."""
+    from cir_jax.weights.files import REPOSITORY
+
+    given = Path(path).expanduser()
+    return given if given.is_file() or not (REPOSITORY / given).is_file() else REPOSITORY / given
+
+
+def _ids(tokenizer: Tokenizer, texts: Sequence[str]) -> np.ndarray:
+    """int32[texts, context_length]; in parts, so that strings and ids of few are held at once."""
+    dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.int32
+    out = np.empty((len(texts), tokenizer.context_length), dtype)
+    size = 1 << 14
+    starts = range(0, len(texts), size)
+    for start in tqdm(starts, desc="tokenising phrases", delay=5, disable=jax.process_index() != 0):
+        part = texts[start : start + size]
+        out[start : start + size] = tokenizer(part, tokenizer.context_length)
+    return out
+
+
+def _bucket(length: int, context_length: int) -> int:
+    return int(min(-(-int(length) // BUCKET) * BUCKET, context_length))

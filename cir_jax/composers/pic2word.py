@@ -1,0 +1,146 @@
+"""Pic2Word: an image feature becomes the word `*` of a prompt (arXiv 2302.03084).
+
+    L = InfoNCE(image, text("a photo of *", * = Im2Text(image))),  with CLIP's own frozen scale
+
+over the global batch, both directions averaged; images alone, no texts. A query is
+"a photo of * , {modification text}".
+
+Paper and released code (google-research/composed_image_retrieval), which decides:
+* Dropout comes before ReLU.
+* In training the word is inserted before the end token of "a photo of", and the feature is read one
+  position further. That is the prompt "a photo of *" with `*` replaced, as it is written here.
+* The image feature goes into the network un-normalised.
+* On FashionIQ the release joins the two captions in one order only, "{second} and {first}"; here
+  the benchmark's protocol averages both orders, as papers that re-evaluate Pic2Word do.
+
+Defaults are the released ones: two hidden layers, 512 wide on every backbone, dropout 0.1.
+"""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from cir_jax.composers.base import Params, normalise
+from cir_jax.composers.losses import info_nce
+from cir_jax.composers.phi import LearnedWord, check_share, linear
+from cir_jax.errors import ConfigError, WeightsError
+from cir_jax.models.backbone import Backbone
+from cir_jax.weights import convert, official, open_clip
+
+HIDDEN = ("fc1", "fc2")
+SAME_WEIGHTS = 1e-2  # relative: Hugging Face's and OpenAI's files may have been rounded to fp16
+
+
+class Im2Text(nn.Module):
+    """The mapping network."""
+
+    token_dim: int
+    hidden_dim: int = 512
+    dropout: float = 0.1
+
+    @nn.compact
+    def __call__(self, features: jax.Array, train: bool = False) -> jax.Array:
+        """float32[..., dim] un-normalised features -> float32[..., token_dim] words."""
+        x = features
+        for name in HIDDEN:
+            x = linear(x.shape[-1], self.hidden_dim, name)(x)
+            x = nn.relu(nn.Dropout(self.dropout, deterministic=not train)(x))
+        return linear(self.hidden_dim, self.token_dim, "out")(x)
+
+
+NAMES = convert.Names()
+for _theirs, _ours in (*((f"layers.{i}.0", name) for i, name in enumerate(HIDDEN)), ("fc_out", "out")):
+    NAMES.linear(_theirs, _ours)
+
+
+class Pic2Word(LearnedWord):
+    """`params` are the network's."""
+
+    placeholder = "*"
+    official_format = "a file {epoch, name, state_dict, state_dict_img2text}"
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        hidden_dim: int = 512,
+        dropout: float = 0.1,
+        scale: float = 0.0,
+        link: str = ",",
+    ):
+        """scale: of the logits; 0 = exp(logit_scale) of the backbone.
+
+        link: between `*` and the text of a query; "that" makes it SEARLE's prompt, with which later
+        papers evaluate Pic2Word.
+        """
+        check_share("dropout", dropout)
+        if hidden_dim < 1 or scale < 0:
+            raise ConfigError(f"hidden_dim={hidden_dim}, scale={scale}: expected 1 or more, 0 or more")
+        if not scale and backbone.family != "clip":
+            raise ConfigError(
+                f"scale=0: backbone {backbone.weights_id} has no scale of its own. Give one, such "
+                "as --config.composer.scale=100."
+            )
+        super().__init__(backbone, Im2Text(backbone.token_dim, hidden_dim, float(dropout)))
+        self.scale, self.link = float(scale), link
+        self.training_ids = backbone.tokenizer([self.prompt("")])
+
+    def prompt(self, text: str) -> str:
+        return f"a photo of * {self.link} {text}" if text else "a photo of *"
+
+    def encode(
+        self, params: Params, frozen: Params, batch: dict[str, jax.Array], rngs: jax.Array
+    ) -> Params:
+        """batch: reference_images uint8[batch, height, width, 3], or reference_features."""
+        image = jax.lax.stop_gradient(self.reference_features(frozen, batch))
+        words = self.words(params, image, rngs)
+        ids = jnp.broadcast_to(jnp.asarray(self.training_ids), (len(words), self.training_ids.shape[1]))
+        text = self.text_features(frozen["backbone"], ids, words)
+        scale = self.scale or jnp.exp(frozen["backbone"]["logit_scale"])
+        return {"image": scale * normalise(image), "text": normalise(text)}
+
+    def objective(self, params: Params, rows: Params) -> tuple[jax.Array, dict[str, jax.Array]]:
+        logits = rows["text"] @ rows["image"].T
+        hits = jnp.argmax(logits, axis=-1) == jnp.arange(len(logits))
+        return info_nce(rows["image"], rows["text"], 1.0), {"in_batch_recall": hits.mean()}
+
+    def read_official(self, path: Path, frozen: Params) -> Params:
+        """The file holds the whole CLIP beside the network: it must be the backbone's."""
+        tensors = official.read(path, "state_dict_img2text", ("state_dict", "optimizer"))
+        self._check_clip(path, frozen)
+        return convert.to_ours(tensors, NAMES, what=str(path), dtype=np.float32)
+
+    def write_official(self, path: Path, params: Params, frozen: Params) -> None:
+        """With the CLIP and the prefix of DataParallel, which the released code wants."""
+        parts = {
+            "state_dict": convert.to_source(frozen["backbone"], self._clip_names()),
+            "state_dict_img2text": convert.to_source(params, NAMES),
+        }
+        prefixed = {
+            key: {f"module.{name}": tensor for name, tensor in tensors.items()}
+            for key, tensors in parts.items()
+        }
+        official.write(path, {"epoch": 0, "name": "cir_jax", **prefixed})
+
+    def _clip_names(self) -> convert.Names:
+        if self.backbone.family != "clip":
+            raise ConfigError("checkpoints of Pic2Word hold a CLIP: the backbone must be one.")
+        return open_clip.names(self.backbone.config)
+
+    def _check_clip(self, path: Path, frozen: Params) -> None:
+        names = self._clip_names()
+        theirs = official.read(path, "state_dict", ("state_dict_img2text", "optimizer"))
+        what = f"{path}, state_dict"
+        tree = convert.to_ours(theirs, names, ignore=open_clip.IGNORE, what=what, dtype=np.float32)
+        convert.check_shapes(tree, frozen["backbone"], what)
+        ours = convert.flatten(frozen["backbone"])
+        for name, tensor in convert.flatten(tree).items():
+            expected = np.asarray(ours[name], np.float32)
+            if np.abs(tensor - expected).max() > SAME_WEIGHTS * np.abs(expected).max():
+                raise WeightsError(
+                    f"{what}: {'/'.join(name)} is not that of the backbone "
+                    f"{self.backbone.weights_id}. Set --config.backbone to the CLIP that this "
+                    "checkpoint was trained on."
+                )

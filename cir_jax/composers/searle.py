@@ -1,0 +1,111 @@
+"""SEARLE: a network learns the words that optimisation found (arXiv 2303.15247, section 3.2).
+
+    L = w_distil NT-Xent(v_oti, phi(I)) + w_gpt (1 - cos(T(phrase of phi(I)), T(phrase)))
+
+I: un-normalised image feature; v_oti: the image's stored word, from a stage that ran `searle_oti`;
+NT-Xent over the 2 x batch rows of both at temperature 0.25; phrase: about one of the image's top_k
+concepts, drawn anew each time (`composers.phrases`).
+
+Paper and released code (miccunifi/SEARLE):
+* w_gpt = 0.25 and top_k = 15 in the paper, 0.75 and 150 in the code. The code's NT-Xent is half of
+  the paper's formula, so the weights mean different things. Defaults here are the code's.
+* The code replaces all occurrences of the concept in the phrase by `$`, but overwrites the first
+  alone: later ones stay a literal `$`. So here.
+* The code draws concepts of a whole batch again until none is discarded; here each image draws
+  among its usable concepts. The distribution is the same.
+* The code compares the rows of one device; here negatives are global.
+
+The ablations of Table 4 are settings: `distillation` "cosine" or "none" (the cycle contrastive loss
+of PALAVRA: NT-Xent of the image features and the text features of "a photo of $"), `weight_gpt` 0.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from cir_jax.composers.base import Params
+from cir_jax.composers.losses import nt_xent
+from cir_jax.composers.phi import PhiWord, check_weight
+from cir_jax.composers.phrases import Phrases, cosine_loss, phrase_loss
+from cir_jax.errors import ConfigError, unknown
+from cir_jax.models.backbone import Backbone
+
+DISTILLATIONS = ("contrastive", "cosine", "none")
+
+
+class Searle(PhiWord):
+    """`params` are those of `Phi`. Phrases and stored words are for training only."""
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        phrases: str = "",
+        names: str = "",
+        top_k: int = 150,
+        dropout: float = 0.5,
+        distillation: str = "contrastive",
+        temperature: float = 0.25,
+        weight_distil: float = 1.0,
+        weight_gpt: float = 0.75,
+    ):
+        """phrases: phrase book; names: file of its concepts to use, "" = all."""
+        super().__init__(backbone, dropout)
+        if distillation not in DISTILLATIONS:
+            raise ConfigError(unknown("distillation of searle:", distillation, DISTILLATIONS))
+        if not temperature > 0:
+            raise ConfigError(f"temperature={temperature}: expected more than 0")
+        check_weight("weight_distil", weight_distil)
+        check_weight("weight_gpt", weight_gpt)
+        self.distillation, self.temperature = distillation, float(temperature)
+        self.weight_distil, self.weight_gpt = float(weight_distil), float(weight_gpt)
+        self.cycle_ids = backbone.tokenizer([self.prompt("")])
+        self.phrases = None
+        if phrases and weight_gpt:
+            self.phrases = Phrases.read(phrases, backbone, top_k, every=True, names=names)
+
+    def freeze(self, backbone_params: Params) -> Params:
+        frozen = super().freeze(backbone_params)
+        if self.phrases is None:
+            return frozen
+        return frozen | {"phrases": self.phrases.freeze(self.backbone, backbone_params)}
+
+    def encode(
+        self, params: Params, frozen: Params, batch: dict[str, jax.Array], rngs: jax.Array
+    ) -> Params:
+        """batch: reference_features float32[batch, dim] or reference_images; pseudo_words
+        float32[batch, token_dim] unless distillation is "none".
+
+        Raises ConfigError when a loss with a weight has nothing to work on.
+        """
+        features = jax.lax.stop_gradient(self.reference_features(frozen, batch))
+        keys = jax.vmap(jax.random.split)(rngs)
+        words = self.words(params, features, keys[:, 0])
+        rows = {"estimate": words, "target": features}
+        if self.distillation == "none":
+            ids = jnp.broadcast_to(self.cycle_ids, (len(words), self.cycle_ids.shape[1]))
+            rows["estimate"] = self.text_features(frozen["backbone"], ids, words)
+        elif "pseudo_words" in batch:
+            rows["target"] = batch["pseudo_words"]
+        else:
+            raise ConfigError(
+                f"distillation={self.distillation!r} needs stored words: set data.tokens of the "
+                "stage to the one that makes them, or distillation='none'."
+            )
+        if not self.weight_gpt:
+            return rows
+        if self.phrases is None:
+            raise ConfigError(
+                f"weight_gpt={self.weight_gpt} needs phrases: set composer.phrases of the stage to "
+                "a phrase book, or weight_gpt=0."
+            )
+        top = self.phrases.associate(frozen["phrases"], features)
+        drawn = self.phrases.draw_concept_first(frozen["phrases"], top, keys[:, 1])
+        return rows | {"gpt": phrase_loss(self, self.phrases, frozen, drawn, words)}
+
+    def objective(self, params: Params, rows: Params) -> tuple[jax.Array, dict[str, jax.Array]]:
+        target, estimate = rows["target"], rows["estimate"]
+        if self.distillation == "cosine":
+            distil = cosine_loss(target, estimate).mean()
+        else:
+            distil = nt_xent(target, estimate, self.temperature)
+        gpt = rows["gpt"].mean() if "gpt" in rows else jnp.zeros(())
+        return self.weight_distil * distil + self.weight_gpt * gpt, {"distil": distil, "gpt": gpt}

@@ -1,0 +1,258 @@
+"""SEARLE-OTI: the reference image as a word, found by optimisation (arXiv 2303.15247, section 3.1).
+
+    v* = argmin_v  w_cos (1 - cos(T(template of v), I)) + w_gpt (1 - cos(T(phrase of v), T(phrase)))
+
+I: image feature; T: text feature; template: "a photo of $" and the like; phrase: a sentence about
+one of the image's concepts, with the concept replaced by v (`composers.phrases`). One token per
+image; AdamW; both texts are drawn anew in every iteration; the answer is the moving average of v.
+
+Exactly the released code, but for two things. There the loss is the mean over a batch of 32 images;
+here every image is alone, with the gradient that it has there (MEAN_OVER), so that the result does
+not depend on the batch. And each image draws its texts from a key of its own.
+
+What makes it fast, and changes nothing: all iterations are one compiled scan; texts run at their
+own length instead of 77, and only from the pseudo-word on (models.clip_suffix); only the token gets
+a gradient; the features of the unchanged phrases are taken from a table when there are at most
+`cached_phrases`, else computed in the iteration without a gradient.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from cir_jax.composers.base import Params, Query
+from cir_jax.composers.phrases import Phrases, Suffixes, cosine_loss, nan_where_none
+from cir_jax.composers.pseudo_word import PseudoWord
+from cir_jax.errors import ConfigError, unknown
+from cir_jax.models.backbone import Backbone
+
+INITIAL_STD = 0.02
+MEAN_OVER = 32
+"""Images whose mean loss the released code minimises: all that Adam's epsilon sees of it."""
+
+IMAGE_LOSSES: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
+    "cosine": cosine_loss,
+    # of un-normalised features: between unit ones it would be the cosine loss again
+    "l2": lambda text, image: jnp.mean(jnp.square(text - image), axis=-1),
+}
+REGULARISERS = ("phrases", "concept", "random", "none")
+
+TextFeatures = Callable[[jax.Array], jax.Array]
+"""Words [batch, token_dim] -> float32[batch, dim]: features of a text for each, with it put in."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """Numbers of the optimisation. The weights are divided by their sum, as in the release.
+
+    mean_over: divides the loss, see MEAN_OVER.
+    """
+
+    learning_rate: float = 2e-2
+    weight_decay: float = 0.01
+    ema: float = 0.99
+    weight_cos: float = 1.0
+    weight_gpt: float = 0.5
+    image_loss: str = "cosine"
+    mean_over: int = MEAN_OVER
+
+    @property
+    def optimizer(self) -> optax.GradientTransformation:
+        return optax.adamw(self.learning_rate, weight_decay=self.weight_decay)
+
+
+class Texts(NamedTuple):
+    """What an iteration compares: texts that hold the pseudo-word, and where they should be.
+
+    target: float32[batch, dim], features of the unchanged phrases; without it (and `phrase`)
+    nothing is regularised.
+    """
+
+    template: TextFeatures
+    phrase: TextFeatures | None = None
+    target: jax.Array | None = None
+
+
+class State(NamedTuple):
+    """words, average: float32[batch, token_dim]; optimizer: Adam's moments."""
+
+    words: jax.Array
+    average: jax.Array
+    optimizer: Any
+
+
+class Losses(NamedTuple):
+    """Per image, float32[batch]; total is the weighted mean of the other two."""
+
+    total: jax.Array
+    cosine: jax.Array
+    phrase: jax.Array
+
+
+def start(recipe: Recipe, words: jax.Array) -> State:
+    """The state before the first iteration; the average starts as the initial words."""
+    return State(words, words, recipe.optimizer.init(words))
+
+
+def losses(recipe: Recipe, words: jax.Array, images: jax.Array, texts: Texts) -> Losses:
+    """images: float32[batch, dim], un-normalised."""
+    image = IMAGE_LOSSES[recipe.image_loss](texts.template(words), images)
+    if texts.phrase is None:
+        return Losses(image, image, jnp.zeros_like(image))
+    phrase = cosine_loss(texts.phrase(words), texts.target)
+    total = recipe.weight_cos * image + recipe.weight_gpt * phrase
+    return Losses(total / (recipe.weight_cos + recipe.weight_gpt), image, phrase)
+
+
+def step(
+    recipe: Recipe, state: State, images: jax.Array, texts: Texts
+) -> tuple[State, Losses, jax.Array]:
+    """One iteration: new state, the losses before it, the gradient float32[batch, token_dim]."""
+
+    def objective(words: jax.Array) -> tuple[jax.Array, Losses]:
+        found = losses(recipe, words, images, texts)
+        return found.total.sum() / recipe.mean_over, found
+
+    gradient, found = jax.grad(objective, has_aux=True)(state.words)
+    updates, optimizer = recipe.optimizer.update(gradient, state.optimizer, state.words)
+    words = state.words + updates
+    average = recipe.ema * state.average + (1 - recipe.ema) * words
+    return State(words, average, optimizer), found, gradient
+
+
+class SearleOti(PseudoWord):
+    """`invert` optimises; nothing is trained.
+
+    phrases: phrase book (`input.phrases`); names: file of the concepts, "" = all of the book.
+    top_k: concepts of an image. iterations, learning_rate, weight_decay, ema, weight_*: METHODS
+    2.3. image_loss, regulariser: the paper's Table 4; "concept" = "a photo of {concept}" without
+    the rest of the phrase, "random" = the same of any concept, "none". cached_phrases: see above;
+    4 * dim bytes each, on each device.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        phrases: str = "data/shapes/phrases.json",
+        names: str = "",
+        top_k: int = 15,
+        iterations: int = 350,
+        learning_rate: float = 2e-2,
+        weight_decay: float = 0.01,
+        ema: float = 0.99,
+        weight_cos: float = 1.0,
+        weight_gpt: float = 0.5,
+        image_loss: str = "cosine",
+        regulariser: str = "phrases",
+        cached_phrases: int = 1 << 16,
+    ):
+        super().__init__(backbone)
+        if image_loss not in IMAGE_LOSSES:
+            raise ConfigError(unknown("image_loss of searle_oti:", image_loss, IMAGE_LOSSES))
+        if regulariser not in REGULARISERS:
+            raise ConfigError(unknown("regulariser of searle_oti:", regulariser, REGULARISERS))
+        if iterations < 1:
+            raise ConfigError(f"searle_oti: iterations={iterations}; it must be 1 or more.")
+        if not 0 <= ema < 1:
+            raise ConfigError(f"searle_oti: ema={ema}; it must be in [0, 1).")
+        if min(weight_cos, weight_gpt) < 0 or weight_cos + weight_gpt == 0:
+            raise ConfigError(
+                f"searle_oti: weight_cos={weight_cos}, weight_gpt={weight_gpt}; neither may be "
+                "negative, nor both 0."
+            )
+        self.iterations, self.regulariser = iterations, regulariser
+        self.cached_phrases = cached_phrases
+        self.recipe = Recipe(learning_rate, weight_decay, ema, weight_cos, weight_gpt, image_loss)
+        suffix = regulariser not in ("concept", "random")
+        self.phrases = Phrases.read(phrases, backbone, top_k, suffix=suffix, names=names)
+
+    def freeze(self, backbone_params: Params) -> Params:
+        tables = self.phrases.freeze(self.backbone, backbone_params)
+        if self._cached and self.regulariser != "none":
+            tables["features"] = self.phrases.features(self.backbone, backbone_params)
+        return super().freeze(backbone_params) | {"phrases": tables}
+
+    @property
+    def _cached(self) -> bool:
+        return len(self.phrases.tables["lengths"]) <= self.cached_phrases
+
+    def invert(self, params: Params, frozen: Params, query: Query, rng: jax.Array) -> jax.Array:
+        features = self.reference_features(frozen, query)
+        index = query.get("query_index")
+        if index is None:
+            index = jnp.arange(len(features), dtype=jnp.int32)
+        rngs = jax.vmap(lambda i: jax.random.fold_in(rng, i))(index)
+        top = self.phrases.associate(frozen["phrases"], features)
+        return self.optimise(frozen, features, top, rngs)[0].average
+
+    def optimise(
+        self, frozen: Params, features: jax.Array, top: jax.Array, rngs: jax.Array
+    ) -> tuple[State, Losses]:
+        """The state after all iterations, and the losses float32[iterations, batch] before each.
+
+        features: float32[batch, dim], un-normalised. top: int32[batch, top_k] concepts.
+        rngs: one key per image; the result depends on nothing else of the batch. NaN for an image
+        all of whose concepts are discarded.
+        """
+        templates, tables = self.phrases.templates, frozen["phrases"]
+        readers = tuple(
+            Suffixes(self, frozen["backbone"], jnp.asarray(ids), jnp.asarray(lengths))
+            for ids, lengths in (
+                (templates.prefixes, templates.prefix_lengths),
+                (tables["prefixes"], tables["prefix_lengths"]),
+            )
+        )
+
+        def iteration(state: State, number: jax.Array) -> tuple[State, Losses]:
+            drawn = self.draw(tables, top, rngs, number)
+            return self._iteration(frozen, readers, state, features, *drawn)
+
+        state = start(self.recipe, self.initial_words(rngs))
+        return jax.lax.scan(iteration, state, jnp.arange(self.iterations))
+
+    def initial_words(self, rngs: jax.Array) -> jax.Array:
+        """float32[batch, token_dim] ~ N(0, INITIAL_STD**2)."""
+        shape = (self.backbone.token_dim,)
+        return INITIAL_STD * jax.vmap(lambda key: jax.random.normal(key, shape))(rngs)
+
+    def draw(
+        self, tables: Params, top: jax.Array, rngs: jax.Array, number: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """Template and phrase of each image in iteration `number`: int32[batch] each."""
+        keys = jax.vmap(lambda key: jax.random.split(jax.random.fold_in(key, number)))(rngs)
+        count = len(self.phrases.templates.ids)
+        template = jax.vmap(lambda key: jax.random.randint(key, (), 0, count))(keys[:, 0])
+        draw = self.phrases.draw_any if self.regulariser == "random" else self.phrases.draw
+        return template, draw(tables, top, keys[:, 1])
+
+    def _iteration(
+        self,
+        frozen: Params,
+        readers: tuple[Suffixes, ...],
+        state: State,
+        features: jax.Array,
+        which: jax.Array,
+        rows: jax.Array,
+    ) -> tuple[State, Losses]:
+        """readers: of templates and of phrases. which, rows: see `draw`."""
+        templates, tables = self.phrases.templates, frozen["phrases"]
+        ids, prefix = jnp.asarray(templates.ids)[which], jnp.asarray(templates.prefix)[which]
+        template = functools.partial(readers[0].features, prefix, ids)
+        if self.regulariser == "none":
+            return step(self.recipe, state, features, Texts(template))[:2]
+
+        def run(original: jax.Array, suffix: jax.Array) -> tuple[State, Losses]:
+            if self._cached:
+                target = tables["features"][rows]
+            else:
+                target = self.backbone.encode_text(frozen["backbone"], original)
+            phrase = functools.partial(readers[1].features, tables["prefix"][rows], suffix)
+            texts = Texts(template, phrase, nan_where_none(rows, target))
+            return step(self.recipe, state, features, texts)[:2]
+
+        return self.phrases.at_usual_length(run, tables, rows)

@@ -1,0 +1,111 @@
+"""One way in and one way out for backbones, whatever their family and format."""
+
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from cir_jax.errors import WeightsError
+from cir_jax.models.backbone import TOWERS, Backbone, Pair
+from cir_jax.weights import blip, clip, families, files
+
+FAMILIES = {"clip": clip, "blip": blip}
+"""model_type of a config -> module with `read`, `architecture` and `write`."""
+
+
+def load(
+    name_or_path: str | Path, dtype: Any = jnp.float32, *, params_dtype: Any = jnp.float32
+) -> tuple[Backbone, dict[str, Any]]:
+    """Backbone and parameters of a directory, file or hub id (see `files.find`).
+
+    "IMAGES+TEXTS" takes the image tower of one CLIP and the text tower of another (`Pair`).
+    dtype: of the computation. params_dtype: of the parameters, None = as they are stored.
+    Raises WeightsError naming what is missing, unreadable, another model's, or does not fit.
+    """
+    names = _split(name_or_path)
+    if len(names) == 1:
+        source, family = _find(name_or_path)
+        return family.read(source, dtype, params_dtype)
+    halves = {
+        half: clip.read(_find_clip(name), dtype, params_dtype, keep=TOWERS[half])
+        for half, name in zip(TOWERS, names, strict=True)
+    }
+    return (
+        _pair(*(backbone for backbone, _ in halves.values())),
+        {half: params for half, (_, params) in halves.items()},
+    )
+
+
+def load_architecture(name_or_path: str | Path, dtype: Any = jnp.float32) -> Backbone:
+    """Backbone without its weights, which need not be there unless the config is read off them."""
+    names = _split(name_or_path)
+    if len(names) == 1:
+        source, family = _find(name_or_path)
+        return family.architecture(source, dtype)
+    return _pair(*(clip.architecture(_find_clip(name), dtype) for name in names))
+
+
+def save(path: Path, backbone: Backbone, params: Any, dtype: Any = np.float32) -> None:
+    """Writes a directory, whole or not at all: Hugging Face's format, which transformers loads;
+    OpenCLIP's for ResNets, which Hugging Face's cannot say.
+
+    dtype: of the stored tensors; float16 halves the files.
+    """
+    if isinstance(backbone, Pair):
+        raise WeightsError(
+            f"backbone {backbone.weights_id}: two models in one cannot be saved as one directory. "
+            "Save each of them, and load IMAGES+TEXTS."
+        )
+    FAMILIES[backbone.family].write(path, backbone, params, dtype)
+
+
+def _split(name_or_path: str | Path) -> list[str | Path]:
+    """The two names of a pair, or the one name (which may be a path with a plus in it)."""
+    names = str(name_or_path).split("+")
+    if len(names) != 2 or any(path.exists() for path in files.places(name_or_path)):
+        return [name_or_path]
+    return list(names)
+
+
+def _find(name_or_path: str | Path) -> tuple[files.Source, ModuleType]:
+    source = files.find(name_or_path)
+    family = source.model_type
+    if not source.kind:
+        tensors = source.tensors()
+        family = families.family(tensors)
+        if family not in FAMILIES:
+            raise WeightsError(
+                f"{source.file}: tensors of {families.describe(tensors)}. Expected an OpenAI CLIP "
+                "or BLIP file, or the directory of a model with its config. "
+                "`weights.load_encoder` loads encoders of images or texts alone."
+            )
+    if family not in FAMILIES:
+        raise WeightsError(
+            f"{source.directory / source.kind}: model_type {family!r}, expected "
+            f"{' or '.join(map(repr, FAMILIES))}. Give the weights of a CLIP or BLIP; "
+            "`weights.load_encoder` loads encoders of images or texts alone."
+        )
+    return source, FAMILIES[family]
+
+
+def _find_clip(name_or_path: str | Path) -> files.Source:
+    source, family = _find(name_or_path)
+    if family is not clip:
+        raise WeightsError(
+            f"{source.file or source.directory / source.kind}: weights of "
+            f"{source.model_type or 'BLIP'}, expected CLIP. Only the towers of two CLIPs can be "
+            "combined (IMAGES+TEXTS)."
+        )
+    return source
+
+
+def _pair(images: Backbone, texts: Backbone) -> Pair:
+    return Pair(
+        model=images.model,
+        tokenizer=texts.tokenizer,
+        image_transform=images.image_transform,
+        weights_id=f"{images.weights_id}+{texts.weights_id}",
+        text_model=texts.model,
+    )

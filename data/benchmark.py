@@ -1,0 +1,276 @@
+"""Benchmarks of composed retrieval: from the authors' files to the tables `queries` and `gallery`.
+
+A builder reads a split as `Raw`: images and queries by name. This module finds out which images are
+there, drops what is lost with those that are not, and numbers the rest: a query names its images by
+their positions in the gallery.
+
+Table `gallery`: `id` (the position), `name`, `image` (bytes of the file), `categories`.
+Table `queries`: `id` (the official one, where there is one), `reference`, `texts`, `targets` (the
+single target first; empty where the labels are not public), `candidates`, `category`, `aspects`.
+"""
+
+import dataclasses
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+from cir_jax.errors import DataError
+from data.source import (
+    Options,
+    Report,
+    SourceBuilder,
+    Split,
+    Survey,
+    image_problems,
+    read_images,
+    stamp,
+    tables,
+)
+
+TEXT = tfds.features.Text()  # of bytes, too: TFDS's own Image feature needs TensorFlow to write
+TEXTS = tfds.features.Sequence(tfds.features.Text())
+POSITIONS = tfds.features.Sequence(np.int32)
+MAX_MISSING_NAMES = 3
+
+
+class AbsentError(DataError):
+    """A split of which no file is there: it is left out."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Picture:
+    """An image of a gallery.
+
+    key: what queries call it; unique. name: what the authors call it.
+    box: left, top, width, height, where only a part of the image is meant.
+    """
+
+    key: str
+    name: str
+    path: Path
+    categories: tuple[str, ...] = ()
+    box: tuple[float, ...] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+    """A query before its images are numbered.
+
+    where: file and record, for messages.
+    fields: further fields of its record. soft: {key: weight} of graded answers.
+    """
+
+    where: str
+    id: int
+    reference: str
+    texts: tuple[str, ...]
+    targets: tuple[str, ...] = ()
+    candidates: tuple[str, ...] = ()
+    category: str = ""
+    aspects: tuple[str, ...] = ()
+    fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    soft: Mapping[str, float] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Raw:
+    """A split as its annotation files say.
+
+    gallery_file: what messages call the list of images.
+    missing: annotation files that are not there although others of the split are.
+    """
+
+    pictures: Sequence[Picture]
+    questions: Sequence[Question]
+    gallery_file: Path
+    missing: Sequence[Path] = ()
+
+
+class BenchmarkBuilder(SourceBuilder, skip_registration=True):
+    """A benchmark with the tables `queries` and `gallery`. Subclasses define `read`.
+
+    OFFICIAL: {split: {"queries": ..., "gallery": ..., ...}}, the splits there are.
+    GALLERY_SPLIT: the one split of the gallery, if all query splits share it.
+    COUNTED: whether to count queries and images per category, too.
+    QUERY_FIELDS, GALLERY_FIELDS: features of further fields.
+    """
+
+    BUILDER_CONFIGS = tables("gallery", "queries")  # in this order: no queries without images
+    VERSION = tfds.core.Version("1.0.0")
+    OWN_IDS = ("queries",)
+    OFFICIAL: Mapping[str, Mapping[str, int]] = {}
+    GALLERY_SPLIT: str | None = None
+    COUNTED = False
+    QUERY_FIELDS: Mapping[str, Any] = {}
+    GALLERY_FIELDS: Mapping[str, Any] = {}
+
+    @classmethod
+    def split_names(cls) -> tuple[str, ...]:
+        """See the base class."""
+        return tuple(cls.OFFICIAL)
+
+    @classmethod
+    def read(cls, source: Path, split: str) -> Raw:
+        """What the annotation files in the folder say. Raises AbsentError and DataError."""
+        raise NotImplementedError
+
+    @classmethod
+    def of_bytes(cls, picture: Picture, image: bytes) -> dict[str, Any]:
+        """The further fields of a gallery record."""
+        del picture, image
+        return {}
+
+    @classmethod
+    def features(cls, table: str) -> dict[str, Any]:
+        """See the module's docstring."""
+        if table == "gallery":
+            return {"name": TEXT, "image": TEXT, "categories": TEXTS, **cls.GALLERY_FIELDS}
+        return {
+            "reference": np.int32,
+            "texts": TEXTS,
+            "targets": POSITIONS,
+            "candidates": POSITIONS,
+            "category": TEXT,
+            "aspects": TEXTS,
+            **cls.QUERY_FIELDS,
+        }
+
+    @classmethod
+    def survey(cls, source: Path, options: Options) -> Survey:
+        """Reads the annotations of all wanted splits and looks for their images."""
+        queries, galleries, reports, skipped = {}, {}, {}, {}
+        problem_of: dict[Path, str | None] = {}
+        for split, official in cls.OFFICIAL.items():
+            if not options.wanted(split):
+                continue
+            try:
+                raw = cls.read(source, split)
+            except AbsentError as reason:
+                skipped[split] = str(reason)
+                continue
+            check(raw)
+            new = [p for p in dict.fromkeys(x.path for x in raw.pictures) if p not in problem_of]
+            label = f"looking at the images of {cls.name}/{split}"
+            found = image_problems(new, options.decode == "survey", label)
+            problem_of |= dict(zip(new, found, strict=True))
+            kept = [picture for picture in raw.pictures if problem_of[picture.path] is None]
+            records, lost = resolve(raw.questions, [picture.key for picture in kept])
+            lost["gallery"] = len(raw.pictures) - len(kept)
+            problems = [f"{path}: is missing" for path in raw.missing]
+            problems += [
+                f"{path}: {problem_of[path]}"
+                for path in dict.fromkeys(x.path for x in raw.pictures)
+                if problem_of[path]
+            ]
+            counts = cls.counts(records, kept)
+            reports[split] = Report(counts, official, lost, problems)
+            if not records or not kept:
+                continue  # nothing to build; the report says why
+            queries[split] = Split(_from(records), stamp(records), len(records))
+            galleries[cls.GALLERY_SPLIT or split] = cls.gallery(kept, options.decode == "build")
+        return Survey({"gallery": galleries, "queries": queries}, reports, skipped)
+
+    @classmethod
+    def counts(cls, records: Sequence[dict], kept: Sequence[Picture]) -> dict[str, int]:
+        """What a report counts."""
+        counts = {"queries": len(records), "gallery": len(kept)}
+        if cls.COUNTED:
+            per_query = Counter(record["category"] for record in records)
+            counts |= {f"queries {name}": n for name, n in per_query.items()}
+            names = (name for picture in kept for name in picture.categories)
+            counts |= {f"gallery {name}": n for name, n in Counter(names).items()}
+        return counts
+
+    @classmethod
+    def gallery(cls, pictures: Sequence[Picture], decode: bool) -> Split:
+        """The records of a gallery of images that are all there."""
+
+        def records(start: int) -> Iterator[dict[str, Any]]:
+            rest = pictures[start:]
+            images = read_images((picture.path for picture in rest), decode)
+            for i, (picture, image) in enumerate(zip(rest, images, strict=True), start):
+                record = {"id": i, "name": picture.name, "image": image}
+                record["categories"] = list(picture.categories)
+                yield record | cls.of_bytes(picture, image)
+
+        parts = ([p.key, p.name, p.categories, p.box, p.path] for p in pictures)
+        return Split(records, stamp(*parts), len(pictures))
+
+
+def check(raw: Raw) -> None:
+    """Raises DataError if annotations contradict themselves: no missing image explains that."""
+    keys: set[str] = set()
+    for picture in raw.pictures:
+        if picture.key in keys:
+            raise DataError(f"{raw.gallery_file}: lists image {picture.key} twice. Get it again.")
+        keys.add(picture.key)
+    seen: dict[int, str] = {}
+    for question in raw.questions:
+        if question.id in seen:
+            raise DataError(
+                f"{question.where}: its id {question.id} is also that of {seen[question.id]}. "
+                "Get the file again."
+            )
+        seen[question.id] = question.where
+        for role, names in (
+            ("reference", [question.reference]),
+            ("target", question.targets),
+            ("candidate", question.candidates),
+            ("soft target", question.soft or ()),
+        ):
+            if unknown := [name for name in names if name not in keys]:
+                raise DataError(
+                    f"{question.where}: {role} {unknown[0]} is no image of {raw.gallery_file}; "
+                    "do the files belong together?"
+                )
+
+
+def resolve(
+    questions: Sequence[Question], keys: Sequence[str]
+) -> tuple[list[dict[str, Any]], dict[str, int]]:
+    """Query records on a gallery of these images, and how much is lost for want of others.
+
+    A query is lost with its reference or its (first) target. Other images it names are left out.
+    """
+    position = {key: i for i, key in enumerate(keys)}
+    records, lost = [], Counter({"queries": 0})
+
+    def there(names: Sequence[str], what: str) -> list[int]:
+        found = [position[name] for name in names if name in position]
+        if len(found) < len(names):
+            lost[what] += 1
+        return found
+
+    for question in questions:
+        if any(name not in position for name in (question.reference, *question.targets[:1])):
+            lost["queries"] += 1
+            continue
+        record = {
+            "id": question.id,
+            "reference": position[question.reference],
+            "texts": list(question.texts),
+            "targets": there(question.targets, "some targets of queries"),
+            "candidates": there(question.candidates, "some candidates of queries"),
+            "category": question.category,
+            "aspects": list(question.aspects),
+            **question.fields,
+        }
+        if question.soft is not None:
+            soft = {position[k]: w for k, w in question.soft.items() if k in position}
+            record |= {"soft_targets": list(soft), "soft_weights": list(soft.values())}
+        records.append(record)
+    return records, dict(lost)
+
+
+def _from(records: Sequence[dict[str, Any]]) -> Callable[[int], Sequence[dict[str, Any]]]:
+    return lambda start: records[start:]
+
+
+def absent(files: Sequence[Path]) -> AbsentError:
+    """The error for a split without files."""
+    names = ", ".join(map(str, files[:MAX_MISSING_NAMES]))
+    return AbsentError(f"no {names}" + (" ..." if len(files) > MAX_MISSING_NAMES else ""))

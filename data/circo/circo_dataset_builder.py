@@ -1,0 +1,69 @@
+"""TFDS builder of CIRCO (SEARLE, arXiv 2303.15247)."""
+
+from pathlib import Path
+from typing import Any
+
+from data.benchmark import TEXT, BenchmarkBuilder, Picture, Question, Raw, absent
+from data.source import field, first_file, read_json, strings
+
+INFO = "image_info_unlabeled2017.json"
+
+
+class Circo(BenchmarkBuilder):
+    """CIRCO: several right answers per query, among COCO's 123,403 unlabeled images."""
+
+    OFFICIAL = {
+        "val": {"queries": 220, "gallery": 123403},
+        "test": {"queries": 800, "gallery": 123403},
+    }
+    GALLERY_SPLIT = "unlabeled"
+    QUERY_FIELDS = {"shared_concept": TEXT}
+    LICENSE = "Annotations: CC BY-NC 4.0; images: terms of COCO and Flickr"
+    HELP = """
+CIRCO: annotations from github.com/miccunifi/CIRCO, images (2017 Unlabeled, 19 GB, and their image
+info) from cocodataset.org. The folder holds
+    annotations/val.json, annotations/test.json
+    COCO2017_unlabeled/annotations/image_info_unlabeled2017.json
+    COCO2017_unlabeled/unlabeled2017/000000000008.jpg ..."""
+
+    @classmethod
+    def read(cls, source: Path, split: str) -> Raw:
+        """See the base class."""
+        file = source / "annotations" / f"{split}.json"
+        if not file.is_file():
+            raise absent([file])
+        coco = source / "COCO2017_unlabeled"
+        info = first_file(coco / "annotations" / INFO, source / "annotations" / INFO)
+        pictures = [
+            _picture(coco / "unlabeled2017", entry, f"{info} image {i}")
+            for i, entry in enumerate(field(read_json(info, dict), "images", list, str(info)))
+        ]
+        questions = [
+            _question(entry, f"{file} record {i}", labelled=split == "val")
+            for i, entry in enumerate(read_json(file, list))
+        ]
+        return Raw(pictures, questions, info)
+
+
+def _picture(folder: Path, entry: Any, where: str) -> Picture:
+    name = str(field(entry, "id", int, where))
+    return Picture(name, name, folder / field(entry, "file_name", str, where))
+
+
+def _question(entry: Any, where: str, labelled: bool) -> Question:
+    number = field(entry, "id", int, where)
+    where = f"{where} (id {number})"
+    targets: list[str] = []
+    if labelled:
+        single = field(entry, "target_img_id", int, where)
+        others = field(entry, "gt_img_ids", list, where)
+        targets = list(dict.fromkeys(map(str, [single, *others])))
+    return Question(
+        where,
+        number,
+        reference=str(field(entry, "reference_img_id", int, where)),
+        texts=(field(entry, "relative_caption", str, where),),
+        targets=tuple(targets),
+        aspects=strings(entry, "semantic_aspects", where) if labelled else (),
+        fields={"shared_concept": field(entry, "shared_concept", str, where)},
+    )

@@ -1,0 +1,321 @@
+"""Datasets made of files the user has: what their builders share.
+
+A builder is a class in `data/<name>/<name>_dataset_builder.py`, derived from `SourceBuilder`, with
+
+* `BUILDER_CONFIGS = tables("gallery", "queries")`, the tables in the order they are built;
+  `VERSION`, raised with every change of what is written;
+* `HELP`: where the authors say to get the files, and how they lie; errors quote it;
+* `features(table)`: the fields of a record beside `id`;
+* `survey(source, options)`: looks at the files and returns a `Survey`: the records of each table
+  and split that can be built, and a `Report` per split of what is missing. It writes nothing.
+
+and a line in `data.build.DATASETS`. `data.build` does the rest: it prints the reports (the doctor),
+refuses partial data unless allowed, and writes the tables in shards, resumed when killed.
+
+Missing or unreadable *images* are counted in reports. Everything else that is wrong (a truncated or
+malformed annotation file, an unknown image id, a duplicate id) raises a DataError naming file and
+record, because no benchmark has it.
+"""
+
+import collections
+import concurrent.futures
+import dataclasses
+import hashlib
+import io
+import itertools
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import tensorflow_datasets as tfds
+from PIL import Image
+
+from cir_jax.errors import DataError
+from data import progress
+
+MAX_LISTED = 10  # problems shown of each kind; all are counted
+MAX_KEPT = 1000  # problems kept with the tables
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How to look at the files.
+
+    splits: those to build; None = all that have files.
+    decode: images are decoded in full to find damaged ones: in the survey, so that they can be
+        counted and left out; only while they are written, when the first bad one is an error; or
+        never.
+    columns: {field of the table: its name in the files}, for corpora whose columns vary.
+    """
+
+    splits: tuple[str, ...] | None = None
+    decode: Literal["survey", "build", "never"] = "survey"
+    columns: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    def wanted(self, split: str) -> bool:
+        """Whether the split is asked for."""
+        return self.splits is None or split in self.splits
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """The records of one split of a table.
+
+    records: start -> the records from number `start` on, the same ones in every run. Each has an
+        `id` and the fields of `SourceBuilder.features`; images as the bytes of their files.
+    stamp: digest of all that the records are made of (see `stamp`); an unfinished build is
+        continued only if it has not changed.
+    count: number of records, None = known at the end only.
+    """
+
+    records: Callable[[int], Iterable[dict[str, Any]]]
+    stamp: str
+    count: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What there is of a split, and what is not.
+
+    counts: what can be built, such as {"queries": 220, "gallery": 123403}.
+    official: the same counts in the authors' files, where known.
+    lost: what is missing of each, for want of files.
+    problems: one line per missing or unreadable file, and per further loss, naming it.
+    """
+
+    counts: Mapping[str, int]
+    official: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    lost: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    problems: Sequence[str] = ()
+
+    @property
+    def complete(self) -> bool:
+        """Whether results on this split are comparable with others'."""
+        counted = all(self.counts.get(k) == n for k, n in self.official.items())
+        return counted and not self.problems and not any(self.lost.values())
+
+    def mark(self) -> dict[str, Any]:
+        """What is kept with the tables."""
+        return {
+            "complete": self.complete,
+            "counts": dict(self.counts),
+            "official": dict(self.official),
+            "lost": dict(self.lost),
+            "problems": list(self.problems[:MAX_KEPT]),
+        }
+
+    def __str__(self) -> str:
+        lines = []
+        for name, count in self.counts.items():
+            parts = [f"{name}: {count:,}"]
+            if lost := self.lost.get(name):
+                parts.append(f"{lost:,} lost")
+            if name in self.official:
+                same = self.official[name] == count
+                parts.append("as official" if same else f"official {self.official[name]:,}")
+            lines.append(", ".join(parts))
+        lines += [f"{k}: {n:,} lost" for k, n in self.lost.items() if n and k not in self.counts]
+        none = [(k, n) for k, n in self.official.items() if k not in self.counts]
+        lines += [f"{k}: none, official {n:,}" for k, n in none]
+        if self.problems:
+            lines.append(f"{len(self.problems):,} problem(s):")
+        lines += [f"  {problem}" for problem in self.problems[:MAX_LISTED]]
+        if len(self.problems) > MAX_LISTED:
+            lines.append(f"  and {len(self.problems) - MAX_LISTED:,} more")
+        return "\n".join(lines)
+
+
+@dataclasses.dataclass(frozen=True)
+class Survey:
+    """What a folder holds.
+
+    splits: {table: {split: its records}}; splits without files, or without any record, are absent.
+    reports: {split: report}; their marks are taken when the tables are written.
+    skipped: {split: why it cannot be built}; not an error as long as any split can.
+    """
+
+    splits: Mapping[str, Mapping[str, Split]]
+    reports: Mapping[str, Report]
+    skipped: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+
+class SourceBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+    """TFDS builder of one table; see the module's docstring for what a subclass defines."""
+
+    HELP = ""
+    LICENSE = ""
+    OWN_IDS: tuple[str, ...] = ()  # tables whose `id` is an official one, not the record's number
+    url_infos = None  # nothing is downloaded; looking for checksums needs a package TFDS omits
+
+    def __init__(self, *, splits: Mapping[str, Split] | None = None, **kwargs: Any):
+        """splits: those of this table, as the survey gave them."""
+        self.source_splits = dict(splits or {})
+        super().__init__(**kwargs)
+
+    @classmethod
+    def split_names(cls) -> tuple[str, ...]:
+        """What `Options.splits` may name; empty = the survey says so itself."""
+        return ()
+
+    @classmethod
+    def survey(cls, source: Path, options: Options) -> Survey:
+        """Looks at the files in the folder `source`, or at that file.
+
+        Raises DataError as the module says.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def features(cls, table: str) -> dict[str, Any]:
+        """The fields of a record of the table, without `id`, as TFDS features."""
+        raise NotImplementedError
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description=f"{(self.__doc__ or '').strip()} See data/{self.name}/README.md.",
+            features=tfds.features.FeaturesDict(
+                {"id": np.int64, **self.features(self.builder_config.name)}
+            ),
+            license=self.LICENSE,
+            disable_shuffling=True,  # record i is example i
+        )
+
+    def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Iterator]:
+        del dl_manager
+        return {name: self._generate_examples(split) for name, split in self.source_splits.items()}
+
+    def _generate_examples(self, split: Split) -> Iterator[tuple[int, dict]]:
+        yield from enumerate(split.records(0))
+
+
+def tables(*names: str) -> list[tfds.core.BuilderConfig]:
+    """One TFDS config per table, of the builder's version."""
+    return [tfds.core.BuilderConfig(name=name) for name in names]
+
+
+def stamp(*parts: Any) -> str:
+    """Digest of values that JSON can hold, and of files (Path): name, size and time of change."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(json.dumps(part, sort_keys=True, default=_status).encode())
+        digest.update(b"\n")
+    return digest.hexdigest()[:32]
+
+
+def _status(path: Path) -> list[Any]:
+    status = path.stat()
+    return [path.name, status.st_size, status.st_mtime_ns]
+
+
+def read_json(path: Path, kind: type[dict] | type[list]) -> Any:
+    """The content of a JSON file: an object (dict) or a list. Raises DataError naming the file."""
+    try:
+        content = json.loads(path.read_bytes())
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: no such file.") from error
+    except (OSError, ValueError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
+        raise DataError(
+            f"{path}: not readable as JSON ({error}); truncated or damaged? Get it again."
+        ) from error
+    if not isinstance(content, kind):
+        name = {dict: "an object", list: "a list"}[kind]
+        raise DataError(f"{path}: holds a {type(content).__name__}, expected {name}. Get it again.")
+    return content
+
+
+def field(record: Any, name: str, kind: type | tuple[type, ...], where: str) -> Any:
+    """`record[name]`, of that type. Raises DataError; `where` names file and record."""
+    if not isinstance(record, dict) or name not in record:
+        raise DataError(
+            f"{where}: has no field {name!r}; is this another file, or another version?"
+        )
+    value = record[name]
+    wrong = isinstance(value, bool) and kind is not bool  # True is an int to Python
+    if wrong or not isinstance(value, kind):
+        kinds = kind if isinstance(kind, tuple) else (kind,)
+        expected = " or ".join(k.__name__ for k in kinds)
+        raise DataError(f"{where}: {name} is {value!r:.80}, expected {expected}.")
+    return value
+
+
+def strings(record: Any, name: str, where: str) -> tuple[str, ...]:
+    """`record[name]`, a list of texts. Raises DataError as `field` does."""
+    values = field(record, name, list, where)
+    if wrong := [value for value in values if not isinstance(value, str)]:
+        raise DataError(f"{where}: {name} holds {wrong[0]!r:.80}, expected texts.")
+    return tuple(values)
+
+
+def first_file(*candidates: Path) -> Path:
+    """The first of the paths that is a file; if none is, the first one."""
+    return next((path for path in candidates if path.is_file()), candidates[0])
+
+
+def image_problem(path: Path, decode: bool) -> str | None:
+    """What is wrong with an image file, if anything; without `decode`, only whether it is there."""
+    try:
+        if not path.stat().st_size:
+            return "is empty"
+        if decode:
+            check_image(path.read_bytes())
+    except FileNotFoundError:
+        return "is missing"
+    except Exception as error:  # PIL raises a dozen types for bad files
+        return f"is unreadable ({error})"
+    return None
+
+
+def image_problems(paths: Sequence[Path], decode: bool, label: str) -> list[str | None]:
+    """`image_problem` of each path, in parallel, under a progress bar."""
+    found = parallel(lambda path: image_problem(path, decode), paths)
+    return list(progress(found, len(paths), label))
+
+
+def read_images(paths: Iterable[Path], decode: bool) -> Iterator[bytes]:
+    """The bytes of the files, in order, read and decoded ahead in parallel.
+
+    Raises DataError naming the first file that is missing or, with `decode`, unreadable.
+    """
+    return parallel(lambda path: _read(path, decode), paths)
+
+
+def _read(path: Path, decode: bool) -> bytes:
+    try:
+        data = path.read_bytes()
+        if decode or not data:
+            check_image(data)
+    except Exception as error:  # as above
+        raise DataError(
+            f"{path}: not a readable image ({error}). Run launch/prepare.py with --check and "
+            "--source to list all such files."
+        ) from error
+    return data
+
+
+def check_image(data: bytes) -> None:
+    """Decodes an image in full. Raises what PIL makes of one that is damaged."""
+    with Image.open(io.BytesIO(data)) as image:
+        # JPEG at an eighth of the size: all of the file is read, in a third of the time
+        image.draft(None, (max(image.width // 8, 1), max(image.height // 8, 1)))
+        image.load()
+
+
+def parallel(function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
+    """Like `map`, some items ahead; PIL and file reads release Python's lock."""
+    workers, items = min(16, os.cpu_count() or 1), iter(items)
+    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+        waiting: collections.deque = collections.deque()
+        try:
+            while batch := list(itertools.islice(items, 8)):  # fewer handovers
+                waiting.append(pool.submit(lambda batch: [function(x) for x in batch], batch))
+                if len(waiting) > 2 * workers:
+                    yield from waiting.popleft().result()
+            while waiting:
+                yield from waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()

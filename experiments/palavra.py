@@ -1,0 +1,98 @@
+"""PALAVRA: sets of images of one thing become a word, refined per query (arXiv 2204.01694).
+
+    python launch/main.py --config=experiments/palavra.py
+
+@MEASURED@
+
+Stage `map` learns where the images of a text lie, `invert` trains the set encoder. Presets: shapes
+(embedded world), smoke (seconds, for tests) and vit_b32, the released recipe (COCO captions and
+images; T's duration is not published). It wants a prepared dataset with a table `captions`
+(`launch/prepare.py --dataset=pairs`), named with --config.stage.map.data.dataset and
+--config.stage.invert.data.dataset, and a JSON file {class: [words that stand for it]}:
+--config.stage.invert.composer.objects. No weights were released.
+"""
+
+from ml_collections import ConfigDict
+
+from cir_jax.input.phrases import TEMPLATES
+from experiments import base
+
+PRESETS = {
+    "shapes": {},
+    "smoke": {
+        "stage.map.data.dataset": "shapes_tiny",
+        "stage.map.batch_size": 32,
+        "stage.map.duration": "4 steps",
+        "stage.invert.data.dataset": "shapes_tiny",
+        "stage.invert.batch_size": 16,
+        "stage.invert.duration": "8 steps",
+        "composer.refine_steps": 3,
+        "evaluation.benchmarks": base.benchmarks("shapes_tiny"),
+        "log_every": 2,
+        "checkpoint.every": "4 steps",
+    },
+    "vit_b32": {
+        "backbone": "openai/clip-vit-base-patch32",
+        "composer.hidden_dim": 4096,
+        "composer.coarse": "item",
+        "stage.map.composer.hidden_dim": 4096,
+        "stage.map.data.dataset": "",
+        "stage.map.batch_size": 256,
+        "stage.map.duration": "30 epochs",
+        "stage.map.optimizer.learning_rate": 1e-4,
+        "stage.map.optimizer.schedule": "constant",
+        "stage.invert.composer.hidden_dim": 4096,
+        "stage.invert.composer.objects": "objects.json",
+        "stage.invert.composer.templates": TEMPLATES,
+        "stage.invert.data.dataset": "",
+        "stage.invert.batch_size": 256,
+        "stage.invert.duration": "300 epochs",
+        "stage.invert.optimizer.learning_rate": 1e-4,
+        # StepLR(200), stepped three times per epoch
+        "stage.invert.optimizer.schedule": "step",
+        "stage.invert.optimizer.drop_every": "66.7 epochs",
+        "stage.invert.optimizer.drop": 0.2,
+        "checkpoint.every": "5 epochs",
+    },
+}
+
+
+def get_config(preset: str = "shapes") -> ConfigDict:
+    composer = {
+        "name": "palavra",
+        "hidden_dim": 256,
+        "coarse": "a thing",
+        "refine_steps": 30,
+        "refine_learning_rate": 0.01,
+    }
+    config = base.experiment("palavra", composer)
+    config.stages = ("map", "invert")
+    optimizer = {"learning_rate": 1e-3, "schedule": "cosine", "weight_decay": 0.0}
+    config.stage.map = base.stage(
+        tables={"captions": 1.0},
+        features=True,
+        composer={"name": "palavra", "train": "map", "hidden_dim": 256},
+        batch_size=128,
+        duration="150 steps",
+        optimizer=optimizer,
+    )
+    config.stage.invert = base.stage(
+        tables={"captions": 1.0},
+        example="object_sets",
+        features=True,
+        composer={
+            "name": "palavra",
+            "train": "set",
+            "hidden_dim": 256,
+            "objects": "data/shapes/objects.json",
+            "templates": ("a photo of a {}", "an image of a {}", "a picture of a {}", "a {}"),
+            "dropout": 0.25,
+            "weight_object": 512.0,
+        },
+        batch_size=64,
+        duration="200 steps",
+        optimizer=optimizer,
+        after="map",
+    )
+    config.stage.invert.data.set_size = 5
+    return base.apply(config, PRESETS, preset)

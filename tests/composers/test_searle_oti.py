@@ -1,0 +1,307 @@
+"""SEARLE-OTI and the phrase regulariser; the numbers of the released code: tests/golden."""
+
+import dataclasses
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cir_jax import composers
+from cir_jax.composers import searle_oti
+from cir_jax.composers.phrases import Phrases, Split, Suffixes, phrase_loss
+from cir_jax.composers.searle_oti import SearleOti, Texts
+from cir_jax.errors import ConfigError, DataError
+from cir_jax.input.phrases import PhraseBook
+from data.shapes.phrases import phrase_book as shapes_phrases
+from tests.tiny import backbone as tiny_backbone
+
+BOOK = {
+    "templates": ["a photo of {}", "{} that is red", "make it {}"],
+    "concepts": {
+        "red star": ["a photo of red star that is blue", "a photo of red star"],
+        "circle": ["a photo of circle that has no star and two circle", "two circle", "circle"],
+        "blue": ["a blue photo of a green circle that is red and has no star"],
+        "green circle": ["make it red"],  # does not contain its concept
+    },
+}
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("CIR_JAX_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def book_file(tmp_path):
+    file = tmp_path / "phrases.json"
+    file.write_text(json.dumps(BOOK))
+    return str(file)
+
+
+@pytest.fixture
+def make(tiny, book_file):
+    """(composer, frozen) with settings; three iterations."""
+
+    def build(**settings):
+        settings = {"phrases": book_file, "top_k": 3, "iterations": 3} | settings
+        composer = composers.build("searle_oti", tiny[0], **settings)
+        return composer, jax.tree.map(jnp.asarray, composer.freeze(tiny[1]))
+
+    return build
+
+
+def query(n=5, seed=0):
+    features = np.random.default_rng(seed).standard_normal((n, 24), np.float32)
+    return {"reference_features": jnp.asarray(features), "query_index": jnp.arange(n)}
+
+
+def invert(composer, frozen, rows):
+    return np.asarray(jax.jit(composer.invert)({}, frozen, rows, jax.random.key(3)))
+
+
+def test_the_tables_of_a_book(make, tiny, capsys):
+    composer, frozen = make()
+    phrases, tables = composer.phrases, composer.phrases.tables
+    assert phrases.names == ["red star", "circle", "blue", "green circle"]
+    assert tables["count"].tolist() == [2, 3, 1, 0] and tables["first"].tolist() == [0, 2, 5, 6]
+    assert phrases.dropped == 1
+    assert "1 concepts discarded" in capsys.readouterr().out
+    placeholder = tiny[0].tokenizer.id_of("$")
+    beginnings = {tuple(ids[:n]) for ids, n in zip(tables["prefixes"], tables["prefix_lengths"])}
+    start = [int(x) for x in tiny[0].tokenizer(["a photo of $"])[0][:4]]
+    assert beginnings == {(), (1,), tuple(start), (1, start[1]), (1, 20)}  # 20: two
+    assert (tables["suffixes"][:, 0] == placeholder).all()
+    # the second circle of a phrase stays in OTI, and becomes a placeholder for phi
+    assert (tables["suffixes"] == placeholder).sum() == 6
+    book = PhraseBook(tuple(BOOK["templates"]), {k: tuple(v) for k, v in BOOK["concepts"].items()})
+    every = Phrases.tokenise(book, tiny[0], 3, every=True).tables["suffixes"]
+    assert (every == placeholder).sum() == 7
+    norms = np.linalg.norm(frozen["phrases"]["concepts"], axis=1)
+    assert frozen["phrases"]["concepts"].shape == (4, 24) and np.allclose(norms, 1)
+
+
+def test_concept_features_are_the_mean_over_the_templates(make, tiny):
+    _, frozen = make()
+    model, params = tiny
+    ids = model.tokenizer([text.format("circle") for text in BOOK["templates"]])
+    features = np.asarray(model.encode_text(params, ids))
+    mean = (features / np.linalg.norm(features, axis=1, keepdims=True)).mean(axis=0)
+    expected = mean / np.linalg.norm(mean)
+    np.testing.assert_allclose(frozen["phrases"]["concepts"][1], expected, atol=1e-5)
+    top = make()[0].phrases.associate(frozen["phrases"], 7 * jnp.asarray(expected)[None])
+    assert top[0, 0] == 1 and top.shape == (1, 3)
+
+
+def test_texts_from_the_placeholder_on_have_the_features_of_whole_ones(tiny):
+    composer, (model, params) = tiny_composer(tiny), tiny
+    params = jax.tree.map(jnp.asarray, params)
+    texts = ["a photo of $ that is red and has no star", "$", "make it $ and $", "a photo of $"]
+    ids = model.tokenizer(texts, 16)  # the whole context
+    split = Split.of(ids, composer.placeholder_id, model.tokenizer.eos_id)
+    words = jax.random.normal(jax.random.key(0), (len(texts), model.token_dim))
+    reader = Suffixes(composer, params, split.prefixes, split.prefix_lengths)
+    short = jnp.asarray(split.ids[:, : split.lengths.max()])
+    assert short.shape[1] == 8 and len(split.prefixes) == 4
+
+    def cut(words):
+        return reader.features(jnp.asarray(split.prefix), short, words)
+
+    def whole(words):
+        return composer.text_features(params, jnp.asarray(ids), words)
+
+    np.testing.assert_allclose(
+        cut(words), whole(words), atol=1e-5 * float(jnp.abs(whole(words)).max())
+    )
+    gradients = [jax.grad(lambda w, f=f: jnp.sum(jnp.sin(f(w))))(words) for f in (cut, whole)]
+    np.testing.assert_allclose(*gradients, atol=1e-5 * float(jnp.abs(gradients[1]).max()))
+    with_past = np.asarray(split.prefix) > 0
+    assert with_past.tolist() == [True, True, True, True]  # "$" begins with the start token
+    whole_texts = Split.of(ids, composer.placeholder_id, model.tokenizer.eos_id, causal=False)
+    np.testing.assert_array_equal(whole_texts.ids, ids)
+    assert not whole_texts.prefix.any()
+
+
+def tiny_composer(tiny):
+    from cir_jax.composers.pseudo_word import PseudoWord
+
+    return PseudoWord(tiny[0])
+
+
+def test_the_scan_is_the_plain_loop_over_whole_texts(make):
+    composer, frozen = make()
+    rows = query()
+    features, top = rows["reference_features"], None
+    top = composer.phrases.associate(frozen["phrases"], features)
+    rngs = jax.random.split(jax.random.key(1), len(features))
+    state, losses = jax.jit(composer.optimise)(frozen, features, top, rngs)
+    tokenizer = composer.backbone.tokenizer
+    templates = tokenizer([t.format(" $ ") for t in BOOK["templates"]], 16)
+    pairs = [(p, c) for c, ps in BOOK["concepts"].items() for p in ps if c in p]
+    masked = tokenizer([p.replace(c, " $ ", 1) for p, c in pairs], 16)
+    plain = tokenizer([p for p, _ in pairs], 16)
+    text = functools.partial(composer.text_features, frozen["backbone"])
+    ours = searle_oti.start(composer.recipe, composer.initial_words(rngs))
+    for i in range(3):
+        which, phrase = composer.draw(frozen["phrases"], top, rngs, jnp.int32(i))
+        texts = Texts(
+            functools.partial(text, jnp.asarray(templates[which])),
+            functools.partial(text, jnp.asarray(masked[phrase])),
+            composer.backbone.encode_text(frozen["backbone"], jnp.asarray(plain[phrase])),
+        )
+        ours, found, _ = searle_oti.step(composer.recipe, ours, features, texts)
+        np.testing.assert_allclose(losses.total[i], found.total, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(state.average, ours.average, rtol=1e-4, atol=1e-5)
+    assert np.abs(np.asarray(state.words) - ours.average).max() > 1e-3
+
+
+def test_alone_an_image_gets_the_word_it_gets_in_a_batch(make):
+    composer, frozen = make()
+    rows = query()
+    together = invert(composer, frozen, rows)
+    for i in (0, 3):
+        alone = invert(composer, frozen, jax.tree.map(lambda x: x[i : i + 1], rows))
+        np.testing.assert_allclose(alone[0], together[i], rtol=1e-5, atol=1e-5)
+    moved = rows | {"query_index": rows["query_index"] + 1}  # another key, other texts
+    assert np.abs(invert(composer, frozen, moved) - together).max() > 1e-3
+
+
+def test_phrase_features_from_the_table_are_those_computed_in_the_iteration(make):
+    cached, computed = (invert(*make(cached_phrases=n), query()) for n in (100, 0))
+    np.testing.assert_allclose(cached, computed, rtol=1e-4, atol=1e-5)
+
+
+def test_long_phrases_take_another_branch_to_the_same_result(make):
+    composer, frozen = make(cached_phrases=0)
+    expected = invert(composer, frozen, query())
+    longest = composer.phrases.tables["lengths"].max(axis=0)
+    for usual in ((8, 4), tuple(longest - 1)):
+        composer.phrases = dataclasses.replace(composer.phrases, usual=usual)
+        got = invert(composer, frozen, query())
+        np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_it_lowers_its_own_loss(make):
+    composer, frozen = make(iterations=60, regulariser="none")
+    rows = query()
+    features = rows["reference_features"]
+    top = composer.phrases.associate(frozen["phrases"], features)
+    rngs = jax.random.split(jax.random.key(0), len(features))
+    losses = np.asarray(jax.jit(composer.optimise)(frozen, features, top, rngs)[1].total)
+    assert (losses[-10:].mean(axis=0) < losses[:3].mean(axis=0) - 0.02).all()
+
+
+def test_the_ablations_of_table_4(make):
+    words = {
+        name: invert(*make(**settings), query())
+        for name, settings in {
+            "searle": {},
+            "l2": {"image_loss": "l2"},
+            "concept": {"regulariser": "concept"},
+            "random": {"regulariser": "random"},
+            "none": {"regulariser": "none"},
+            "weight 0": {"weight_gpt": 0.0},
+        }.items()
+    }
+    np.testing.assert_allclose(words["none"], words["weight 0"], rtol=1e-4, atol=1e-5)
+    different = [words[name] for name in ("searle", "l2", "concept", "random", "none")]
+    for i, one in enumerate(different):
+        for other in different[:i]:
+            assert np.abs(one - other).max() > 1e-4
+    composer, _ = make(regulariser="concept")
+    assert composer.phrases.book.concepts["circle"] == ("a photo of circle",)
+
+
+def test_draws_are_uniform(make):
+    composer, frozen = make()
+    tables, top = frozen["phrases"], jnp.tile(jnp.asarray([[0, 3, 1]]), (4000, 1))
+    rngs = jax.random.split(jax.random.key(0), len(top))
+    rows = np.asarray(composer.phrases.draw(tables, top, rngs))
+    assert np.allclose(np.bincount(rows, minlength=6) / 4000, [0.2] * 5 + [0], atol=0.03)
+    rows = np.asarray(composer.phrases.draw_concept_first(tables, top, rngs))
+    expected = [1 / 4, 1 / 4, 1 / 6, 1 / 6, 1 / 6, 0]  # the discarded concept 3 is passed over
+    assert np.allclose(np.bincount(rows, minlength=6) / 4000, expected, atol=0.03)
+    rows = np.asarray(composer.phrases.draw_any(tables, top, rngs))
+    assert np.allclose(np.bincount(rows, minlength=6) / 4000, [1 / 6] * 6, atol=0.03)
+    nothing = jnp.full((2, 3), 3)
+    assert composer.phrases.draw(tables, nothing, rngs[:2]).tolist() == [-1, -1]
+    assert composer.phrases.draw_concept_first(tables, nothing, rngs[:2]).tolist() == [-1, -1]
+
+
+def test_an_image_without_a_usable_concept_gets_nan(make):
+    composer, frozen = make(top_k=1)
+    rows = query(2)
+    other = 5 * frozen["phrases"]["concepts"][jnp.asarray([3, 0])]
+    words = invert(composer, frozen, rows | {"reference_features": other})
+    assert np.isnan(words[0]).all() and np.isfinite(words[1]).all()
+    loss = phrase_loss(
+        composer,
+        composer.phrases,
+        frozen,
+        jnp.asarray([-1, 2]),
+        jnp.asarray(words[1:].repeat(2, 0)),
+    )
+    assert np.isnan(loss[0]) and 0 < loss[1] < 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"iterations": 0}, "iterations=0; it must be 1 or more"),
+        ({"top_k": 5}, r"top_k=5: .* has 4 concepts"),
+        ({"top_k": 0}, "must be in 1..4"),
+        ({"image_loss": "cosin"}, "Did you mean 'cosine'"),
+        ({"regulariser": "phrase"}, "Did you mean 'phrases'"),
+        ({"ema": 1.0}, r"in \[0, 1\)"),
+        ({"weight_cos": 0.0, "weight_gpt": 0.0}, "nor both 0"),
+        ({"weight_gpt": -1.0}, "neither may be negative"),
+    ],
+)
+def test_settings_that_cannot_work(tiny, book_file, settings, message):
+    with pytest.raises(ConfigError, match=message):
+        SearleOti(tiny[0], **({"phrases": book_file, "top_k": 2} | settings))
+
+
+def test_books_that_cannot_work(tiny, tmp_path):
+    nothing, cut = tmp_path / "nothing.json", tmp_path / "cut.json"
+    nothing.write_text(json.dumps({"concepts": {"star": ["a circle"]}}))
+    with pytest.raises(DataError, match="no concept is left"):
+        SearleOti(tiny[0], str(nothing), top_k=1)
+    late = "red " * 15 + "star"
+    cut.write_text(json.dumps({"concepts": {"star": [late], "red": ["red"]}}))
+    phrases = Phrases.read(str(cut), tiny[0], 1)
+    assert phrases.cut == 1 and phrases.tables["count"].tolist() == [0, 1]
+    names = tmp_path / "names.csv"
+    names.write_text("LabelName,DisplayName\n/m/1, red \n/m/2,boat\n")
+    with pytest.raises(DataError, match="1 of its 2 concepts have no phrases, such as 'boat'"):
+        Phrases.read(str(cut), tiny[0], 1, names=str(names))
+
+
+def test_the_embedded_worlds_phrases_are_in_its_vocabulary_and_as_committed():
+    from cir_jax import weights
+    from cir_jax.input import phrases as files
+
+    model, _ = weights.load_architecture("data/shapes/clip", jnp.float32), None
+    book = files.read("data/shapes/phrases.json")
+    made = shapes_phrases()
+    assert (book.templates, dict(book.concepts)) == (made.templates, made.concepts)
+    assert not book.discarded
+    unknown = model.tokenizer._tokenizer.token_to_id("<unk>")
+    texts = [phrase for phrases in book.concepts.values() for phrase in phrases]
+    texts += [template.format(" $ ") for template in book.templates]
+    assert not (model.tokenizer(texts) == unknown).any()
+    assert (model.tokenizer(["zebra"]) == unknown).any()
+
+
+def test_mixed_precision_keeps_the_words_in_float32(book_file):
+    model, params = tiny_backbone()
+    half = dataclasses.replace(model, model=model.model.clone(dtype=jnp.bfloat16))
+    words = {}
+    for name, one in (("float32", model), ("bfloat16", half)):
+        composer = SearleOti(one, book_file, top_k=3, iterations=3)
+        words[name] = invert(composer, jax.tree.map(jnp.asarray, composer.freeze(params)), query())
+    assert words["bfloat16"].dtype == np.float32
+    difference = np.abs(words["bfloat16"] - words["float32"])
+    assert 0 < difference.mean() < 0.02

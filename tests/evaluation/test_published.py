@@ -1,0 +1,57 @@
+"""Published numbers are those of the papers, and shown for the same benchmark only."""
+
+import pytest
+
+from cir_jax.evaluation import benchmarks, published
+
+METHODS = {"image_only", "text_only", "image_text", "palavra", "searle_oti", "searle", "pic2word",
+           "lincir", "slerp", "isa", "combiner", "artemis", "compodiff"}  # fmt: skip
+
+
+def one(benchmark, split, method, weights_id):
+    (row,) = [
+        row
+        for row in published.rows(benchmark, split, [method], weights_id)
+        if row.backbone == published.backbone_of(weights_id)
+    ]
+    return row.metrics
+
+
+def test_numbers_are_those_of_the_papers():
+    large = "openai/clip-vit-large-patch14@0"
+    assert one("circo", "val", "searle", large)["mAP@10"] == 12.12
+    assert one("cirr", "test1", "slerp", large)["Rs@1"] == 57.71
+    assert one("genecis", "val", "artemis", "path/RN50.pt@0")["R@1"] == 13.52
+    captions = published.rows("coco_captions", "test", ["compodiff"])
+    assert [r.metrics["t2i ECCV mAP@R"] for r in captions] == [21.46, 20.82]
+    tuned = [r for r in published.rows("circo", "test", ["slerp"], large) if "tat" in r.backbone]
+    assert [r.metrics["mAP@5"] for r in tuned] == [18.46]
+
+
+@pytest.mark.parametrize("key", published._TABLES, ids=" ".join)
+def test_rows_are_of_known_benchmarks_and_consistent(key):
+    entry = benchmarks.find(key[0])
+    assert key[1] in (entry.split, *entry.counts, *entry.aliases.values())
+    rows = list(published._parse(*key))
+    assert rows
+    for row in rows:
+        assert row.method in METHODS and row.metrics, row
+        assert all(0 <= value <= 100 for value in row.metrics.values()), row
+        for prefix in ("R@", "Rs@"):  # more images are never worse
+            ks = {n[len(prefix) :]: v for n, v in row.metrics.items() if n.startswith(prefix)}
+            found = [ks[k] for k in sorted((k for k in ks if k.isdigit()), key=int)]
+            assert found == sorted(found), row
+        for k in (10, 50):  # the average is that of the categories, but for misprints
+            parts = [row.metrics.get(f"R@{k}/{name}") for name in ("shirt", "dress", "toptee")]
+            if None not in parts:
+                assert row.metrics[f"R@{k}"] == pytest.approx(sum(parts) / 3, abs=0.2), row
+
+
+def test_no_row_for_other_benchmarks_protocols_and_methods():
+    assert not published.rows("shapes/circo", "test_0", list(METHODS))
+    assert not published.rows("circo (partial)", "val", list(METHODS))
+    assert not published.rows("circo:shared_concept", "val", list(METHODS))
+    assert [r.source for r in published.rows("fashioniq:reversed", "val", ["pic2word"])] == [
+        "pic2word"
+    ]
+    assert published.backbone_of("openai/clip-vit-base-patch16@0") == ""

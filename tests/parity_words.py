@@ -1,0 +1,179 @@
+"""Parity handlers of the trained inversion networks: phi, Im2Text, and their losses."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cir_jax.composers import losses, phi, pic2word
+from cir_jax.composers.lincir import LinCir
+from cir_jax.composers.pic2word import Pic2Word
+from cir_jax.input.images import ImageTransform
+from cir_jax.input.text import word_tokenizer
+from cir_jax.models.backbone import Backbone
+from cir_jax.models.clip import Clip, ClipConfig, TextConfig, VisionConfig
+from cir_jax.weights import clip as clip_weights
+from cir_jax.weights import convert, open_clip
+
+Outputs = dict[str, Any]
+
+
+def part(tensors: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
+    """The tensors whose name begins with `prefix`, without it."""
+    return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+
+
+def phi_network(fixture: Any) -> Outputs:
+    """SEARLE's and LinCIR's phi."""
+    params = convert.to_ours(fixture.params, phi.PHI_NAMES, what=fixture.path.name)
+    network = phi.Phi(fixture.config["output_dim"])
+    return {"y": network.apply({"params": params}, fixture.inputs["x"])}
+
+
+def im2text(fixture: Any) -> Outputs:
+    """Pic2Word's mapping network."""
+    config = fixture.config
+    params = convert.to_ours(fixture.params, pic2word.NAMES, what=fixture.path.name)
+    network = pic2word.Im2Text(config["output_dim"], config["middle_dim"], config["dropout"])
+    return {"y": network.apply({"params": params}, fixture.inputs["x"])}
+
+
+def distillation(fixture: Any) -> Outputs:
+    """NT-Xent of stored and estimated words, and its gradient."""
+    target, estimate = (
+        jnp.asarray(fixture.inputs[name]) for name in ("target_oti_tokens", "estimated_tokens")
+    )
+    loss, grad = jax.value_and_grad(losses.nt_xent, argnums=1)(
+        target, estimate, fixture.config["temperature"]
+    )
+    return {"loss": loss, "grad_estimated_tokens": grad}
+
+
+def of_ids(config: ClipConfig) -> Backbone:
+    """A backbone whose texts come as ids; its tokenizer only has to have the placeholders."""
+    text = config.text
+    tokenizer = word_tokenizer("a photo of that".split(), text.max_position_embeddings)
+    return Backbone(Clip(config), tokenizer, ImageTransform(), weights_id="fixture")
+
+
+def lincir_loss(fixture: Any) -> Outputs:
+    """The self-masking projection loss with the stored noise, and its gradients."""
+    values = fixture.config["text_config"]
+    config = ClipConfig(
+        text=TextConfig.from_dict(values),
+        vision=VisionConfig(image_size=32, patch_size=16),
+        projection_dim=values["projection_dim"],
+    )
+    names = {
+        name: target
+        for name, target in clip_weights.hf_names(config).items()
+        if name.startswith(("text_model.", "text_projection."))
+    }
+    backbone = convert.to_ours(part(fixture.params, "text."), names, what=fixture.path.name)
+    backbone["logit_scale"] = np.zeros((), np.float32)  # a text tower alone; not used
+    params = convert.to_ours(part(fixture.params, "phi."), phi.PHI_NAMES)
+    inputs = {name: jnp.asarray(x) for name, x in fixture.inputs.items()}
+    noise = inputs["noise_uniform"][:, None] * inputs["noise_normal"]
+
+    class Stored(LinCir):
+        """Draws nothing: the noise is given, and dropout is off."""
+
+        def words(self, params: Any, features: jax.Array, rngs: Any = None) -> jax.Array:
+            return super().words(params, features)
+
+        def draw(self, rng: jax.Array) -> tuple[jax.Array, jax.Array]:
+            return noise[rng], rng
+
+    composer = Stored(of_ids(config))
+    composer.placeholder_id = 259
+    batch = {"token_ids": inputs["original_ids"], "masked_token_ids": inputs["replaced_ids"]}
+    rows = jnp.arange(len(noise))
+
+    def loss(params: Any) -> jax.Array:
+        encoded = composer.encode(params, {"backbone": backbone}, batch, rows)
+        return composer.objective(params, encoded)[0]
+
+    @jax.jit
+    def run(params: Any) -> tuple[Outputs, Any]:
+        value, grads = jax.value_and_grad(loss)(params)
+        text = composer.backbone.encode_text(backbone, batch["token_ids"])
+        words = composer.words(params, text + noise)
+        ids = batch["masked_token_ids"]
+        embeddings = composer.backbone.embed_tokens(backbone, ids)
+        embeddings = jnp.where((ids == 259)[..., None], words[:, None], embeddings)
+        hidden = composer.backbone.model.apply(
+            {"params": backbone}, embeddings, method="text_hidden_states"
+        )
+        return {
+            "original_text_embeds": text,
+            "phi_input": text + noise,
+            "estimated_token_embeddings": words,
+            "replaced_text_embeds": composer.text_features(backbone, ids, words),
+            "replaced_last_hidden_state": hidden,
+            "loss": value,
+        }, grads
+
+    outputs, grads = run(params)
+    grads = convert.to_source(grads, phi.PHI_NAMES)
+    return outputs | {f"grad/phi.{name}": grad for name, grad in grads.items()}
+
+
+def pic2word_clip(fixture: Any) -> Outputs:
+    """Training prompt, retrieval prompt, the contrastive loss and its gradients."""
+    config, inputs = open_clip.from_openai(fixture.config["clip"]), fixture.inputs
+    tensors = part(fixture.params, "clip.")
+    backbone = convert.to_ours(tensors, open_clip.names(config), ignore=open_clip.IGNORE)
+    params = convert.to_ours(part(fixture.params, "img2text."), pic2word.NAMES)
+    network = fixture.config["img2text"]
+    composer = Pic2Word(of_ids(config), hidden_dim=network["middle_dim"], dropout=0.0)
+    star = composer.placeholder_id = fixture.config["split_ind"]
+    # the word before the end token is the prompt with the placeholder in that place
+    prompt = inputs["prompt_ids"][0]
+    end = int(np.argmax(prompt == fixture.config["clip"]["vocab_size"] - 1))
+    prompt = np.insert(prompt, end, star)[None, :-1]
+    composer.training_ids = prompt
+    frozen = {"backbone": backbone}
+    batch = {"reference_images": jnp.asarray(inputs["images"].transpose(0, 2, 3, 1))}
+    rngs = jax.random.split(jax.random.key(0), len(inputs["images"]))
+
+    def loss(params: Any) -> jax.Array:
+        encoded = composer.encode(params, frozen, batch, rngs)
+        return composer.objective(params, encoded)[0]
+
+    @jax.jit
+    def run(params: Any) -> tuple[Outputs, Any]:
+        value, grads = jax.value_and_grad(loss)(params)
+        image = composer.reference_features(frozen, batch)
+        words = composer.words(params, image)
+        ids = jnp.asarray(inputs["retrieval_ids"])
+        # the original takes the place of the word from row 0 for all rows
+        first = jnp.full(len(ids), int(np.argmax(inputs["retrieval_ids"][0] == star)))
+        embeddings = composer.backbone.embed_tokens(backbone, ids)
+        embeddings = embeddings.at[jnp.arange(len(ids)), first].set(words)
+        repeated = jnp.broadcast_to(ids[:1], ids.shape)
+        prompts = jnp.broadcast_to(prompt, (len(words), prompt.shape[1]))
+        return {
+            "image_features": image,
+            "token_features": words,
+            "text_features_appended": composer.text_features(backbone, prompts, words),
+            "loss": value,
+            "retrieval_repeat": composer.text_features(backbone, repeated, words),
+            "retrieval_rows": composer.backbone.encode_text(backbone, ids, embeddings),
+            "encode_text": composer.backbone.encode_text(backbone, ids),
+        }, grads
+
+    outputs, grads = run(params)
+    grads = convert.to_source(grads, pic2word.NAMES)
+    return outputs | {f"grad/img2text.{name}": grad for name, grad in grads.items()}
+
+
+HANDLERS: dict[str, Callable[[Any], Outputs]] = {
+    "searle_phi": phi_network,
+    "lincir_phi": phi_network,
+    "pic2word_im2text": im2text,
+    "searle_ldistil": distillation,
+    "lincir_loss": lincir_loss,
+    "pic2word_clip": pic2word_clip,
+}

@@ -1,0 +1,47 @@
+"""What the optimisers leave alone."""
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+from cir_jax.composers.clip_pretraining import ClipPretraining
+from cir_jax.errors import ConfigError
+from cir_jax.models.backbone import Backbone
+from cir_jax.models.clip import Clip, ClipConfig, TextConfig
+from cir_jax.models.resnet import STATISTICS, FrozenBatchNorm, ResNetConfig
+from cir_jax.training import optimizers
+from cir_jax.weights.convert import flatten
+from experiments import base
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_the_statistics_of_frozen_batch_norms_do_not_move(name):
+    """Not even by the decay of a pattern that takes everything."""
+    module, rng = FrozenBatchNorm(4), np.random.default_rng(0)
+    x = rng.normal(size=(2, 3, 3, 4)).astype(np.float32)
+    params = {"norm1": {"scale": 2.0, "bias": 1.0, "mean": 0.5, "var": 3.0}}
+    params = jax.tree.map(lambda value: np.full(4, value, np.float32), params)
+    fields = {"name": name, "learning_rate": 0.1, "weight_decay": 0.5, "decay": ".*"}
+    optimizer = optimizers.optimizer(base.OPTIMIZER | fields, 10, lambda v, **kw: 0)
+
+    def loss(params):
+        return (module.apply({"params": params["norm1"]}, x) ** 2).sum()
+
+    @jax.jit
+    def step(params, state):
+        updates, state = optimizer.update(jax.grad(loss)(params), state, params)
+        return optax.apply_updates(params, updates), state
+
+    moved, state = params, optimizer.init(params)
+    for _ in range(3):
+        moved, state = step(moved, state)
+    for path, before in flatten(params).items():
+        assert np.array_equal(before, flatten(moved)[path]) == (path[-1] in STATISTICS), path
+
+
+def test_a_resnet_cannot_be_pretrained(tiny):
+    config = ClipConfig(TextConfig(), ResNetConfig())
+    backbone = Backbone(Clip(config), tiny[0].tokenizer, tiny[0].image_transform, "rn50@x")
+    with pytest.raises(ConfigError, match="batch norms of rn50@x, a ResNet, are frozen.* ViT"):
+        ClipPretraining(backbone)
