@@ -4,13 +4,14 @@
 
 Seed s trains with seed s and reports on the test world test_s; hyper-parameters were chosen on val.
 Writes benchmarks/shapes.json; the table in README.md is `table(that file)`. Resumes like main.py.
+--methods=searle,lincir measures these alone and keeps the other rows of the file.
 """
 
 import datetime
 import json
 import statistics
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ sys.path.insert(0, str(ROOT))
 
 from absl import app, flags, logging  # noqa: E402
 
-EXPERIMENTS = ("slerp", "compodiff")
+EXPERIMENTS = ("slerp", "palavra", "pic2word", "searle_oti", "searle", "lincir", "compodiff")
+BASELINES_OF = "slerp"  # the baselines are the same beside every method
 SEEDS = (0, 1, 2)
 COLUMNS = (
     ("circo", "mAP@5"),
@@ -34,25 +36,34 @@ PAPER = {
     "text_only": "3.65 (Slerp)",
     "image_text": "4.40 (ISA)",
     "slerp": "9.84 (Slerp)",
+    "palavra": "5.32 (SEARLE, ViT-B/32)",
+    "pic2word": "9.51 (CompoDiff)",
+    "searle_oti": "11.03 (SEARLE)",
+    "searle": "12.73 (CompoDiff)",
+    "lincir": "13.58 (Slerp)",
     "compodiff": "13.36 (CompoDiff)",
 }
-"""CIRCO test mAP@10 with CLIP ViT-L/14, and the paper that prints it."""
+"""CIRCO test mAP@10 with CLIP ViT-L/14 where nothing else is said, and the paper that prints it."""
 
 OUTPUT = flags.DEFINE_string("output", str(ROOT / "benchmarks" / "shapes.json"), "File to write")
 PRESET = flags.DEFINE_string("preset", "shapes", "Preset of the experiments: shapes or smoke")
 WORKDIR = flags.DEFINE_string("workdir", "runs/table", "Where the runs lie")
+METHODS = flags.DEFINE_list("methods", list(EXPERIMENTS), "Experiments to measure")
+
+Values = dict[str, dict[str, list[float]]]
+"""benchmark metric -> method -> value of each seed."""
 
 
-def measure(workdir: Path, preset: str) -> dict[str, Any]:
-    """Trains and evaluates everything: {benchmark metric: {method: [value of each seed]}}."""
+def measure(workdir: Path, preset: str, methods: Sequence[str]) -> Values:
+    """Trains and evaluates the methods."""
     from cir_jax.evaluation import runner
     from cir_jax.loading import read_experiment
     from cir_jax.training import experiment as experiments
     from data import build
 
-    values: dict[str, dict[str, list[float]]] = {}
+    values: Values = {}
     for seed in SEEDS:
-        for name in EXPERIMENTS:
+        for name in methods:
             config = read_experiment(f"experiments/{name}.py:{preset}")
             config.seed, config.evaluation.split = seed, f"test_{seed}"
             for dataset, tables in experiments.required_tables(config).items():
@@ -62,16 +73,26 @@ def measure(workdir: Path, preset: str) -> dict[str, Any]:
             experiment = experiments.setup(config)
             params = experiments.train(experiment, directory) or {}  # Slerp has no stages
             for result in runner.run(experiment, params, directory):
-                if result.method != name and name != EXPERIMENTS[0]:
-                    continue  # the baselines are the same beside every method
+                if result.method != name and name != BASELINES_OF:
+                    continue
                 for metric, estimate in result.metrics.items():
                     row = values.setdefault(f"{result.benchmark.partition('/')[2]} {metric}", {})
                     row.setdefault(result.method, []).append(estimate.value)
+    return values
+
+
+def merge(before: Mapping[str, Any], values: Values) -> dict[str, Any]:
+    """The recorded file with new rows in place of the old ones, each with its date."""
+    today = datetime.date.today().isoformat()
+    methods = {method for rows in values.values() for method in rows}
+    merged = {column: dict(rows) for column, rows in before.get("values", {}).items()}
+    for column, rows in values.items():
+        merged[column] = merged.get(column, {}) | rows
     return {
-        "date": datetime.date.today().isoformat(),
         "command": "python benchmarks/shapes.py",
         "seeds": list(SEEDS),
-        "values": values,
+        "measured": before.get("measured", {}) | dict.fromkeys(sorted(methods), today),
+        "values": merged,
     }
 
 
@@ -80,6 +101,8 @@ def table(measured: Mapping[str, Any]) -> str:
     head = ["method", *(f"{b} {m}" for b, m in COLUMNS), "paper, CIRCO mAP@10"]
     lines = [" | ".join(head), " | ".join("---" for _ in head)]
     for method, paper in PAPER.items():
+        if method not in measured["measured"]:
+            continue
         cells = [measured["values"][f"{b} {m}"][method] for b, m in COLUMNS]
         shown = [f"{statistics.mean(c):.1f} ± {statistics.stdev(c):.1f}" for c in cells]
         lines.append(" | ".join([method, *shown, paper]))
@@ -88,8 +111,12 @@ def table(measured: Mapping[str, Any]) -> str:
 
 def main(_: list[str]) -> None:
     logging.set_verbosity(logging.WARNING)
-    measured = measure(Path(WORKDIR.value), PRESET.value)
-    Path(OUTPUT.value).write_text(json.dumps(measured, indent=1) + "\n")
+    if wrong := sorted(set(METHODS.value) - set(EXPERIMENTS)):
+        raise app.UsageError(f"--methods: no {wrong[0]}; there are {', '.join(EXPERIMENTS)}")
+    output = Path(OUTPUT.value)
+    before = json.loads(output.read_text()) if output.is_file() else {}
+    measured = merge(before, measure(Path(WORKDIR.value), PRESET.value, METHODS.value))
+    output.write_text(json.dumps(measured, indent=1) + "\n")
     print(table(measured))
 
 

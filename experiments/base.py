@@ -86,9 +86,9 @@ def stage(
     "2 epochs", "300k examples". ema: decay of the averaged parameters, 0 = none. microbatches:
     parts a batch is encoded in. after: the stage whose result this one continues. example: what
     becomes of a record (`cir_jax.training.inputs.EXAMPLES`), "" = what its table is for. tokens:
-    the inversion stage whose pseudo-words are joined to the records, "" = none. split: of the tables;
-    "train[:1000]" are the first records. composer: another composer than the experiment's, for this
-    stage alone.
+    the inversion stage whose pseudo-words are joined to the records, "" = none. split: of the
+    tables; "train[:1000]" are the first records. composer: another composer than the experiment's,
+    for this stage alone.
     """
     if wrong := sorted(set(optimizer) - set(OPTIMIZER)):
         raise ConfigError(unknown("optimizer field", wrong[0], OPTIMIZER))

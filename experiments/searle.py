@@ -2,15 +2,18 @@
 
     python launch/main.py --config=experiments/searle.py
 
-@MEASURED@
+Takes 3 to 4 minutes on two CPU cores (201 s beside other work, of which `oti` 87 s). Expected on the
+embedded world (seed 0, test_0): CIRCO-like mAP@10 18.1 +- 1.4, where image + text has 15.0 and text
+alone 4.1. The paper on CIRCO: 9.43 (B/32), 12.12
+(L/14; 12.73 with the released weights).
 
 Stage `oti` inverts images one by one and stores the words, `distil` trains phi on them. Presets:
-shapes (embedded world; the first 1,536 images), smoke (seconds, for tests), and on B/32 and L/14 the
-paper's settings (vit_b32, vit_l14) and those of the released code (vit_b32_code, vit_l14_code),
+shapes (embedded world; the first 1,536 images), smoke (seconds, for tests), and on B/32 and L/14
+the paper's settings (vit_b32, vit_l14) and those of the released code (vit_b32_code, vit_l14_code),
 which weighs the regulariser more. They want the released phrases (concept_to_phrases.pkl) and a
-prepared dataset with a table `images` (the paper: 100,000 images, ImageNet's test split), named with
---config.stage.oti.data.dataset and --config.stage.distil.data.dataset. The released weights need
-neither:
+prepared dataset with a table `images` (the paper: 100,000 images, ImageNet's test split), named
+with --config.stage.oti.data.dataset and --config.stage.distil.data.dataset. The released weights
+need neither:
 
     python launch/eval.py --config=experiments/searle.py:vit_b32 \\
         --config.init_from=official:SEARLE_ViT-B32.pt
@@ -107,14 +110,14 @@ def get_config(preset: str = "shapes") -> ConfigDict:
         composer={
             "name": "searle",
             **phrases,
-            "dropout": 0.0,
+            "dropout": 0.5,
             "distillation": "contrastive",  # contrastive | cosine | none
             "temperature": 0.25,
             "weight_distil": 1.0,
             "weight_gpt": 0.75,
         },
         batch_size=128,
-        duration="500 steps",
-        optimizer={"learning_rate": 1e-3, "schedule": "cosine", "warmup": "50 steps"},
+        duration="300 steps",
+        optimizer={"learning_rate": 2e-3, "schedule": "cosine", "warmup": "50 steps"},
     )
     return base.apply(config, PRESETS, preset)

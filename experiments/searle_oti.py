@@ -2,34 +2,37 @@
 
     python launch/eval.py --config=experiments/searle_oti.py
 
-inverts the reference image of every query. To invert the images of a table once and keep the tokens:
+inverts the reference image of every query. To invert the images of a table once and keep the words:
 
-    python launch/main.py --config=experiments/searle_oti.py --config.stages=oti \\
-        --config.stage.oti.data.dataset=DATASET --config.stage.oti.data.tables.images=1.0
+    python launch/main.py --config=experiments/searle_oti.py --config.stages=oti
 
-The presets vit_* are the paper's (Table 3, B/32 on CIRCO: mAP@10 7.83) and need the released
-phrases: --config.composer.phrases=concept_to_phrases.pkl.
+vit_b32, vit_l14: the paper's recipe (Table 3, B/32 on CIRCO: mAP@10 7.83). They need the released
+phrases, --config.composer.phrases=concept_to_phrases.pkl, and their stage a table `images`
+(launch/prepare.py) in --config.stage.oti.data.dataset=NAME.
 """
 
 from ml_collections import ConfigDict
 
 from experiments import base
 
-RELEASED = {
+PAPER = {
     "composer.phrases": "concept_to_phrases.pkl",
     "composer.top_k": 15,
     "composer.iterations": 350,
-    "composer.learning_rate": 2e-2,
-    "composer.weight_gpt": 0.5,
+    "composer.ema": 0.99,
+    "stage.oti.data.dataset": "",
+    "stage.oti.batch_size": 32,
 }
 PRESETS = {
     "shapes": {},
     "smoke": {
-        "evaluation.benchmarks": base.benchmarks("shapes_tiny"),
         "composer.iterations": 3,
+        "stage.oti.data.dataset": "shapes_tiny",
+        "stage.oti.batch_size": 16,
+        "evaluation.benchmarks": base.benchmarks("shapes_tiny"),
     },
-    "vit_b32": {"backbone": "openai/clip-vit-base-patch32", **RELEASED},
-    "vit_l14": {"backbone": "openai/clip-vit-large-patch14", **RELEASED},
+    "vit_b32": {"backbone": "openai/clip-vit-base-patch32", **PAPER},
+    "vit_l14": {"backbone": "openai/clip-vit-large-patch14", **PAPER},
 }
 
 
@@ -37,16 +40,21 @@ def get_config(preset: str = "shapes") -> ConfigDict:
     composer = {
         "name": "searle_oti",
         "phrases": "data/shapes/phrases.json",
-        "names": "",  # of the concepts; "" = all that have phrases
-        "top_k": 5,
+        "names": "",  # file of the concepts; "" = all that have phrases
+        "top_k": 1,  # this, iterations and ema were chosen on val
         "iterations": 100,
         "learning_rate": 2e-2,
         "weight_decay": 0.01,
-        "ema": 0.99,
+        "ema": 0.9,
         "weight_cos": 1.0,
         "weight_gpt": 0.5,
         "image_loss": "cosine",  # cosine | l2
         "regulariser": "phrases",  # phrases | concept | random | none (Table 4)
     }
     config = base.experiment("searle_oti", composer)
+    paper = preset.startswith("vit")
+    # with the composer of the experiment
+    config.stage.oti = base.inversion_stage(
+        composer={}, table="images" if paper else "captions", batch_size=64
+    )
     return base.apply(config, PRESETS, preset)

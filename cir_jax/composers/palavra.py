@@ -195,9 +195,9 @@ class Palavra(PseudoWord):
         augmented_token_ids int32[batch, set, length], captions in which the class's word is
         augmented           int32[batch], this number in `objects.words`
         """
-        return self._map_rows(params, frozen, batch) if self.train == "map" else self._set_rows(
-            params, frozen, batch, rngs
-        )
+        if self.train == "map":
+            return self._map_rows(params, frozen, batch)
+        return self._set_rows(params, frozen, batch, rngs)
 
     def _map_rows(self, params: Params, frozen: Params, batch: dict[str, jax.Array]) -> Params:
         image = batch.get("target_features")
@@ -215,7 +215,8 @@ class Palavra(PseudoWord):
                 "the set encoder is trained on classes of objects: set composer.objects of the "
                 "stage to their file."
             )
-        backbone, params = frozen["backbone"], jax.lax.stop_gradient(params) | {"set": params["set"]}
+        backbone = frozen["backbone"]
+        params = {"map": jax.lax.stop_gradient(params["map"]), "set": params["set"]}
         captions = batch["augmented_token_ids"]
         shape = captions.shape[:2]
         text = self.backbone.encode_text(backbone, captions.reshape(-1, captions.shape[-1]))
@@ -287,9 +288,7 @@ class Palavra(PseudoWord):
         start = (words, optimizer.init(words))
         return jax.lax.scan(step, start, None, self.refinement.steps)[0][0]
 
-    def _words(
-        self, params: Params, images: jax.Array, rngs: jax.Array | None = None
-    ) -> jax.Array:
+    def _words(self, params: Params, images: jax.Array, rngs: jax.Array | None = None) -> jax.Array:
         """Unit float32[batch, set, dim] -> float32[batch, token_dim]; rngs: a key per row."""
         variables, apply = {"params": params["set"]}, self.set_encoder.apply
         if rngs is None:

@@ -131,12 +131,11 @@ class Phrases:
         names: file of the concepts to associate images with; "" = all of the book.
         Raises DataError, ConfigError when top_k is not in 1..concepts.
         """
-        path = _resolve(path)
-        book = files.read(path)
-        if names:
-            book = book.only(files.read_names(_resolve(names)), str(names))
-        book = book if suffix else book.without_suffix()
-        return cls.tokenise(book, backbone, top_k, every=every, source=str(path))
+        path, names = _resolve(path), _resolve(names) if names else None
+        stamps = [
+            path.stat().st_mtime_ns if path.is_file() else 0 for path in (path, names) if path
+        ]
+        return _read(path, names, tuple(stamps), backbone, top_k, every, suffix)
 
     @classmethod
     def tokenise(
@@ -433,6 +432,25 @@ def _encode(backbone: Backbone, params: Any, ids: jax.Array) -> jax.Array:
 def _ensemble(backbone: Backbone, templates: int, params: Any, ids: jax.Array) -> jax.Array:
     features = normalise(backbone.encode_text(params, ids))
     return normalise(features.reshape(-1, templates, features.shape[-1]).mean(axis=1))
+
+
+@functools.lru_cache(maxsize=2)  # a dry run and the run build the same composer; minutes at scale
+def _read(
+    path: Path,
+    names: Path | None,
+    stamps: tuple[int, ...],
+    backbone: Backbone,
+    top_k: int,
+    every: bool,
+    suffix: bool,
+) -> Phrases:
+    """See `Phrases.read`. stamps: times of the files, so that a changed one is read again."""
+    del stamps
+    book = files.read(path)
+    if names:
+        book = book.only(files.read_names(names), str(names))
+    book = book if suffix else book.without_suffix()
+    return Phrases.tokenise(book, backbone, top_k, every=every, source=str(path))
 
 
 def _resolve(path: str | Path) -> Path:

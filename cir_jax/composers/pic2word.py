@@ -52,8 +52,9 @@ class Im2Text(nn.Module):
 
 
 NAMES = convert.Names()
-for _theirs, _ours in (*((f"layers.{i}.0", name) for i, name in enumerate(HIDDEN)), ("fc_out", "out")):
-    NAMES.linear(_theirs, _ours)
+for _i, _name in enumerate(HIDDEN):
+    NAMES.linear(f"layers.{_i}.0", _name)
+NAMES.linear("fc_out", "out")
 
 
 class Pic2Word(LearnedWord):
@@ -77,7 +78,9 @@ class Pic2Word(LearnedWord):
         """
         check_share("dropout", dropout)
         if hidden_dim < 1 or scale < 0:
-            raise ConfigError(f"hidden_dim={hidden_dim}, scale={scale}: expected 1 or more, 0 or more")
+            raise ConfigError(
+                f"hidden_dim={hidden_dim}, scale={scale}: expected 1 or more, 0 or more"
+            )
         if not scale and backbone.family != "clip":
             raise ConfigError(
                 f"scale=0: backbone {backbone.weights_id} has no scale of its own. Give one, such "
@@ -96,7 +99,9 @@ class Pic2Word(LearnedWord):
         """batch: reference_images uint8[batch, height, width, 3], or reference_features."""
         image = jax.lax.stop_gradient(self.reference_features(frozen, batch))
         words = self.words(params, image, rngs)
-        ids = jnp.broadcast_to(jnp.asarray(self.training_ids), (len(words), self.training_ids.shape[1]))
+        ids = jnp.broadcast_to(
+            jnp.asarray(self.training_ids), (len(words), self.training_ids.shape[1])
+        )
         text = self.text_features(frozen["backbone"], ids, words)
         scale = self.scale or jnp.exp(frozen["backbone"]["logit_scale"])
         return {"image": scale * normalise(image), "text": normalise(text)}

@@ -157,7 +157,7 @@ def _queries(
     images = benchmark.references if own else gallery
     transform = backbone.image_transform
     if own:  # the released code gives such images to the encoder squashed, not cropped
-        transform = dataclasses.replace(transform, resize=transform.crop, squash=True)
+        transform = dataclasses.replace(transform, pad="none", resize=transform.crop, squash=True)
     references: dict = {}
     # a method that reads more of the reference than its pooled feature says so
     if composer.needs_reference_images or "backbone" not in frozen:
@@ -198,10 +198,11 @@ def _graded(
     benchmark: Benchmark, ranked: ranking.Ranking, subset: ranking.Ranking | None
 ) -> Graded:
     """Where the graded answers are: their ranks stand behind those of the ground truths."""
-    answers = pad_rows([[image for image, _ in query.soft] for query in benchmark.queries])
+    graded = benchmark.graded()
+    answers = pad_rows([[image for image, _ in row] for row in graded])
     weights = np.zeros(answers.shape, np.float32)
-    for line, query in zip(weights, benchmark.queries, strict=True):
-        line[: len(query.soft)] = [weight for _, weight in query.soft]
+    for line, row in zip(weights, graded, strict=True):
+        line[: len(row)] = [weight for _, weight in row]
     found = np.full(answers.shape, -1, np.int32)
     if subset is not None:  # [queries, answers, candidates]
         here = subset.top[:, None, :] == answers[:, :, None]
@@ -228,7 +229,7 @@ def _rank(
     targets = benchmark.target_table()
     single = targets[:, :1]
     if protocol.soft:
-        answers = pad_rows([[image for image, _ in query.soft] for query in benchmark.queries])
+        answers = pad_rows([[image for image, _ in row] for row in benchmark.graded()])
         targets = np.concatenate([targets, answers], axis=1)
     scoring = ranking.scoring(composer, params)
     reference = np.asarray([query.reference for query in benchmark.queries], np.int32)

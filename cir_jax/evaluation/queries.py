@@ -102,6 +102,14 @@ class Benchmark:
         """int32[queries, targets] padded with -1."""
         return pad_rows([query.targets for query in self.queries])
 
+    def graded(self) -> list[list[tuple[int, float]]]:
+        """Graded answers of each query that can be retrieved: CIRR grades the reference, too."""
+        removed = self.protocol.remove_reference
+        return [
+            [one for one in query.soft if not (removed and one[0] == query.reference)]
+            for query in self.queries
+        ]
+
     def candidate_table(self, *, without_reference: bool) -> np.ndarray:
         """int32[queries, candidates] padded with -1."""
         return pad_rows(
@@ -130,7 +138,7 @@ class Benchmark:
                 return f"a {name} is listed twice"
         if bool(query.targets) != self.labelled:
             return "ground truth is missing here but present in other records, or the reverse"
-        if protocol.remove_reference and query.reference in (*query.targets, *soft):
+        if protocol.remove_reference and query.reference in query.targets:
             return "the reference is a ground truth, but the protocol removes it from the gallery"
         if protocol.soft and query.targets and not query.soft:
             return f"no graded answers, which protocol {protocol.id} needs"

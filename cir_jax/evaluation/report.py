@@ -11,7 +11,7 @@ from typing import Any, TextIO
 
 import jax
 
-from cir_jax.evaluation import published
+from cir_jax.evaluation import published, submissions
 from cir_jax.evaluation.metrics import Estimate
 from cir_jax.evaluation.published import Row
 from cir_jax.evaluation.result import Result
@@ -63,7 +63,11 @@ def format_table(results: Sequence[Result], papers: Sequence[Row] = ()) -> str:
         *([rule, "published:", *map(line, theirs)] if theirs else []),
     ]
     if not any(result.metrics for result in results):
-        out.append("no public ground truth: send the submission files to the test server")
+        server = first.protocol.name in submissions.SERVERS
+        out.append(
+            "no public ground truth"
+            + (": send the submission files to the test server" if server else ", no test server")
+        )
     return "\n".join(out)
 
 

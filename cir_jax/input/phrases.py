@@ -88,7 +88,7 @@ def read(path: str | Path) -> PhraseBook:
     try:
         if path.suffix == ".pkl":
             with path.open("rb") as file:
-                content: Any = {"concepts": _Unpickler(file).load()}
+                content: Any = {"concepts": PlainUnpickler(file).load()}
         else:
             content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -101,7 +101,7 @@ def read(path: str | Path) -> PhraseBook:
     return _checked(content, path)
 
 
-class _Unpickler(pickle.Unpickler):
+class PlainUnpickler(pickle.Unpickler):
     """Dictionaries, lists and strings need no classes: anything that names one is refused."""
 
     def find_class(self, module: str, name: str) -> Any:

@@ -2,7 +2,8 @@
 
 Order everywhere: score descending, equal scores by gallery position, lowest first.
 Memory beside the features: the scores of one block of queries, at most SCORE_BYTES (or one row of
-the gallery, 4 bytes per image, where that is more), and one gallery block on the device.
+the gallery, 4 bytes per image, where that is more), and the gallery on the device, as a whole up to
+RESIDENT_BYTES, otherwise in blocks. benchmarks/ranking.json has the figures for CIRCO's test split.
 """
 
 import functools

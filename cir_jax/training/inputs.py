@@ -82,9 +82,7 @@ EXAMPLES = {
             experiment.backbone.tokenizer, _suffix(data)
         ),
     ),
-    "images": Example(
-        ("image",), lambda experiment, data, source: records.Images(_suffix(data))
-    ),
+    "images": Example(("image",), lambda experiment, data, source: records.Images(_suffix(data))),
     "cropped_images": Example(("image",), _cropped, whole=True),
     "masked_captions": Example((), _masked),
     "object_sets": Example(("image",), _object_sets),

@@ -36,6 +36,7 @@ from cir_jax.retrieval.cache import (
 )
 from cir_jax.retrieval.features import image_features
 from cir_jax.training.mesh import replicated
+from cir_jax.weights import oti_tokens
 
 if TYPE_CHECKING:
     from cir_jax.training.experiment import Experiment
@@ -76,21 +77,43 @@ def read(experiment: "Experiment", name: str, workdir: Path, table: Table) -> np
 
     Raises CheckpointError when stage `name` has not finished, or inverted another table.
     """
-    directory = workdir / name
+    return _read(workdir / name, table)
+
+
+def _read(directory: Path, table: Table) -> np.ndarray:
     stored = read_identity(directory)
     store = Store(directory, stored)
     done = store.stored_rows()
     if stored["images"] != source_identity(table, "image"):
         raise CheckpointError(
             f"{directory}: holds the words of other images, {stored['images']}; this stage reads "
-            f"{table!r}. Run stage {name!r} again in a new --workdir."
+            f"{table!r}. Run stage {directory.name!r} again in a new --workdir."
         )
     if done < stored["rows"]:
         raise CheckpointError(
             f"{directory}: {done} of {stored['rows']} images are inverted. Finish it first: "
-            f"--config.stages={name},..."
+            f"--config.stages={directory.name},..."
         )
     return store.read()[0]
+
+
+def export(directory: Path, output: Path, data_dir: Path) -> None:
+    """Writes the words of a finished stage as SEARLE's folder (`weights.oti_tokens`).
+
+    An image is named by its record's field `name`, or else `id`. Images without a word are left
+    out. Raises CheckpointError as `read`, WeightsError without PyTorch.
+    """
+    stored = read_identity(directory)
+    table = Table(data_dir, stored["dataset"], stored["table"], stored["split"])
+    words = _read(directory, table)
+    names = [_name(table[i]) for i in range(len(table))]
+    oti_tokens.write(output, names, words, stored)
+    print(f"{len(words)} words of {table!r} written to {output}")
+
+
+def _name(record: dict[str, Any]) -> str:
+    name = record.get("name", record["id"])
+    return name.decode() if isinstance(name, bytes) else str(name)
 
 
 def describe(experiment: "Experiment", name: str) -> str:
@@ -248,14 +271,19 @@ def _settings(experiment: "Experiment", name: str) -> dict[str, Any]:
 
 def _identity(experiment: "Experiment", name: str, table: Table) -> dict[str, Any]:
     composer, backbone = experiment.composer, experiment.backbone
-    if not isinstance(composer, PseudoWord):
+    if not isinstance(composer, PseudoWord) or composer.trained:
         raise ConfigError(
-            f"config.stage.{name}.composer: {type(composer).__name__} does not invert images."
+            f"config.stage.{name}.composer: {type(composer).__name__} does not invert images "
+            "without training. Use searle_oti."
         )
     size = _batch_size(experiment, name)
     phrases = getattr(composer, "phrases", None)
     transform = backbone.image_transform
+    data = experiment.config.stage[name].data
     return {
+        "dataset": data.dataset,
+        "table": next(table for table, weight in data.tables.items() if weight),
+        "split": data.get("split", "train"),
         "images": source_identity(table, "image"),
         "rows": len(table),
         "preprocessing": f"{type(transform).__module__}.{transform!r}",

@@ -68,9 +68,7 @@ def optimizer(
     adam = {"b1": config["b1"], "b2": config["b2"], "eps": config["eps"]}
     decay = path_mask(rf"(?!.*/({'|'.join(STATISTICS)})$)({config['decay']})")
     if name == "adamw":
-        main = optax.adamw(
-            rate, **adam, weight_decay=config["weight_decay"], mask=decay
-        )
+        main = optax.adamw(rate, **adam, weight_decay=config["weight_decay"], mask=decay)
     elif name == "muon":
         ratio = config["adam_learning_rate"] / config["learning_rate"]
         inside = path_mask(r".*/layers_\d+/.*/kernel")

@@ -3,8 +3,8 @@
     --config.init_from=official:PATH    evaluates these weights, or starts training from them
     --config.export_to=PATH             writes what was trained in the authors' format
 
-What lies in a file is the method's own business (`Composer.read_official`); here is what is the same
-for all: the flag, files that need no PyTorch to be read, shapes that must be the composer's.
+What lies in a file is the method's own business (`Composer.read_official`); here is what is the
+same for all: the flag, files that need no PyTorch to be read, shapes that must be the composer's.
 """
 
 from collections.abc import Mapping, Sequence

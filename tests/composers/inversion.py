@@ -42,4 +42,6 @@ def assert_independent_of_devices_and_parts(composer, params, frozen, batch):
 def with_tail(ids, length, pad=0):
     """The same texts at the full length: padding columns that no bucketed batch has."""
     missing = length - ids.shape[-1]
-    return jnp.pad(jnp.asarray(ids), [(0, 0)] * (ids.ndim - 1) + [(0, missing)], constant_values=pad)
+    return jnp.pad(
+        jnp.asarray(ids), [(0, 0)] * (ids.ndim - 1) + [(0, missing)], constant_values=pad
+    )

@@ -10,7 +10,6 @@ from cir_jax.evaluation import benchmarks, protocols
 from tests import tiny as factory
 from tests.evaluation import worlds
 
-
 SHARED = protocols.variant(protocols.CIRCO, ["shared_concept"])
 SOFT = protocols.variant(protocols.CIRR, ["artemis"])
 

@@ -231,7 +231,8 @@ def test_every_caption_table_record_needs_both_kinds():
 
 
 def soft_benchmark():
-    """CIRR with graded answers: the target in full, another of its colour by half."""
+    """CIRR with graded answers: the target in full, another of its colour by half, and the
+    reference, as in the official file."""
     made = []
     for query in worlds.queries(protocols.CIRR):
         target = query.targets[0]
@@ -240,7 +241,8 @@ def soft_benchmark():
             for i in range(45)
             if i % 3 == target % 3 and i not in (target, query.reference, *query.candidates)
         )
-        made.append(dataclasses.replace(query, soft=((other, 0.5), (target, 1.0))))
+        graded = ((query.reference, -1.0), (other, 0.5), (target, 1.0))
+        made.append(dataclasses.replace(query, soft=graded))
     artemis = protocols.variant(protocols.CIRR, ["artemis"])
     return worlds.benchmark(artemis, queries=tuple(made))
 

@@ -275,9 +275,7 @@ def test_a_part_is_cut_out_and_padded_to_a_black_square():
     np.testing.assert_array_equal(square, expected)
     whole = features.open_image(part(picture, (0, 0, 0, 0)), "image", "record")
     np.testing.assert_array_equal(np.asarray(whole), pixels)
-    with pytest.raises(
-        DataError, match=r"record 3: crop \(3, 2, 30, 6\) is not inside the image of"
-    ):
+    with pytest.raises(DataError, match=r"record 3: crop \(3, 2, 30, 6\) is not inside"):
         features.open_image(part(picture, (3, 2, 30, 6)), "image", "record 3")
 
 

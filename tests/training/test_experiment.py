@@ -241,7 +241,11 @@ def test_full_disk_is_named(stand_in, small_disk):
             checkpoints.save(state, {})
 
 
-@pytest.mark.parametrize("name", ["compodiff", "pretrain", "slerp", "image_only", "text_only"])
+@pytest.mark.parametrize(
+    "name",
+    ["compodiff", "pretrain", "slerp", "image_only", "text_only"]
+    + ["pic2word", "lincir", "searle", "palavra"],
+)
 def test_every_preset_of_every_experiment_builds(name, tiny):
     config = loading.read_experiment(f"experiments/{name}.py")
     module = __import__(f"experiments.{name}", fromlist=["PRESETS"])

@@ -1,0 +1,235 @@
+"""One side of encoders.py, which starts it: `encoders_worker.py SIDE THREADS DIRECTORY`.
+
+Reads requests from the standard input, one line of JSON each, and answers on the standard output.
+"""
+
+import gc
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+MATRIX = {"cpu": 2048, "gpu": 8192}
+"""Rows and columns of the matrices whose product gives the device's matrix rate."""
+
+
+class Side:
+    """What both sides share: timing and the process's memory."""
+
+    def __init__(self, threads: int, directory: Path):
+        self.directory = directory
+        self.run: Callable[[], Any] = lambda: None
+        """Starts one pass, returns what `wait` waits for."""
+
+    def wait(self, result: Any) -> None:
+        raise NotImplementedError
+
+    def time(self, passes: int) -> float:
+        """Seconds per pass."""
+        start = time.perf_counter()
+        for _ in range(passes):
+            result = self.run()
+        self.wait(result)
+        return (time.perf_counter() - start) / passes
+
+    def matrix(self, dtype: str) -> float:
+        """Operations per second of the fastest of several products of two square matrices."""
+        size = MATRIX[self.platform]
+        self.run = self.product(size, dtype)
+        self.time(3)
+        return 2 * size**3 / min(self.time(3) for _ in range(7))
+
+    def first_pass(self) -> tuple[Any, dict[str, Any]]:
+        """The features; its seconds, and MB at its peak beyond the weights and inputs."""
+        reset = _reset_peak()
+        before, start = _status("VmRSS"), time.perf_counter()
+        result = self.run()
+        self.wait(result)
+        seconds = time.perf_counter() - start
+        return result, {"pass_s": seconds, "extra_mb": _status("VmHWM") - before if reset else None}
+
+
+class Jax(Side):
+    def __init__(self, threads: int, directory: Path):
+        super().__init__(threads, directory)
+        import jax
+
+        self.jax, self.device = jax, jax.devices()[0]
+        self.platform = "cpu" if self.device.platform == "cpu" else "gpu"
+
+    def about(self, dtypes: list[str]) -> dict[str, Any]:
+        return {"platform": self.platform, "device": self.device.device_kind}
+
+    def wait(self, result: Any) -> None:
+        result.block_until_ready()
+
+    def product(self, size: int, dtype: str) -> Callable[[], Any]:
+        x = self.jax.random.normal(self.jax.random.key(0), (size, size)).astype(dtype)
+        self.precision(dtype)
+        multiply = self.jax.jit(lambda a: a @ a)
+        return lambda: multiply(x)
+
+    def precision(self, dtype: str) -> None:
+        # PyTorch's default, too; else a GPU would take TF32 on this side alone
+        full = "highest" if dtype == "float32" else None
+        self.jax.config.update("jax_default_matmul_precision", full)
+
+    def load(self, model: str, dtype: str) -> None:
+        import jax.numpy as jnp
+        from safetensors.numpy import load_file
+
+        from cir_jax.models.clip import Clip, ClipConfig
+        from cir_jax.weights import clip, convert
+
+        self.params = self.compiled = self.run = None
+        config = ClipConfig.from_dict(json.loads((self.directory / "config.json").read_text()))
+        params = convert.to_ours(
+            load_file(self.directory / "model.safetensors"),
+            clip.hf_names(config),
+            ignore=clip.IGNORE,
+            dtype=jnp.dtype(dtype),
+        )
+        self.params = self.jax.device_put(params, self.device)
+        self.model = Clip(config, jnp.dtype(dtype))
+
+    def prepare(self, kind: str, dtype: str, **_: Any) -> dict[str, Any]:
+        self.precision(dtype)
+        method = "encode_image" if kind == "image" else "encode_text"
+        x = np.load(self.directory / "input.npy")
+        x = self.jax.device_put(x.astype(dtype) if kind == "image" else x, self.device)
+
+        def encode(params: Any, x: Any) -> Any:
+            return self.model.apply({"params": params}, x, method=method)
+
+        start = time.perf_counter()
+        compiled = self.jax.jit(encode).lower(self.params, x).compile()
+        seconds = time.perf_counter() - start
+        self.run = lambda: compiled(self.params, x)
+        features, about = self.first_pass()
+        np.save(self.directory / "jax.npy", np.asarray(features).astype(np.float32))
+        if self.platform == "gpu":
+            # what XLA allots before it starts; it asks for nothing more while it runs
+            planned = compiled.memory_analysis()
+            size = planned.temp_size_in_bytes + planned.output_size_in_bytes
+            about["extra_mb"] = size / 2**20
+        return {"compile_s": seconds, **about}
+
+
+class Torch(Side):
+    def __init__(self, threads: int, directory: Path):
+        super().__init__(threads, directory)
+        import torch
+
+        self.torch = torch
+        torch.set_num_threads(threads)
+        torch.set_grad_enabled(False)
+        self.platform = "gpu" if torch.cuda.is_available() else "cpu"
+        self.device = "cuda" if self.platform == "gpu" else "cpu"
+
+    def about(self, dtypes: list[str]) -> dict[str, Any]:
+        settings = {
+            "torch_threads": self.torch.get_num_threads(),
+            "torch_float32_precision": self.torch.get_float32_matmul_precision(),
+        }
+        return {"platform": self.platform, "settings": settings}
+
+    def wait(self, result: Any) -> None:
+        if self.platform == "gpu":
+            self.torch.cuda.synchronize()
+
+    def product(self, size: int, dtype: str) -> Callable[[], Any]:
+        x = self.torch.randn(size, size, device=self.device).to(getattr(self.torch, dtype))
+        return lambda: x @ x
+
+    def make(self, model: str, config: dict[str, Any]) -> dict[str, Any]:
+        """Writes random weights and their config, and returns the config, whole."""
+        from transformers import CLIPConfig, CLIPModel
+
+        last = config["text_config"].get("vocab_size", 49408) - 1
+        text = {**config["text_config"], "eos_token_id": last}
+        config = {**config, "text_config": {"bos_token_id": last - 1, **text}}
+        self.torch.manual_seed(0)
+        CLIPModel(CLIPConfig(**config)).save_pretrained(self.directory)
+        return json.loads((self.directory / "config.json").read_text())
+
+    def load(self, model: str, dtype: str) -> None:
+        from transformers import CLIPModel
+
+        self.model = self.run = None
+        dtype = getattr(self.torch, dtype)
+        self.model = CLIPModel.from_pretrained(self.directory, dtype=dtype).to(self.device).eval()
+        for parameter in self.model.parameters():
+            # pages of the file that are read later would count as memory of the first pass
+            parameter.data = parameter.data.clone()
+
+    def prepare(self, kind: str, dtype: str, **_: Any) -> dict[str, Any]:
+        torch = self.torch
+        x = torch.from_numpy(np.load(self.directory / "input.npy")).to(self.device)
+        if kind == "image":
+            # as its preprocessing gives them: channels first
+            x = x.permute(0, 3, 1, 2).contiguous().to(getattr(torch, dtype))
+            encode = self.model.get_image_features
+        else:
+            x, encode = x.long(), self.model.get_text_features
+
+        def run() -> Any:
+            with torch.inference_mode():
+                return encode(x)
+
+        self.run, before = run, 0
+        if self.platform == "gpu":
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+        features, about = self.first_pass()
+        if self.platform == "gpu":
+            about["extra_mb"] = (torch.cuda.max_memory_allocated() - before) / 2**20
+        features = getattr(features, "pooler_output", features)
+        np.save(self.directory / "torch.npy", features.float().cpu().numpy())
+        return about
+
+
+def _reset_peak() -> bool:
+    """Gives freed memory back and starts a new peak of the process's memory (Linux, glibc)."""
+    import ctypes
+
+    gc.collect()
+    try:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def _status(field: str) -> float:
+    """MB of a field of /proc/self/status."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) / 2**10
+    raise OSError(f"/proc/self/status has no {field}")
+
+
+def main() -> None:
+    name, threads, directory = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
+    # both sides make as many threads as there are cores they may use
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # whatever a library prints is no answer
+    side = {"jax": Jax, "torch": Torch}[name](threads, directory)
+    for line in sys.stdin:
+        request = json.loads(line)
+        answer = getattr(side, request.pop("do"))(**request)
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,228 @@
+"""PALAVRA: the set encoder, its losses, the steps at query time, sets of objects."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cir_jax.composers import losses
+from cir_jax.composers.base import normalise
+from cir_jax.composers.palavra import Palavra
+from cir_jax.errors import ConfigError, DataError, WeightsError
+from cir_jax.input import objects
+from cir_jax.input.records import Records
+from cir_jax.training import optimizers
+from cir_jax.weights import official
+from data.shapes.objects import objects as world_objects
+from experiments import base
+from tests import tiny as factory
+from tests.composers import inversion
+
+CLASSES = {"star": ["red"], "circle": ["green", "blue"]}
+SIZE = 3
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory):
+    file = tmp_path_factory.mktemp("objects") / "objects.json"
+    file.write_text(json.dumps(CLASSES))
+    return str(file)
+
+
+@pytest.fixture(scope="module")
+def build(tiny, file):
+    """settings -> (composer, params, frozen)"""
+
+    def make(**settings):
+        templates = ("a photo of a {}", "{} has no {}".format("{}", "two"))
+        defaults = {"objects": file, "templates": templates, "hidden_dim": 16, "coarse": "a star"}
+        composer = Palavra(tiny[0], **(defaults | settings))
+        return composer, jax.jit(composer.init)(jax.random.key(0)), composer.freeze(tiny[1])
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def batch(tiny):
+    rng = np.random.default_rng(0)
+    rows, dim = inversion.ROWS, tiny[0].dim
+    return {
+        "reference_features": rng.normal(size=(rows, SIZE, dim)).astype(np.float32),
+        "label": rng.integers(0, 5, rows).astype(np.int32),
+        "augmented": rng.integers(0, 5, rows).astype(np.int32),
+        "augmented_token_ids": np.stack(
+            [tiny[0].tokenizer(["a red star", "it", "two"], 16)] * rows
+        ),
+    }
+
+
+def test_the_loss_does_not_depend_on_devices_or_parts(build, batch):
+    inversion.assert_independent_of_devices_and_parts(*build(), batch)
+
+
+def test_a_stage_trains_its_half_alone(build, batch, tiny):
+    composer, params, frozen = build()
+    gradient = inversion.loss_and_gradient(composer, params, frozen, batch)[1]
+    assert max(np.abs(x).max() for x in jax.tree.leaves(gradient["map"])) == 0
+    assert all(np.abs(x).max() > 0 for x in jax.tree.leaves(gradient["set"]))
+    composer, _, _ = build(train="map")
+    pairs = {
+        "target_features": batch["reference_features"][:, 0],
+        "token_ids": batch["augmented_token_ids"][:, 0],
+    }
+    loss, gradient = inversion.loss_and_gradient(composer, params, frozen, pairs)
+    assert max(np.abs(x).max() for x in jax.tree.leaves(gradient["set"])) == 0
+    layer = params["map"]["linear"]
+    text = normalise(tiny[0].encode_text(tiny[1], pairs["token_ids"]))
+    text = normalise(text + text @ layer["kernel"] + layer["bias"][None])
+    expected = jnp.square(text - normalise(pairs["target_features"])).mean()
+    np.testing.assert_allclose(loss, expected, rtol=1e-5)
+
+
+def test_the_losses_are_their_definitions(build, batch, tiny):
+    composer, params, frozen = build(dropout=0.0, weight_object=3.0)
+    rngs = jax.random.split(jax.random.key(0), inversion.ROWS)
+    given = batch | {"template": np.ones(inversion.ROWS, np.int32)}
+    rows = jax.jit(composer.encode)(params, frozen, given, rngs)
+    loss, metrics = composer.objective(params, rows)
+    assert composer.objects.words == ["star", "red", "circle", "green", "blue"]
+    tokenizer = tiny[0].tokenizer
+    labels = [f"{composer.objects.words[i]} has no two" for i in batch["label"]]
+    label = tiny[0].encode_text(tiny[1], tokenizer(labels))
+    words = composer._words(params, normalise(batch["reference_features"]))
+    ids = np.repeat(tokenizer(["* has no two"]), inversion.ROWS, axis=0)
+    text = composer.text_features(tiny[1], ids, words)
+    np.testing.assert_allclose(metrics["cycle_image"], losses.nt_xent(label, text, 0.25), rtol=1e-4)
+    first = [tokenizer.id_of(composer.objects.words[i]) for i in batch["label"]]
+    first = tiny[0].embed_tokens(tiny[1], np.asarray(first)[:, None])[:, 0]
+    error = jnp.square(normalise(first) - normalise(words)).mean()
+    np.testing.assert_allclose(metrics["object_image"], error, rtol=1e-4)
+    expected = sum(
+        metrics[f"cycle_{name}"] + 3 * metrics[f"object_{name}"] for name in ("image", "text")
+    )
+    np.testing.assert_allclose(loss, expected / 2, rtol=1e-5)
+
+
+def test_sets_have_no_order_and_no_size(build, batch):
+    composer, params, _ = build()
+    images = normalise(batch["reference_features"])
+    words = composer._words(params, images)
+    np.testing.assert_allclose(
+        composer._words(params, images[:, ::-1]), words, rtol=1e-4, atol=1e-6
+    )
+    twice = jnp.concatenate([images, images], axis=1)
+    np.testing.assert_allclose(composer._words(params, twice), words, rtol=1e-4, atol=1e-6)
+    assert np.abs(composer._words(params, images[:, :1]) - words).max() > 1e-4
+
+
+def test_steps_at_query_time(build, tiny):
+    composer, params, frozen = build(refine_steps=20)
+    still = build(refine_steps=0)[0]
+    features = inversion.features(tiny[0], 4)
+    ids = tiny[0].tokenizer([composer.prompt("is red")] * 4)
+    query = {"reference_features": features, "token_ids": ids}
+    together = jax.jit(composer.compose)(params, frozen, query, jax.random.key(0))
+    one = jax.jit(composer.compose)
+    alone = [
+        one(params, frozen, {k: v[i : i + 1] for k, v in query.items()}, None) for i in range(4)
+    ]
+    np.testing.assert_allclose(jnp.concatenate(alone), together, rtol=1e-4, atol=1e-5)
+    star = np.repeat(tiny[0].tokenizer(["*"]), 4, axis=0)
+
+    def closeness(made):
+        words = jax.jit(made.invert)(params, frozen, query, None)
+        text = normalise(made.text_features(frozen["backbone"], star, words))
+        return jnp.sum(text * normalise(features), axis=-1)
+
+    assert (closeness(composer) > closeness(still)).all()
+
+
+def test_prompt(build):
+    assert build()[0].prompt("is red") == "a photo of a star * that is red"
+    assert build()[0].prompt("") == "a photo of a star *"
+
+
+def test_official_directory_comes_back(build, tmp_path):
+    torch = pytest.importorskip("torch")
+    composer, params, frozen = build()
+    official.save(composer, tmp_path / "palavra", params, frozen)
+    (set_file,) = (tmp_path / "palavra").glob("deep_set_model_first_save_*")
+    stored = torch.load(set_file, weights_only=True)
+    assert set(stored) == {
+        *(f"phi.{i}.{name}" for i in (0, 2, 4) for name in ("Gamma.weight", "Gamma.bias")),
+        *(f"phi.{i}.Lambda.weight" for i in (0, 2, 4)),
+        *(f"ro.{i}.{name}" for i in (1, 4) for name in ("weight", "bias")),
+    }
+    again = official.load(composer, tmp_path / "palavra", frozen)
+    jax.tree.map(np.testing.assert_array_equal, again, jax.device_get(params))
+    with pytest.raises(WeightsError, match="set/fc/kernel .*wrong shapes|wrong shapes"):
+        official.load(build(hidden_dim=8)[0], tmp_path / "palavra", frozen)
+    (tmp_path / "palavra" / "deep_set_model_other").write_bytes(b"")
+    with pytest.raises(WeightsError, match=r"one file deep_set_model\*; has deep_set_model_first"):
+        official.load(composer, tmp_path / "palavra", frozen)
+
+
+def test_sets_of_objects(tiny, file):
+    found = objects.Objects.read(file)
+    assert found.named("a blue thing") == ["circle"] and found.named("redder stars") == []
+    assert found.renamed("a green circle", "circle", "blue") == "a blue blue"
+    table = factory.caption_table(12)
+    for i, text in enumerate([b"a red star", b"it has two", b"a circle and a star", b"green"] * 3):
+        table.records[i]["captions"][0] = text
+    features = np.arange(12, dtype=np.float32)[:, None].repeat(24, axis=1)
+    source = Records(table, ("image",), None, {"image": features})
+    members = objects.members(source, found)
+    assert members["star"].tolist() == [0, 2, 4, 6, 8, 10]
+    assert members["circle"].tolist() == [2, 3, 6, 7, 10, 11]
+    sets = objects.ObjectSets(tiny[0].tokenizer, found, source, members, "features", 4)
+    rng = np.random.default_rng(0)
+    for index in range(12):
+        row = sets.random_map(source[index], rng)
+        name = found.words[row["label"]]
+        rows = row["reference_features"][:, 0].astype(int)
+        assert set(rows) <= set(members[name].tolist())
+        assert index % 4 == 1 or rows[0] == index
+        word = found.words[row["augmented"]]
+        assert word in found.classes[name]
+        expected = [
+            found.renamed(table.records[i]["captions"][0].decode(), name, word) for i in rows
+        ]
+        np.testing.assert_array_equal(row["augmented_token_ids"], tiny[0].tokenizer(expected, 16))
+    for record in table.records:
+        record["captions"][0] = b"nothing"
+    with pytest.raises(DataError, match="no first caption names one of the classes star, circle"):
+        objects.members(source, found)
+
+
+def test_classes_of_the_embedded_world():
+    stored = objects.Objects.read("data/shapes/objects.json")
+    assert {name: list(words) for name, words in stored.classes.items()} == world_objects()
+
+
+def test_mistakes_are_named(build, tmp_path, batch):
+    with pytest.raises(ConfigError, match="train of palavra: 'maps'. Did you mean 'map'"):
+        build(train="maps")
+    with pytest.raises(ConfigError, match="templates: 'a photo' must contain {} exactly once"):
+        build(templates=("a photo",))
+    composer, params, frozen = build(objects="")
+    with pytest.raises(ConfigError, match="set composer.objects of the stage"):
+        jax.eval_shape(composer.loss, params, frozen, batch, jax.random.key(0))
+    with pytest.raises(DataError, match="none.json: no classes of objects"):
+        build(objects=str(tmp_path / "none.json"))
+    (tmp_path / "bad.json").write_text("[]")
+    with pytest.raises(DataError, match="bad.json: not a dictionary of classes"):
+        build(objects=str(tmp_path / "bad.json"))
+
+
+def test_step_schedule():
+    fields = base.OPTIMIZER | {"learning_rate": 1.0, "schedule": "step", "drop": 0.2}
+
+    def steps(value, **kwargs):
+        return int(str(value).split()[0])
+
+    made = optimizers.schedule(fields | {"drop_every": "10 steps"}, 100, steps)
+    np.testing.assert_allclose([made(9), made(10), made(20)], [1, 0.2, 0.04], rtol=1e-5)
+    with pytest.raises(ConfigError, match="drop_every: schedule 'step' needs"):
+        optimizers.schedule(fields, 100, steps)

@@ -1,0 +1,178 @@
+"""SEARLE's phi: its two losses, the ablations, stored words. Values are in tests/golden."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cir_jax.composers import losses
+from cir_jax.composers.phrases import cosine_loss
+from cir_jax.composers.searle import Searle
+from cir_jax.errors import ConfigError, DataError, WeightsError
+from cir_jax.input.records import Images, Records
+from cir_jax.weights import official
+from tests import tiny as factory
+from tests.composers import inversion
+
+BOOK = {
+    "templates": ["a photo of {}", "{}"],
+    "concepts": {
+        "red star": ["a photo of red star that is a red star", "red star has two red star"],
+        "green circle": ["a photo of green circle that is blue"],
+        "blue star": ["a photo of blue star and a circle", "it is a blue star"],
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def book(tmp_path_factory):
+    file = tmp_path_factory.mktemp("phrases") / "book.json"
+    file.write_text(json.dumps(BOOK))
+    return str(file)
+
+
+@pytest.fixture(scope="module")
+def build(tiny, book, tmp_path_factory):
+    """settings -> (composer, params, frozen)"""
+    cache = tmp_path_factory.mktemp("cache")
+
+    def make(**settings):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("CIR_JAX_CACHE", str(cache))
+            composer = Searle(tiny[0], **({"phrases": book, "top_k": 2} | settings))
+            params = jax.jit(composer.init)(jax.random.key(0))
+            return composer, params, composer.freeze(tiny[1])
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def batch(tiny):
+    words = jax.random.normal(jax.random.key(3), (inversion.ROWS, tiny[0].token_dim))
+    return {"reference_features": inversion.features(tiny[0]), "pseudo_words": words}
+
+
+def test_the_loss_does_not_depend_on_devices_or_parts(build, batch):
+    inversion.assert_independent_of_devices_and_parts(*build(), batch)
+
+
+def test_the_loss_is_the_weighted_sum(build, batch):
+    composer, params, frozen = build(dropout=0.0, weight_distil=0.5, weight_gpt=0.25)
+    rngs = jax.random.split(jax.random.key(0), inversion.ROWS)
+    rows = jax.jit(composer.encode)(params, frozen, batch, rngs)
+    loss, metrics = composer.objective(params, rows)
+    words = composer.words(params, batch["reference_features"])
+    distil = losses.nt_xent(batch["pseudo_words"], words, 0.25)
+    np.testing.assert_allclose(metrics["distil"], distil, rtol=1e-5)
+    np.testing.assert_allclose(loss, 0.5 * distil + 0.25 * metrics["gpt"], rtol=1e-5)
+    assert rows["gpt"].shape == (inversion.ROWS,) and (rows["gpt"] > 0).all()
+
+
+def test_the_regulariser_overwrites_the_first_placeholder_alone(build, batch):
+    """Of "$ has two $" the second stays, as in the release: seen in the value of the loss."""
+    composer, params, frozen = build(dropout=0.0, top_k=1)
+    backbone, tokenizer = frozen["backbone"], composer.backbone.tokenizer
+    rngs = jax.random.split(jax.random.key(0), inversion.ROWS)
+    rows = jax.jit(composer.encode)(params, frozen, batch, rngs)
+    words = composer.words(params, batch["reference_features"])
+    top = np.asarray(composer.phrases.associate(frozen["phrases"], batch["reference_features"]))
+
+    def both(phrase, concept):
+        return tokenizer([phrase.replace(concept, " $ "), phrase], 16)
+
+    names = list(BOOK["concepts"])
+    texts = [[both(p, name) for p in BOOK["concepts"][name]] for name in names]
+    masked = jnp.asarray([pair[0] for concept in texts for pair in concept])
+    whole = jnp.asarray([pair[1] for concept in texts for pair in concept])
+    target = composer.backbone.encode_text(backbone, whole)
+    owner = [i for i, concept in enumerate(texts) for _ in concept]
+    for row in range(inversion.ROWS):
+        word = jnp.broadcast_to(words[row], (len(masked), words.shape[1]))
+        values = cosine_loss(composer.text_features(backbone, masked, word), target)
+        possible = [v for v, o in zip(np.asarray(values), owner, strict=True) if o == top[row, 0]]
+        assert min(abs(np.asarray(possible) - rows["gpt"][row])) < 1e-5
+
+
+@pytest.mark.parametrize("distillation", ["cosine", "none"])
+def test_ablations(build, batch, tiny, distillation):
+    composer, params, frozen = build(phrases="", weight_gpt=0, distillation=distillation, dropout=0)
+    rngs = jax.random.split(jax.random.key(0), inversion.ROWS)
+    rows = jax.jit(composer.encode)(params, frozen, batch, rngs)
+    loss = composer.objective(params, rows)[0]
+    words = composer.words(params, batch["reference_features"])
+    if distillation == "cosine":
+        expected = cosine_loss(batch["pseudo_words"], words).mean()
+    else:
+        ids = np.repeat(tiny[0].tokenizer(["a photo of $"]), inversion.ROWS, axis=0)
+        text = composer.text_features(frozen["backbone"], ids, words)
+        expected = losses.nt_xent(batch["reference_features"], text, 0.25)
+    np.testing.assert_allclose(loss, expected, rtol=1e-5)
+
+
+def test_nt_xent_is_its_definition():
+    a, b = np.random.default_rng(0).normal(size=(2, 5, 7))
+    z = np.concatenate([a, b])
+    z /= np.linalg.norm(z, axis=1, keepdims=True)
+    s = np.exp(z @ z.T / 0.3)
+    rows = [-np.log(s[k, (k + 5) % 10] / (s[k].sum() - s[k, k])) for k in range(10)]
+    np.testing.assert_allclose(losses.nt_xent(a, b, 0.3), np.mean(rows), rtol=1e-5)
+    same = jax.grad(lambda x: losses.nt_xent(x, x, 0.3))(jnp.asarray(a))
+    assert np.isfinite(same).all()
+
+
+def test_missing_words_or_phrases_are_named(build, batch):
+    composer, params, frozen = build(phrases="", weight_gpt=0)
+    features = {"reference_features": batch["reference_features"]}
+    rngs = jax.random.split(jax.random.key(0), inversion.ROWS)
+    with pytest.raises(ConfigError, match="needs stored words: set data.tokens"):
+        jax.eval_shape(composer.encode, params, frozen, features, rngs)
+    composer, params, frozen = build(phrases="")
+    with pytest.raises(ConfigError, match="weight_gpt=0.75 needs phrases: set composer.phrases"):
+        jax.eval_shape(composer.encode, params, frozen, batch, rngs)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"distillation": "cosin"}, "'cosin'. Did you mean 'cosine'"),
+        ({"temperature": 0}, "temperature=0"),
+        ({"weight_distil": -1}, "weight_distil=-1"),
+        ({"top_k": 4}, "top_k=4: .* has 3 concepts"),
+    ],
+)
+def test_mistaken_settings(build, settings, message):
+    with pytest.raises(ConfigError, match=message):
+        build(**settings)
+
+
+def test_concepts_without_phrases_are_named(build, tmp_path):
+    names = tmp_path / "names.txt"
+    names.write_text("red star\nyellow ring\n")
+    with pytest.raises(DataError, match="1 of its 2 concepts have no phrases, such as 'yellow ri"):
+        build(names=str(names))
+
+
+def test_images_without_a_word_are_left_out():
+    words = np.ones((4, 3), np.float32)
+    words[1] = np.nan
+    table = factory.caption_table(4)
+    source = Records(table, (), None, columns={"pseudo_words": words})
+    example = Images("features").random_map(source[1] | {"image": words[0]}, None)
+    assert source[1]["id"] == 2 and source.corrupt == {1}
+    np.testing.assert_array_equal(example["pseudo_words"], np.ones(3))
+
+
+def test_official_files_come_back(build, tmp_path):
+    torch = pytest.importorskip("torch")
+    composer, params, frozen = build(phrases="", weight_gpt=0)
+    file = tmp_path / "SEARLE_tiny.pt"
+    official.save(composer, file, params, frozen)
+    stored = torch.load(file, weights_only=True)
+    again = official.load(composer, file, frozen)
+    jax.tree.map(np.testing.assert_array_equal, again, jax.device_get(params))
+    stored["Phi"].pop("layers.6.bias")
+    torch.save(stored, file)
+    with pytest.raises(WeightsError, match=r"Missing tensors \(1\): layers.6.bias"):
+        official.load(composer, file, frozen)

@@ -1,0 +1,64 @@
+"""What may be evaluated with what, and that mistakes show before anything is computed."""
+
+import types
+
+import pytest
+
+from cir_jax.errors import CheckpointError, DataError
+from cir_jax.evaluation import benchmarks, runner
+from cir_jax.loading import read_experiment
+from cir_jax.training import experiment as experiments
+from tests.evaluation import worlds
+
+
+def test_settings_of_inference_may_differ_from_those_of_the_training_run(tmp_path):
+    config = read_experiment("experiments/compodiff.py:smoke")
+    experiments.claim_workdir(tmp_path, config)
+    config.composer.guidance, config.composer.steps = (1.0, 3.0), 5
+    config.composer.samples_per_query, config.composer.source_mixing = 2, 0.2
+    experiments.check_workdir(tmp_path, config)
+    config.composer.depth = 3
+    with pytest.raises(CheckpointError, match=r"differ: composer.depth \(was [0-9]+, is 3\)\."):
+        experiments.check_workdir(tmp_path, config)
+
+
+def fake_experiment(*names, **evaluation):
+    """Just enough to reach the benchmarks."""
+    config = read_experiment("experiments/slerp.py:smoke")
+    config.evaluation.benchmarks = names
+    for name, value in evaluation.items():
+        config.evaluation[name] = value
+    composer = types.SimpleNamespace(pretrained_backbone=True)
+    return types.SimpleNamespace(config=config, composer=composer, data_dir=None, mesh=None,
+                                 frozen={})  # fmt: skip
+
+
+def test_all_benchmarks_are_read_before_the_first_is_evaluated(tmp_path, monkeypatch):
+    seen = []
+
+    def load(name, split, directory, *, allow_partial):
+        seen.append((name, split, allow_partial))
+        if name == "b":
+            raise DataError("record 3 is broken")
+        return worlds.benchmark()
+
+    monkeypatch.setattr(benchmarks, "load", load)
+    monkeypatch.setattr(runner, "evaluate_with_baselines", lambda *a, **k: pytest.fail("too soon"))
+    experiment = fake_experiment("a", "b", split="val", allow_partial=True)
+    with pytest.raises(DataError, match="record 3 is broken"):
+        runner.run(experiment, {}, tmp_path / "out")
+    assert seen == [("a", "val", True), ("b", "val", True)]
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_a_place_that_cannot_be_written_is_named_first(tmp_path, monkeypatch):
+    monkeypatch.setattr(benchmarks, "load", lambda *a, **k: pytest.fail("too soon"))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match="file/out: nothing can be written there.*--output"):
+        runner.run(fake_experiment("a"), {}, tmp_path / "file" / "out")
+
+
+def test_each_benchmark_has_its_own_default_split():
+    assert read_experiment("experiments/slerp.py:smoke").evaluation.split == ""
+    splits = {name: benchmarks.find(name).split for name in ("shapes/circo", "circo", "cirr")}
+    assert splits == {"shapes/circo": "test_0", "circo": "val", "cirr": "val"}

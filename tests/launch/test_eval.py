@@ -1,0 +1,113 @@
+"""launch/eval.py as a user runs it: flags, files, and the same numbers on any machine."""
+
+import json
+import re
+import socket
+
+import pytest
+
+from tests.launch.binaries import ROOT, run, start
+
+pytestmark = pytest.mark.slow
+
+SLERP = "--config=experiments/slerp.py:smoke"
+TWO = "--benchmarks=shapes_tiny/circo,shapes_tiny/fashioniq"
+
+
+def results(folder):
+    return json.loads((folder / "results.json").read_text())
+
+
+def metrics(folder):
+    return {(r["benchmark"], r["method"]): r["metrics"] for r in results(folder)["results"]}
+
+
+@pytest.fixture(scope="module")
+def scratch(tmp_path_factory):
+    return tmp_path_factory.mktemp("scratch")
+
+
+@pytest.fixture(scope="module")
+def one(scratch, tmp_path_factory):
+    """One process with one device."""
+    output = tmp_path_factory.mktemp("one")
+    status, text = run("eval", SLERP, TWO, f"--output={output}", scratch=scratch)
+    assert status == 0, text
+    return output, text
+
+
+def test_all_that_is_promised_is_there(one):
+    output, text = one
+    assert {path.name for path in output.iterdir()} == {
+        "results.json", "report.html", "shapes_tiny_circo.png", "shapes_tiny_fashioniq.png",
+    }  # fmt: skip
+    assert "protocol circo(gallery=all" in text and "published" not in text
+    for method in ("image_only", "text_only", "image_text", "slerp"):
+        assert ("shapes_tiny/fashioniq", method) in metrics(output)
+    whole = results(output)
+    assert whole["composer"] == {"name": "slerp", "alpha": 0.8} and TWO in whole["command"]
+    first = whole["results"][0]
+    assert first["data"] == "shapes_tiny@1.0.0" and first["partial"] is False
+    assert {"protocol", "weights_id", "seed", "counts"} <= set(first)
+
+
+def test_two_processes_of_three_and_eight_devices_give_the_same_metrics(one, scratch, tmp_path):
+    with socket.socket() as server:
+        server.bind(("", 0))
+        port = server.getsockname()[1]
+    logs = [tmp_path / "log0", tmp_path / "log1"]
+    flags = (SLERP, TWO, f"--output={tmp_path}", f"--coordinator=localhost:{port}",
+             "--num_processes=2")  # fmt: skip
+    processes = [
+        start("eval", *flags, f"--process_id={i}", scratch=scratch / f"host{i}", devices=3, log=log)
+        for i, log in enumerate(logs)
+    ]
+    assert [p.wait() for p in processes] == [0, 0], logs[0].read_text()[-3000:]
+    assert metrics(tmp_path) == metrics(one[0])
+    assert results(tmp_path)["devices"]["processes"] == 2
+    assert "protocol" not in logs[1].read_text()  # reports come from process 0
+    fresh = scratch / "eight"  # without the features that were stored
+    status, text = run("eval", SLERP, TWO, f"--output={fresh}", scratch=fresh, devices=8)
+    assert status == 0, text
+    assert metrics(fresh) == metrics(one[0])
+
+
+def test_variants_override_and_submissions_from_dummy_data(scratch, tmp_path):
+    source = ROOT / "data" / "cirr" / "dummy"
+    status, text = run(
+        "prepare", "--dataset=cirr", f"--source={source}", "--allow_partial", scratch=scratch
+    )
+    assert status == 0, text
+    flags = (SLERP, "--benchmarks=cirr", "--split=test", f"--output={tmp_path}")
+    status, text = run("eval", *flags, scratch=scratch)
+    assert status == 2 and "--allow_partial" in text.splitlines()[-1]
+    assert not (tmp_path / "results.json").exists()
+    status, text = run("eval", *flags, "--allow_partial", scratch=scratch)
+    assert status == 0, text
+    assert "PARTIAL DATA" in text and "cirr (partial) test1" in text
+    names = {path.name for path in tmp_path.glob("*.json")}
+    assert names == {
+        "results.json",
+        "cirr_partial_test1_recall.json",
+        "cirr_partial_test1_recall_subset.json",
+    }
+    file = tmp_path / "cirr_partial_test1_recall.json"
+    status, text = run("eval", f"--validate_submission={file}", scratch=scratch)
+    assert status == 2 and "the server would reject it" in text
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--benchmarks=circ"], "unknown benchmark 'circ'. Did you mean 'circo'"),
+        (["--benchmarks=circo:shared"], "unknown variant of protocol circo: 'shared'"),
+        (["--benchmarks=shapes_tiny/circo", "--split=tst_0"], "unknown split .*'tst_0'. Did you"),
+        (["--benchmarks=shapes_tiny/inversion"], "finds an image by its pseudo-word"),
+    ],
+    ids=str,
+)
+def test_mistakes_are_one_message(flags, message, one, scratch, tmp_path):
+    output = tmp_path / "results"
+    status, text = run("eval", SLERP, f"--output={output}", *flags, scratch=scratch)
+    assert status == 2 and re.search(message, text.splitlines()[-1]), text
+    assert not (output / "results.json").exists() and "Traceback" not in text

@@ -1,0 +1,69 @@
+"""The inversion methods from start to end, on the tiny world."""
+
+import json
+import signal
+import time
+
+import pytest
+
+from cir_jax.training import logs
+from tests.launch.binaries import run, start
+
+pytestmark = pytest.mark.slow
+
+LESS = ("--config.evaluation.benchmarks=('shapes_tiny/circo',)",)
+
+
+def results(workdir):
+    found = json.loads((workdir / "results.json").read_text())["results"]
+    return {r["method"]: r["metrics"] for r in found}
+
+
+def losses(workdir, stage):
+    return [(row["step"], row["loss"]) for row in logs.read(workdir / stage / "metrics.jsonl")]
+
+
+@pytest.fixture(scope="module")
+def scratch(tmp_path_factory):
+    return tmp_path_factory.mktemp("scratch")
+
+
+@pytest.mark.parametrize("name", ["pic2word", "lincir", "palavra"])
+def test_smoke(name, scratch, tmp_path):
+    flags = (f"--config=experiments/{name}.py:smoke", *LESS)
+    exported = tmp_path / "exported"
+    status, output = run(
+        "main",
+        *flags,
+        f"--workdir={tmp_path / 'run'}",
+        f"--config.export_to={exported}",
+        scratch=scratch,
+    )
+    assert status == 0, output
+    status, output = run(
+        "eval",
+        *flags,
+        f"--workdir={tmp_path / 'again'}",
+        f"--config.init_from=official:{exported}",
+        scratch=scratch,
+    )
+    assert status == 0, output
+    trained, read = results(tmp_path / "run"), results(tmp_path / "again")
+    assert trained == read and 0 <= trained[name]["mAP@10"]["value"] <= 100
+
+
+def test_searle_killed_and_resumed(scratch, tmp_path):
+    flags = ("--config=experiments/searle.py:smoke", *LESS)
+    status, output = run("main", *flags, f"--workdir={tmp_path / 'whole'}", scratch=scratch)
+    assert status == 0, output
+    workdir, log = tmp_path / "killed", tmp_path / "log"
+    process = start("main", *flags, f"--workdir={workdir}", scratch=scratch, log=log)
+    while process.poll() is None and not (workdir / "oti" / "words_00000.array_record").exists():
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (workdir / "results.json").exists()
+    status, output = run("main", *flags, f"--workdir={workdir}", scratch=scratch)
+    assert status == 0, output
+    assert losses(workdir, "distil") == losses(tmp_path / "whole", "distil")
+    assert results(workdir) == results(tmp_path / "whole")
