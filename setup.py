@@ -17,6 +17,8 @@ EXTRAS = {
     "torch": ["torch>=2.6"],  # reads .pt files; live parity tests
     "parquet": ["pyarrow>=17"],  # corpora that come as Parquet files
     "coco": ["pycocotools>=2.0.8"],  # draws the masks of data/coco_object
+    # LinCIR's keywords; besides: python -m spacy download en_core_web_sm
+    "keywords": ["spacy>=3.7"],
     "search": ["faiss-cpu>=1.9"],
     "demo": ["gradio>=5"],
     "dev": [
