@@ -2,9 +2,9 @@
 
     python launch/main.py --config=experiments/pic2word.py
 
-Takes 2 to 3 minutes on two CPU cores (191 s beside other work). Expected on the embedded world (seed
-0, test_0): CIRCO-like mAP@10 16.6 +- 1.4, where image + text has 15.0 and text alone 4.1. The paper
-has no numbers on CIRCO; others give its L/14 weights 9.51 there (Slerp's table).
+Takes 2 to 3 minutes on two CPU cores (191 s beside other work). Expected on the embedded world
+(seed 0, test_0): CIRCO-like mAP@10 16.6 +- 1.4, where image + text has 15.0 and text alone 4.1. The
+paper has no numbers on CIRCO; others give its L/14 weights 9.51 there (Slerp's table).
 
 Presets: shapes (embedded world), smoke (seconds, for tests), and the paper's recipe on vit_l14 and
 vit_b32: 3 million images (CC3M) in a prepared dataset with a table `images`, named with
