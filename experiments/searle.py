@@ -32,6 +32,7 @@ def _released(backbone: str, epochs: int, weight_gpt: float, top_k: int) -> dict
     """Preset of a backbone; OTI is the same in paper and code."""
     changes: dict[str, Any] = {
         "backbone": backbone,
+        "preprocessing": "targetpad",
         "dtype": "bfloat16",
         "stage.oti.composer.top_k": 15,
         "stage.oti.composer.iterations": 350,

@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 from experiments import base
 
 PAPER = {
+    "preprocessing": "targetpad",
     "composer.phrases": "concept_to_phrases.pkl",
     "composer.top_k": 15,
     "composer.iterations": 350,

@@ -96,7 +96,13 @@ class ImageTransform:
         # {"shortest_edge": n} is resized and cropped; {"height": n, "width": n} is squashed (BLIP)
         squash = isinstance(size, Mapping) and "height" in size
         if isinstance(size, Mapping):
-            size = size["height"] if squash else size["shortest_edge"]
+            side = "height" if squash else "shortest_edge"
+            if side not in size:
+                raise WeightsError(
+                    f"preprocessor_config.json: size {dict(size)}; expected shortest_edge, or "
+                    "height and width"
+                )
+            size = size[side]
         crop = crop["height"] if isinstance(crop, Mapping) else crop
         return cls(
             resize=size,
@@ -274,6 +280,10 @@ def targetpad(size: int, ratio: float = 1.25) -> ImageTransform:
 def squarepad(size: int) -> ImageTransform:
     """CLIP4Cir's option: zeros to a square (one pixel short of it where the sides' sum is odd)."""
     return targetpad(size, 1.0)
+
+
+PREPROCESSING = {"clip": clip, "targetpad": targetpad, "squarepad": squarepad}
+"""What may take the place of the preprocessing that comes with CLIP weights."""
 
 
 def blip(size: int) -> ImageTransform:

@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cir_jax.errors import ConfigError
-from cir_jax.input.images import ImageTransform
+from cir_jax.errors import ConfigError, unknown
+from cir_jax.input.images import PREPROCESSING, ImageTransform
 from cir_jax.input.text import Tokenizer
 from cir_jax.models.blip import Blip, BlipConfig, with_enc_token
 from cir_jax.models.clip import Clip, ClipConfig
@@ -56,6 +56,17 @@ class Backbone:
     def context_length(self) -> int:
         """Tokens of the longest text: CLIP 77, BLIP 35 (as it was trained; its tower takes 512)."""
         return self.tokenizer.context_length
+
+    def with_preprocessing(self, name: str) -> "Backbone":
+        """Another image preprocessing than that of the weights: "clip", "targetpad" ...
+
+        Raises ConfigError for other names.
+        """
+        if name not in PREPROCESSING:
+            raise ConfigError(unknown("config.preprocessing", name, PREPROCESSING))
+        own = self.image_transform
+        made = dataclasses.replace(PREPROCESSING[name](own.crop), mean=own.mean, std=own.std)
+        return dataclasses.replace(self, image_transform=made)
 
     def with_remat(self) -> "Backbone":
         """The same, its layers computed again in the backward pass (see `models.clip.blocks`)."""

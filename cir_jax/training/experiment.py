@@ -79,6 +79,8 @@ def setup(config: ml_collections.ConfigDict) -> Experiment:
         backbone, params = weights.load(config.backbone, dtype)
     else:
         backbone, params = weights.load_architecture(config.backbone, dtype), {}
+    if config.preprocessing:
+        backbone = backbone.with_preprocessing(config.preprocessing)
     if config.remat:
         backbone = backbone.with_remat()
     composer = composers.build(name, backbone, **settings)
