@@ -82,12 +82,14 @@ class Raw:
 
     gallery_file: what messages call the list of images.
     missing: annotation files that are not there although others of the split are.
+    notes: further counts for the report, of what the released code leaves out.
     """
 
     pictures: Sequence[Picture]
     questions: Sequence[Question]
     gallery_file: Path
     missing: Sequence[Path] = ()
+    notes: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
 
 class BenchmarkBuilder(SourceBuilder, skip_registration=True):
@@ -166,7 +168,7 @@ class BenchmarkBuilder(SourceBuilder, skip_registration=True):
                 for path in dict.fromkeys(x.path for x in raw.pictures)
                 if problem_of[path]
             ]
-            counts = cls.counts(records, kept)
+            counts = cls.counts(records, kept) | dict(raw.notes)
             reports[split] = Report(counts, official, lost, problems)
             if not records or not kept:
                 continue  # nothing to build; the report says why

@@ -72,6 +72,10 @@ def _builder_class(dataset: str) -> type[tfds.core.GeneratorBasedBuilder]:
     return getattr(importlib.import_module(module), name)
 
 
+def _optional(dataset: str) -> tuple[str, ...]:
+    return getattr(_builder_class(dataset), "OPTIONAL", ())
+
+
 def tables_of(dataset: str, wanted: Sequence[str] | None = None) -> list[str]:
     """Returns the wanted tables of the dataset, or all of them."""
     known = [config.name for config in _builder_class(dataset).BUILDER_CONFIGS]
@@ -172,8 +176,10 @@ def prepare(
     and when the disk is full.
     """
     folders = {t: table_dir(dataset, t, data_dir, name) for t in tables_of(dataset, tables)}
-    if source is None and all(map(is_built, folders.values())):
-        return folders
+    optional = () if tables else _optional(dataset)
+    there = {t: folder for t, folder in folders.items() if is_built(folder)}
+    if source is None and not folders.keys() - there.keys() - set(optional):
+        return there
     cls, found = _builder_class(dataset), None
     if issubclass(cls, SourceBuilder) or source is not None:
         how = ("survey" if allow_partial else "build") if decode else "never"
@@ -359,14 +365,20 @@ def check(
 ) -> dict[str, dict[str, int]]:
     """Reads every record and decodes every image; returns the counts per table and split.
 
+    A table that may be left out, and was, has no splits.
     Raises a DataError that names the tables that are missing and the records that are corrupt.
     """
     counts: dict[str, dict[str, int]] = {}
     problems: list[str] = []
-    own_ids = getattr(_builder_class(dataset), "OWN_IDS", ())
+    cls = _builder_class(dataset)
+    own_ids = getattr(cls, "OWN_IDS", ())
+    source = " --source=DIR" if issubclass(cls, SourceBuilder) else ""
     for table in tables_of(dataset, tables):
         folder = table_dir(dataset, table, data_dir, name)
         if not is_built(folder):
+            if not tables and table in _optional(dataset):
+                counts[table] = {}
+                continue
             problems.append(f"table {table!r} is missing in {folder.parent}")
             continue
         with _quiet_tfds():
@@ -380,7 +392,8 @@ def check(
         more = f"\n  and {len(problems) - MAX_LISTED} more" if len(problems) > MAX_LISTED else ""
         raise DataError(
             f"{dataset} has {len(problems)} problem(s):\n  {listed}{more}\n"
-            f"Delete the folder of a corrupt table and run launch/prepare.py --dataset={dataset}."
+            f"Delete the folder of a corrupt table, if any, and run launch/prepare.py "
+            f"--dataset={dataset}{source}."
         )
     return counts
 

@@ -148,6 +148,7 @@ class SourceBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     HELP = ""
     LICENSE = ""
     OWN_IDS: tuple[str, ...] = ()  # tables whose `id` is an official one, not the record's number
+    OPTIONAL: tuple[str, ...] = ()  # tables that are left out where their files are missing
     url_infos = None  # nothing is downloaded; looking for checksums needs a package TFDS omits
 
     def __init__(self, *, splits: Mapping[str, Split] | None = None, **kwargs: Any):

@@ -7,7 +7,7 @@ the embedded world (seed 0, test_0): CIRCO-like mAP@10 16.5 +- 1.3, where image 
 text alone 4.1 (15.9 without dropout). Images are not read in training.
 
 Presets: shapes (embedded world), smoke (seconds, for tests), and the paper's recipe on vit_b32,
-vit_l14 and vit_h14: 5.5 million texts in a prepared dataset with a table `texts`
+vit_l14, vit_h14 and vit_g14: 5.5 million texts in a prepared dataset with a table `texts`
 (`launch/prepare.py --dataset=texts`), named with --config.stage.smp.data.dataset, keywords by spaCy
 (`pip install cir_jax[keywords]`). Released weights need no training:
 
@@ -48,6 +48,7 @@ PRESETS = {
     "vit_b32": {"backbone": "openai/clip-vit-base-patch32", **RELEASED},
     "vit_l14": {"backbone": "openai/clip-vit-large-patch14", **RELEASED},
     "vit_h14": {"backbone": "laion/CLIP-ViT-H-14-laion2B-s32B-b79K", **RELEASED},
+    "vit_g14": {"backbone": "laion/CLIP-ViT-bigG-14-laion2B-39B-b160k", **RELEASED},
 }
 
 

@@ -6,6 +6,14 @@ inverts the reference image of every query. To invert the images of a table once
 
     python launch/main.py --config=experiments/searle_oti.py --config.stages=oti
 
+The images of a benchmark: --config.stage.oti.data.dataset=cirr --config.stage.oti.data.split=val
+--config.stage.oti.data.tables.images=0 (shapes: captions) --config.stage.oti.data.tables.gallery=1.
+Stored words, of launch/export_words.py or of the released code (a folder with
+ema_oti_pseudo_tokens.pt and image_names.pkl), answer queries by the names of their images:
+
+    python launch/eval.py --config=experiments/searle_oti.py:vit_b32 --benchmarks=cirr \\
+        --config.composer.words=DIR
+
 vit_b32, vit_l14: the paper's recipe (Table 3, B/32 on CIRCO: mAP@10 7.83). They need the released
 phrases, --config.composer.phrases=concept_to_phrases.pkl, and their stage a table `images`
 (launch/prepare.py) in --config.stage.oti.data.dataset=NAME.
@@ -51,6 +59,7 @@ def get_config(preset: str = "shapes") -> ConfigDict:
         "weight_gpt": 0.5,
         "image_loss": "cosine",  # cosine | l2
         "regulariser": "phrases",  # phrases | concept | random | none (Table 4)
+        "words": "",  # folder of stored words of the benchmark's images, instead of all the above
     }
     config = base.experiment("searle_oti", composer)
     paper = preset.startswith("vit")
@@ -58,4 +67,5 @@ def get_config(preset: str = "shapes") -> ConfigDict:
     config.stage.oti = base.inversion_stage(
         composer={}, table="images" if paper else "captions", batch_size=64
     )
+    config.stage.oti.data.tables.gallery = 0.0  # of a benchmark
     return base.apply(config, PRESETS, preset)

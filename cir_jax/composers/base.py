@@ -4,11 +4,13 @@ A composer holds no parameters: `params` (trainable, from `init`) and `frozen` (
 in the optimiser) are arguments of every function. Training and evaluation call the same `compose`.
 """
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from cir_jax.models.backbone import Backbone
 
@@ -21,6 +23,7 @@ reference_features float32[batch, dim], un-normalised image features (precompute
 token_ids          int32[batch, length] of the modification text in the composer's prompt
 query_index        int32[batch], optional: number of the query in its benchmark, so that the noise
                    of a query does not depend on its batch
+word_row           int32[batch], for composers with `word_rows`: what it gives
 """
 
 
@@ -38,6 +41,10 @@ class Composer:
 
     needs_reference_images: bool = False
     """Whether queries must carry reference_images, where precomputed features do not suffice."""
+
+    word_rows: Callable[[Sequence[str]], np.ndarray] | None = None
+    """Names of the reference images -> int32[batch], for composers that know images by their names;
+    raises DataError for names that are not known. Evaluation alone has names."""
 
     pools_text: bool = True
     """Whether text counts up to its end token only; False = padded positions count, too."""

@@ -240,43 +240,44 @@ class Phrases:
         """The top_k concepts nearest to each image, best first: int32[batch, top_k].
 
         features: float32[batch, dim], un-normalised image features. Discarded concepts count, too:
-        the released code leaves them out after the cut.
+        the released code leaves them out after the cut. Where that leaves none, it stops with an
+        error (OTI) or draws forever (phi); here the nearest concept with phrases is the last one.
         """
         scores = normalise(features.astype(jnp.float32)) @ tables["concepts"].T
-        return jax.lax.top_k(scores, self.top_k)[1].astype(jnp.int32)
+        top = jax.lax.top_k(scores, self.top_k)[1].astype(jnp.int32)
+        usable = tables["count"] > 0
+        nearest = jnp.where(usable[None], scores, -jnp.inf).argmax(axis=-1).astype(jnp.int32)
+        last = jnp.where(usable[top].any(axis=-1), top[:, -1], nearest)
+        return top.at[:, -1].set(last)
 
     def draw(self, tables: Tables, top: jax.Array, rngs: jax.Array) -> jax.Array:
         """int32[batch]: a phrase of each image, uniform over all phrases of its concepts (OTI).
 
-        rngs: one key per image. -1 where all concepts of the image are discarded.
+        top: of `associate`, so with phrases. rngs: one key per image.
         """
 
         def one(concepts: jax.Array, rng: jax.Array) -> jax.Array:
             ends = jnp.cumsum(tables["count"][concepts])
-            drawn = jax.random.randint(rng, (), 0, jnp.maximum(ends[-1], 1))
+            drawn = jax.random.randint(rng, (), 0, ends[-1])
             slot = jnp.searchsorted(ends, drawn, side="right")
-            concept = concepts[jnp.minimum(slot, len(concepts) - 1)]
             before = ends - tables["count"][concepts]
-            row = tables["first"][concept] + drawn - before[slot]
-            return jnp.where(ends[-1] > 0, row, -1)
+            return tables["first"][concepts[slot]] + drawn - before[slot]
 
         return jax.vmap(one)(top, rngs)
 
     def draw_concept_first(self, tables: Tables, top: jax.Array, rngs: jax.Array) -> jax.Array:
         """int32[batch]: uniform over an image's concepts, then over the concept's phrases (phi).
 
-        rngs, -1: as `draw`.
+        top, rngs: as `draw`.
         """
 
         def one(concepts: jax.Array, rng: jax.Array) -> jax.Array:
             which, what = jax.random.split(rng)
             count = tables["count"][concepts]
             ends = jnp.cumsum(count > 0)
-            slot = jax.random.randint(which, (), 0, jnp.maximum(ends[-1], 1))
+            slot = jax.random.randint(which, (), 0, ends[-1])
             slot = jnp.searchsorted(ends, slot, side="right")
-            slot = jnp.minimum(slot, len(concepts) - 1)
-            drawn = jax.random.randint(what, (), 0, jnp.maximum(count[slot], 1))
-            return jnp.where(ends[-1] > 0, tables["first"][concepts[slot]] + drawn, -1)
+            return tables["first"][concepts[slot]] + jax.random.randint(what, (), 0, count[slot])
 
         return jax.vmap(one)(top, rngs)
 
@@ -345,8 +346,8 @@ def phrase_loss(
 ) -> jax.Array:
     """float32[batch]: 1 - cosine of each drawn phrase with and without its pseudo-word.
 
-    frozen: with "backbone" and "phrases". rows: int32[batch] from a draw; -1 gives NaN.
-    words: [batch, token_dim]. No gradient flows into the original phrases.
+    frozen: with "backbone" and "phrases". rows: int32[batch] from a draw. words:
+    [batch, token_dim]. No gradient flows into the original phrases.
     """
     tables, backbone = frozen["phrases"], frozen["backbone"]
     suffixes = Suffixes(composer, backbone, tables["prefixes"], tables["prefix_lengths"])
@@ -356,19 +357,13 @@ def phrase_loss(
         ours = suffixes.features(tables["prefix"][rows], suffix, words)
         return cosine_loss(ours, jax.lax.stop_gradient(target))
 
-    return nan_where_none(rows, phrases.at_usual_length(run, tables, rows))
+    return phrases.at_usual_length(run, tables, rows)
 
 
 def cosine_loss(a: jax.Array, b: jax.Array) -> jax.Array:
     """1 - cosine of float[..., dim] rows, in float32: `torch.nn.CosineEmbeddingLoss`, target 1."""
     a, b = normalise(a.astype(jnp.float32)), normalise(b.astype(jnp.float32))
     return 1 - jnp.sum(a * b, axis=-1)
-
-
-def nan_where_none(rows: jax.Array, values: jax.Array) -> jax.Array:
-    """NaN in the place of images all of whose concepts are discarded: never trained in silence."""
-    missing = (rows < 0).reshape(rows.shape + (1,) * (values.ndim - rows.ndim))
-    return jnp.where(missing, jnp.nan, values)
 
 
 def concept_features(book: files.PhraseBook, backbone: Backbone, params: Any) -> np.ndarray:

@@ -12,7 +12,8 @@ Paper and released code (miccunifi/SEARLE):
 * The code replaces all occurrences of the concept in the phrase by `$`, but overwrites the first
   alone: later ones stay a literal `$`. So here.
 * The code draws concepts of a whole batch again until none is discarded; here each image draws
-  among its usable concepts. The distribution is the same.
+  among its usable concepts. The distribution is the same. Of an image without any it would draw
+  forever; here such an image has the nearest one beyond top_k (`Phrases.associate`).
 * The code compares the rows of one device; here negatives are global.
 
 The ablations of Table 4 are settings: `distillation` "cosine" or "none" (the cycle contrastive loss

@@ -18,18 +18,20 @@ a gradient; the features of the unchanged phrases are taken from a table when th
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from cir_jax.composers.base import Params, Query
-from cir_jax.composers.phrases import Phrases, Suffixes, cosine_loss, nan_where_none
+from cir_jax.composers.phrases import Phrases, Suffixes, cosine_loss
 from cir_jax.composers.pseudo_word import PseudoWord
-from cir_jax.errors import ConfigError, unknown
+from cir_jax.errors import ConfigError, DataError, unknown
 from cir_jax.models.backbone import Backbone
+from cir_jax.weights import oti_tokens
 
 INITIAL_STD = 0.02
 MEAN_OVER = 32
@@ -125,6 +127,32 @@ def step(
     return State(words, average, optimizer), found, gradient
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class StoredWords:
+    """Words of a folder. words: float32[n, token_dim]; row: name of an image -> its row."""
+
+    directory: str
+    words: np.ndarray
+    row: Mapping[str, int]
+
+    @classmethod
+    def read(cls, directory: str, token_dim: int) -> "StoredWords":
+        """Raises WeightsError."""
+        found = oti_tokens.read(directory, token_dim)
+        words = np.stack(list(found.values())) if found else np.zeros((0, token_dim), np.float32)
+        return cls(directory, words, {name: row for row, name in enumerate(found)})
+
+    def rows(self, names: Sequence[str]) -> np.ndarray:
+        """int32[n]. Raises DataError for images without a word."""
+        if missing := sorted({name for name in names if name not in self.row}):
+            raise DataError(
+                f"{self.directory}: {len(missing)} of the benchmark's reference images have no "
+                f"word there, such as {', '.join(map(repr, missing[:3]))}. It holds words of "
+                f"{len(self.row)} images; give the folder made of this benchmark's split."
+            )
+        return np.asarray([self.row[name] for name in names], np.int32)
+
+
 class SearleOti(PseudoWord):
     """`invert` optimises; nothing is trained.
 
@@ -133,6 +161,8 @@ class SearleOti(PseudoWord):
     2.3. image_loss, regulariser: the paper's Table 4; "concept" = "a photo of {concept}" without
     the rest of the phrase, "random" = the same of any concept, "none". cached_phrases: see above;
     4 * dim bytes each, on each device.
+    words: folder of words of the reference images (`weights.oti_tokens`, such as the released
+    code's), found by the names of the images; then nothing is optimised, and no phrases are needed.
     """
 
     def __init__(
@@ -150,6 +180,7 @@ class SearleOti(PseudoWord):
         image_loss: str = "cosine",
         regulariser: str = "phrases",
         cached_phrases: int = 1 << 16,
+        words: str = "",
     ):
         super().__init__(backbone)
         if image_loss not in IMAGE_LOSSES:
@@ -168,10 +199,16 @@ class SearleOti(PseudoWord):
         self.iterations, self.regulariser = iterations, regulariser
         self.cached_phrases = cached_phrases
         self.recipe = Recipe(learning_rate, weight_decay, ema, weight_cos, weight_gpt, image_loss)
+        self.stored = StoredWords.read(words, backbone.token_dim) if words else None
+        if self.stored:
+            self.word_rows = self.stored.rows
+            return
         suffix = regulariser not in ("concept", "random")
         self.phrases = Phrases.read(phrases, backbone, top_k, suffix=suffix, names=names)
 
     def freeze(self, backbone_params: Params) -> Params:
+        if self.stored:
+            return super().freeze(backbone_params) | {"words": self.stored.words}
         tables = self.phrases.freeze(self.backbone, backbone_params)
         if self._cached and self.regulariser != "none":
             tables["features"] = self.phrases.features(self.backbone, backbone_params)
@@ -182,6 +219,13 @@ class SearleOti(PseudoWord):
         return len(self.phrases.tables["lengths"]) <= self.cached_phrases
 
     def invert(self, params: Params, frozen: Params, query: Query, rng: jax.Array) -> jax.Array:
+        if self.stored:
+            if "word_row" not in query:
+                raise ConfigError(
+                    f"searle_oti: words={self.stored.directory}: only reference images of a "
+                    "benchmark have names to find their words by. Set words='' to invert images."
+                )
+            return frozen["words"][query["word_row"]]
         features = self.reference_features(frozen, query)
         index = query.get("query_index")
         if index is None:
@@ -196,8 +240,7 @@ class SearleOti(PseudoWord):
         """The state after all iterations, and the losses float32[iterations, batch] before each.
 
         features: float32[batch, dim], un-normalised. top: int32[batch, top_k] concepts.
-        rngs: one key per image; the result depends on nothing else of the batch. NaN for an image
-        all of whose concepts are discarded.
+        rngs: one key per image; the result depends on nothing else of the batch.
         """
         templates, tables = self.phrases.templates, frozen["phrases"]
         readers = tuple(
@@ -252,7 +295,7 @@ class SearleOti(PseudoWord):
             else:
                 target = self.backbone.encode_text(frozen["backbone"], original)
             phrase = functools.partial(readers[1].features, tables["prefix"][rows], suffix)
-            texts = Texts(template, phrase, nan_where_none(rows, target))
+            texts = Texts(template, phrase, target)
             return step(self.recipe, state, features, texts)[:2]
 
         return self.phrases.at_usual_length(run, tables, rows)

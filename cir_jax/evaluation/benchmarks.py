@@ -15,7 +15,7 @@ from cir_jax.errors import DataError, unknown
 from cir_jax.evaluation import protocols
 from cir_jax.evaluation.protocols import Protocol
 from cir_jax.evaluation.queries import Benchmark, CaptionBenchmark, Query, Truth, pad_rows
-from cir_jax.input.tables import Table, default_data_dir
+from cir_jax.input.tables import Table, default_data_dir, is_prepared
 
 __all__ = [
     "REGISTRY", "Benchmark", "CaptionBenchmark", "Entry", "Query", "Truth", "find", "incomplete",
@@ -33,7 +33,7 @@ class Entry:
     groups: the same per category under the protocol of the entry or a variant:
         (gallery kind, split, category) -> gallery images.
     references: the table of reference images, where they are not those of the gallery.
-    truths: tables with the ground truths of caption retrieval.
+    truths: tables with the ground truths of caption retrieval; all but the first may be missing.
     """
 
     dataset: str
@@ -50,8 +50,8 @@ class Entry:
 
     @property
     def tables(self) -> tuple[str, ...]:
-        """All tables that are read."""
-        own = (self.gallery, self.table, self.references, *self.truths)
+        """The tables that must be there."""
+        own = (self.gallery, self.table, self.references, *self.truths[:1])
         return tuple(dict.fromkeys(table for table in own if table))
 
 
@@ -186,8 +186,11 @@ def load(
         captions = tuple(_texts(gallery[i]["captions"]) for i in range(len(gallery)))
         return CaptionBenchmark(captions=captions, **shared)
     if entry.truths:
-        found = {t: Table(directory, entry.dataset, t, split) for t in entry.truths}
-        return _caption_benchmark(table, found, shared)
+        first, *others = entry.truths
+        there = [first, *(t for t in others if is_prepared(directory, entry.dataset, t))]
+        found = {t: Table(directory, entry.dataset, t, split) for t in there}
+        absent = tuple(t for t in others if t not in found)
+        return _caption_benchmark(table, found, shared | {"absent": absent})
     if entry.protocol.text == "inversion":
         queries = tuple(Query(i, i, ("",), (i,)) for i in range(len(gallery)))
         return Benchmark(queries=queries, **shared)
@@ -280,13 +283,14 @@ def _caption_benchmark(
     images = len(shared["gallery"])
     grouped: list[list[tuple[int, str]]] = [[] for _ in range(images)]
     for i in range(len(table)):
-        image = int(table[i]["image"])
+        record = table[i]
+        image = int(record["image"])
         if not 0 <= image < images:
             raise DataError(
                 f"{table!r}, record {i}: image {image} is outside the gallery of {images} images. "
                 "Prepare the dataset again."
             )
-        grouped[image].append((i, _text(table[i]["text"])))
+        grouped[image].append((i, _text(record["text"])))
     order = np.asarray([i for group in grouped for i, _ in group])
     place = np.empty(len(order), np.int32)  # position in the table -> grouped position
     place[order] = np.arange(len(order))

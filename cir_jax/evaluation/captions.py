@@ -16,6 +16,9 @@ from cir_jax.retrieval import features, ranking
 
 KINDS = ("detailed", "partial")
 
+TRUTHS = {"original": "COCO 5k", "cxc": "CxC", "eccv": "ECCV"}
+"""Ground truth of `CaptionBenchmark` -> what its metrics are called."""
+
 FOLDS = 5
 """Of COCO 1k."""
 
@@ -76,6 +79,8 @@ def evaluate(
         headline=headline,
         counts=benchmark.counts,
         weights_id=composer.backbone.weights_id,
+        preprocessing=repr(composer.backbone.image_transform),
+        dtype=np.dtype(composer.backbone.model.dtype).name,
         seed=seed,
         data=benchmark.data,
         partial=benchmark.partial,
@@ -126,7 +131,9 @@ def coco_metrics(
     sides = {"i2t": (images, texts), "t2i": (texts, images)}
     ks = benchmark.protocol.recall
     for direction, (queries, gallery) in sides.items():
-        for truth, name in (("original", "COCO 5k"), ("cxc", "CxC"), ("eccv", "ECCV")):
+        for truth, name in TRUTHS.items():
+            if truth not in benchmark.truths:
+                continue  # not prepared: `benchmark.absent` says so
             right = benchmark.truths[truth][direction]
             chosen = queries[right.queries]
             ranks = ranking.rank(chosen, gallery, k=1, targets=pad_rows(right.targets)).target_ranks

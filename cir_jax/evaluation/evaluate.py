@@ -15,6 +15,7 @@ from cir_jax.evaluation.queries import Benchmark, CaptionBenchmark, pad_rows
 from cir_jax.evaluation.result import Result
 from cir_jax.models.backbone import Backbone
 from cir_jax.retrieval import features, ranking
+from cir_jax.weights import oti_tokens
 
 TOP = 50
 """Retrieved images kept per query: what the test servers of CIRR and CIRCO want."""
@@ -91,6 +92,8 @@ def evaluate(
         headline=protocol.headline,
         counts=benchmark.counts,
         weights_id=composer.backbone.weights_id,
+        preprocessing=repr(composer.backbone.image_transform),
+        dtype=np.dtype(composer.backbone.model.dtype).name,
         seed=seed,
         data=benchmark.data,
         partial=benchmark.partial,
@@ -175,6 +178,9 @@ def _queries(
             transform=transform,
             **options,
         )[where]
+    if composer.word_rows is not None:
+        names = {int(row): oti_tokens.name_of(images, int(row)) for row in np.unique(rows)}
+        references["word_row"] = composer.word_rows([names[int(row)] for row in rows])
     composed = features.query_features(
         composer,
         params,

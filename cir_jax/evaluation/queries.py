@@ -180,6 +180,7 @@ class CaptionBenchmark:
     truths: name -> direction ("t2i", "i2t") -> `Truth`, positions of captions counted through all
         images; empty = captions belong to their image.
     order: int32[captions], the order of the captions in the official list; their folds follow it.
+    absent: ground truths that are not prepared, whose numbers are left out.
     Raises DataError naming the record without a detailed and a partial caption.
     """
 
@@ -191,6 +192,7 @@ class CaptionBenchmark:
     source: str = "captions"
     truths: Mapping[str, Mapping[str, Truth]] = dataclasses.field(default_factory=dict)
     order: np.ndarray | None = None
+    absent: tuple[str, ...] = ()
     data: str = ""
     partial: bool = False
 

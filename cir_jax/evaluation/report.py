@@ -154,6 +154,8 @@ def _result(result: Result) -> dict[str, Any]:
         "partial": result.partial,
         "data": result.data,
         "weights_id": result.weights_id,
+        "preprocessing": result.preprocessing,
+        "dtype": result.dtype,
         "seed": result.seed,
         "counts": dict(sorted(result.counts.items())),
         "headline": list(result.headline),

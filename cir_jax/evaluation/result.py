@@ -20,6 +20,7 @@ class Result:
     scores: float32[queries, k].
     subset_top: int32[queries, candidates] the ranked candidates (CIRR), or of width 0.
     outcome: ranks of all ground truths; None without public ground truth.
+    preprocessing: of the images. dtype: of the backbone's computation.
     data: name and version of the data. partial: they are incomplete, the numbers not comparable.
     seconds: gallery features, queries and ranking together, compilation included.
     queries_per_second: of composing and ranking alone, compilation included.
@@ -40,6 +41,8 @@ class Result:
     scores: np.ndarray
     subset_top: np.ndarray
     outcome: Outcome | None
+    preprocessing: str = ""
+    dtype: str = ""
     data: str = ""
     partial: bool = False
 

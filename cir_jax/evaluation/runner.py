@@ -13,7 +13,7 @@ from cir_jax.evaluation import benchmarks, report, submissions
 from cir_jax.evaluation.contact_sheet import contact_sheet
 from cir_jax.evaluation.evaluate import evaluate_with_baselines
 from cir_jax.evaluation.page import Section, write_page
-from cir_jax.evaluation.queries import Benchmark
+from cir_jax.evaluation.queries import Benchmark, CaptionBenchmark
 from cir_jax.evaluation.result import Result
 from cir_jax.retrieval.batches import to_host
 from cir_jax.retrieval.cache import default_cache_dir
@@ -100,6 +100,12 @@ def run(
         papers = report.published_rows(results)
         _say("")
         report.print_table(results, papers)
+        if isinstance(benchmark, CaptionBenchmark) and benchmark.absent:
+            dataset = benchmark.data.partition("@")[0]
+            _say(
+                f"without the ground truths {', '.join(benchmark.absent)}: they are not prepared "
+                f"(data/{dataset}/README.md says which files they are made of)"
+            )
         everything += results
         if isinstance(benchmark, Benchmark):
             _retrieved(results[-1], benchmark, output)
@@ -122,7 +128,8 @@ def _retrieved(result: Result, benchmark: Benchmark, output: Path) -> None:
         return
     for path in submissions.write(result, benchmark, output):
         server = submissions.SERVERS[benchmark.protocol.name]
-        _say(f"submission: {path}  ->  {server}")
+        refused = " (would reject it: the data are partial)" if benchmark.partial else ""
+        _say(f"submission: {path}  ->  {server}{refused}")
 
 
 def _check_writable(output: Path) -> None:

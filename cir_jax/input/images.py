@@ -90,8 +90,13 @@ class ImageTransform:
         return self.mean, self.std
 
     @classmethod
-    def from_dict(cls, config: Mapping[str, Any]) -> "ImageTransform":
-        """From the dictionary of a Hugging Face `preprocessor_config.json`."""
+    def from_dict(
+        cls, config: Mapping[str, Any], what: str | Path = "preprocessor_config.json"
+    ) -> "ImageTransform":
+        """From the dictionary of a Hugging Face `preprocessor_config.json`.
+
+        Raises WeightsError naming `what`, the file, for a size that is neither kind.
+        """
         size, crop = config.get("size", 224), config.get("crop_size", 224)
         # {"shortest_edge": n} is resized and cropped; {"height": n, "width": n} is squashed (BLIP)
         squash = isinstance(size, Mapping) and "height" in size
@@ -99,8 +104,8 @@ class ImageTransform:
             side = "height" if squash else "shortest_edge"
             if side not in size:
                 raise WeightsError(
-                    f"preprocessor_config.json: size {dict(size)}; expected shortest_edge, or "
-                    "height and width"
+                    f"{what}: size {dict(size)}; expected shortest_edge, or height and width. Copy "
+                    "it from where the weights come from."
                 )
             size = size[side]
         crop = crop["height"] if isinstance(crop, Mapping) else crop

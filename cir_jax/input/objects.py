@@ -64,7 +64,11 @@ class Objects:
     @functools.cached_property
     def _patterns(self) -> dict[str, re.Pattern[str]]:
         return {
-            name: re.compile(rf"\b({'|'.join(map(re.escape, sorted(words, key=len)[::-1]))})\b")
+            name: re.compile(
+                # captions are read in lower case, classes may be written otherwise
+                rf"\b({'|'.join(map(re.escape, sorted(words, key=len)[::-1]))})\b",
+                re.IGNORECASE,
+            )
             for name, words in self.classes.items()
         }
 

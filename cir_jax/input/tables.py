@@ -28,6 +28,19 @@ def default_data_dir() -> Path:
     return Path(value).expanduser() if value else Path.home() / ".cache" / "cir_jax" / "data"
 
 
+def is_prepared(data_dir: Path, dataset: str, table: str) -> bool:
+    """Whether there is such a table, in any version."""
+    return bool(_versions(Path(data_dir) / dataset / table))
+
+
+def _versions(root: Path) -> list[Path]:
+    """The folders of a table's versions, oldest first."""
+    found = root.glob("*.*.*/dataset_info.json") if root.is_dir() else ()
+    return sorted(
+        (file.parent for file in found), key=lambda path: [*map(int, path.name.split("."))]
+    )
+
+
 class Table:
     """Random access to the records of one split: `table[i] -> dict[str, value]`."""
 
@@ -39,16 +52,15 @@ class Table:
         import tensorflow_datasets as tfds  # slow to import: only when data are read
 
         root = self.data_dir / self.dataset / self.table
-        found = root.glob("*.*.*/dataset_info.json") if root.is_dir() else ()
-        versions = sorted(found, key=lambda file: [*map(int, file.parent.name.split("."))])
+        versions = _versions(root)
         if not versions:
             raise DataError(
                 f"{root}: no prepared table {self.dataset}/{self.table}. Run "
                 f"`python launch/prepare.py --dataset={self.dataset} --data_dir={self.data_dir}`"
                 f"{self._own_data()}."
             )
-        builder = tfds.builder_from_directory(versions[-1].parent)
-        self.version = versions[-1].parent.name
+        builder = tfds.builder_from_directory(versions[-1])
+        self.version = versions[-1].name
         if self.split.partition("[")[0] not in builder.info.splits:
             name = f"split of {self.dataset}/{self.table}:"
             raise DataError(unknown(name, self.split, builder.info.splits))

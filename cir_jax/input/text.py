@@ -112,7 +112,7 @@ class Tokenizer:
         else:
             tokenizer = cls(clip_bpe(read_merges(merges[0])), **kwargs)
         config = path / "tokenizer_config.json"
-        token = json.loads(config.read_text()).get("pad_token") if config.is_file() else None
+        token = _read_config(config).get("pad_token") if config.is_file() else None
         token = token.get("content") if isinstance(token, dict) else token
         pad_id = None if token is None else tokenizer._tokenizer.token_to_id(token)
         tokenizer.pad_id = tokenizer.pad_id if pad_id is None else pad_id
@@ -198,6 +198,18 @@ def read_tokenizer(
         raise WeightsError(
             f"{path}: not a tokenizer ({error}). Download or copy it again."
         ) from error
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise WeightsError(
+            f"{path}: not valid JSON ({error}). Download or copy it again."
+        ) from error
+    if not isinstance(config, dict):
+        raise WeightsError(f"{path}: expected a JSON object. Download or copy it again.")
+    return config
 
 
 def wordpiece(path: Path) -> tokenizers.Tokenizer:

@@ -138,6 +138,7 @@ def query_features(
     reference_features: np.ndarray | None = None,
     reference_images: Callable[[int], np.ndarray] | None = None,
     has_reference: bool = True,
+    word_row: np.ndarray | None = None,
     mesh: Mesh,
     batch_size: int = 256,
     seed: int = 0,
@@ -149,6 +150,7 @@ def query_features(
         can draw the same for a query whatever the batch size.
     reference_features: float32[n, dim] un-normalised, or reference_images: row -> uint8[h, w, 3].
     has_reference: False = the queries are texts, and the reference is a placeholder.
+    word_row: int32[n], for composers with `word_rows`.
     """
     params, frozen = on_mesh(mesh, params), on_mesh(mesh, frozen)
 
@@ -159,6 +161,8 @@ def query_features(
         }
         if not has_reference:
             query["has_reference"] = np.bool_(False)
+        if word_row is not None:
+            query["word_row"] = np.int32(word_row[row])
         if reference_images is not None:
             return query | {"reference_images": reference_images(row)}
         assert reference_features is not None
@@ -178,8 +182,10 @@ def query_features(
 
 def read_image(source: Records, row: int, field: str, transform: Any) -> np.ndarray:
     """Decoded and transformed: uint8[height, width, 3]. Raises DataError naming the record."""
-    image = open_image(source[row], field, _name(source, row), rgb=not transform.rgb_last)
-    return transform(image)
+    record = source[row]
+    return transform(
+        open_image(record, field, _what(source, row, record), rgb=not transform.rgb_last)
+    )
 
 
 def open_image(
@@ -291,6 +297,13 @@ def _name(source: Records, row: int) -> str:
         return name(row)
     kind = "images" if isinstance(source, list | tuple) else repr(source)
     return f"{kind}, record {row}"
+
+
+def _what(source: Records, row: int, record: Mapping[str, Any]) -> str:
+    """What error messages call an image: where it is, and its official name where it has one."""
+    name = record.get("name", "")
+    name = name.decode() if isinstance(name, bytes) else name
+    return f"{_name(source, row)} ({name})" if name else _name(source, row)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

@@ -42,6 +42,9 @@ if TYPE_CHECKING:
     from cir_jax.training.experiment import Experiment
 
 IDENTITY = "identity.json"
+SCRATCH = ".words."
+"""Beginning of the names of shards that are being written."""
+
 SHARD_ROWS = 1024
 """Images per shard, rounded up to whole batches: what a kill can cost."""
 
@@ -49,9 +52,9 @@ SHARD_ROWS = 1024
 def run(experiment: "Experiment", name: str, workdir: Path) -> None:
     """Inverts what is not stored yet in `workdir / name`.
 
-    An image that does not decode gets a word of NaN, as does one all of whose concepts were
-    discarded; both are counted and printed. Raises CheckpointError when the words there were made
-    of something else, DataError for a table without images.
+    An image that does not decode gets a word of NaN; these are counted and printed. Raises
+    CheckpointError when the words there were made of something else, DataError for a table without
+    images.
     """
     table = _table(experiment, name)
     store = Store(workdir / name, _identity(experiment, name, table))
@@ -67,7 +70,7 @@ def run(experiment: "Experiment", name: str, workdir: Path) -> None:
             count = len(table) - done
             print(f"{name}: {count} images inverted in {seconds:.0f} s, {count / seconds:.1f}/s")
             if missing:
-                print(f"{name}: {missing} of them unreadable or without a usable concept: left out")
+                print(f"{name}: {missing} of them unreadable: left out")
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(f"{name} is stored")
 
@@ -100,20 +103,15 @@ def _read(directory: Path, table: Table) -> np.ndarray:
 def export(directory: Path, output: Path, data_dir: Path) -> None:
     """Writes the words of a finished stage as SEARLE's folder (`weights.oti_tokens`).
 
-    An image is named by its record's field `name`, or else `id`. Images without a word are left
-    out. Raises CheckpointError as `read`, WeightsError without PyTorch.
+    Images without a word are left out. Raises CheckpointError as `read`, WeightsError without
+    PyTorch.
     """
     stored = read_identity(directory)
     table = Table(data_dir, stored["dataset"], stored["table"], stored["split"])
     words = _read(directory, table)
-    names = [_name(table[i]) for i in range(len(table))]
+    names = [oti_tokens.name_of(table, i) for i in range(len(table))]
     oti_tokens.write(output, names, words, stored)
     print(f"{len(words)} words of {table!r} written to {output}")
-
-
-def _name(record: dict[str, Any]) -> str:
-    name = record.get("name", record["id"])
-    return name.decode() if isinstance(name, bytes) else str(name)
 
 
 def describe(experiment: "Experiment", name: str) -> str:
@@ -165,6 +163,8 @@ class Store:
                 f"{self.directory}: the words there were made of something else; these differ: "
                 f"{'; '.join(differ)}. Use a new --workdir, or delete that directory."
             )
+        for scratch in self.directory.glob(f"{SCRATCH}*"):  # of a killed run
+            scratch.unlink()
         return self.stored_rows()
 
     def stored_rows(self) -> int:
@@ -180,7 +180,7 @@ class Store:
 
         if jax.process_index() != 0:
             return
-        handle, scratch = tempfile.mkstemp(prefix=".words.", dir=self.directory)
+        handle, scratch = tempfile.mkstemp(prefix=SCRATCH, dir=self.directory)
         os.close(handle)
         try:
             writer = ArrayRecordWriter(scratch, "group_size:1")

@@ -75,7 +75,8 @@ def _config(source: files.Source, tensors: Mapping[str, Any], what: str) -> Blip
 def _backbone(source: files.Source, config: BlipConfig, dtype: Any) -> Backbone:
     directory, text = source.directory, config.text
     if source.kind:
-        transform = ImageTransform.from_dict(files.read_json(directory / beside.PREPROCESSING))
+        file = directory / beside.PREPROCESSING
+        transform = ImageTransform.from_dict(files.read_json(file), file)
     else:
         transform = images.blip(config.vision.image_size)
     tokenizer = Tokenizer.by_tokens(

@@ -155,7 +155,7 @@ def _backbone(source: files.Source, config: ClipConfig, dtype: Any, openai: bool
     stored = files.read_json(preprocessing) if hugging_face or preprocessing.is_file() else {}
     # beside OpenCLIP weights only our own says more than open_clip_config.json
     if hugging_face or "cir_jax" in stored:
-        transform = ImageTransform.from_dict(stored)
+        transform = ImageTransform.from_dict(stored, preprocessing)
     else:
         size = config.vision.image_size
         transform = ImageTransform.from_open_clip(source.config.get("preprocess_cfg", {}), size)

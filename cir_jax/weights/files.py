@@ -146,9 +146,10 @@ def find(name_or_path: str | Path, what: str = "backbone") -> Source:
     else:
         kinds, use = "a timm directory", "give DIR"
     raise WeightsError(
-        f"{what} {given!r}: {reason}. Give a directory in Hugging Face format (config.json, "
-        f"model.safetensors, tokenizer.json, preprocessor_config.json), {kinds}, or download one "
-        f"where there is a network, `hf download {given} --local-dir DIR`, and {use}."
+        f"{what} {given!r}: {reason.rstrip('.')}. Give a directory in Hugging Face format "
+        "(config.json, model.safetensors, tokenizer.json, preprocessor_config.json), "
+        f"{kinds}, or download one where there is a network, `hf download {given} --local-dir "
+        f"DIR`, and {use}."
     )
 
 

@@ -17,9 +17,22 @@ import numpy as np
 
 from cir_jax.errors import WeightsError
 from cir_jax.input.phrases import PlainUnpickler
+from cir_jax.input.tables import Table
 from cir_jax.weights import files, torch_files
 
 WORDS, NAMES, SETTINGS = "ema_oti_pseudo_tokens.pt", "image_names.pkl", "hyperparameters.json"
+
+
+def name_of(source: Sequence[Mapping[str, Any]], row: int) -> str:
+    """What the image of a record is called: its field `name`.
+
+    Else its `id`, with the table and split, as an id alone would also fit an image of another one.
+    """
+    record = source[row]
+    if "name" in record:
+        return record["name"].decode()
+    of = f"{source.dataset}/{source.table}/{source.split}/" if isinstance(source, Table) else ""
+    return f"{of}{record['id']}"
 
 
 def read(directory: str | Path, token_dim: int) -> dict[str, np.ndarray]:

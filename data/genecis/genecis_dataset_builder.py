@@ -43,10 +43,14 @@ GeneCIS: annotations from github.com/facebookresearch/genecis, images of COCO's 
             raise absent(missing)
         pictures: dict[str, Picture] = {}
         questions: list[Question] = []
+        notes: dict[str, int] = {}
         for task, file in files.items():
             if file in missing:
                 continue
-            for i, entry in _usual(file):
+            entries, unusual = _usual(file)
+            if unusual:
+                notes[f"records of {task} left out for their number of candidates"] = unusual
+            for i, entry in entries:
                 where = f"{file} record {i}"
                 own = [
                     _picture(source, value, task.endswith("attribute"), where)
@@ -71,7 +75,7 @@ GeneCIS: annotations from github.com/facebookresearch/genecis, images of COCO's 
                         category=task,
                     )
                 )
-        return Raw(list(pictures.values()), questions, root, missing)
+        return Raw(list(pictures.values()), questions, root, missing, notes)
 
     @classmethod
     def of_bytes(cls, picture: Picture, image: bytes) -> dict[str, Any]:
@@ -105,14 +109,16 @@ def dilated(box: tuple[float, ...], size: tuple[int, int]) -> tuple[int, int, in
     return round(left), round(top), round(right), round(bottom)
 
 
-def _usual(file: Path) -> list[tuple[int, Any]]:
-    """The records whose number of candidates is the most frequent one, as in the released code."""
+def _usual(file: Path) -> tuple[list[tuple[int, Any]], int]:
+    """The records whose number of candidates is the most frequent one, as in the released code, and
+    how many others there are."""
     entries = list(enumerate(read_json(file, list)))
     sizes = Counter(len(field(e, "gallery", list, f"{file} record {i}")) for i, e in entries)
     if not sizes:
         raise DataError(f"{file}: has no records. Get it again.")
     usual = max(sizes, key=lambda size: (sizes[size], -size))
-    return [(i, entry) for i, entry in entries if len(entry["gallery"]) == usual]
+    kept = [(i, entry) for i, entry in entries if len(entry["gallery"]) == usual]
+    return kept, len(entries) - len(kept)
 
 
 def _picture(source: Path, value: Any, attribute: bool, where: str) -> Picture:

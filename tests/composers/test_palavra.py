@@ -168,6 +168,8 @@ def test_sets_of_objects(tiny, file):
     found = objects.Objects.read(file)
     assert found.named("a blue thing") == ["circle"] and found.named("redder stars") == []
     assert found.renamed("a green circle", "circle", "blue") == "a blue blue"
+    # captions are read in lower case, whatever the case of the classes
+    assert objects.Objects({"Dog": ("Dog", "Puppy")}).named("a puppy") == ["Dog"]
     table = factory.caption_table(12)
     for i, text in enumerate([b"a red star", b"it has two", b"a circle and a star", b"green"] * 3):
         table.records[i]["captions"][0] = text

@@ -11,11 +11,15 @@ import pytest
 
 from cir_jax import composers
 from cir_jax.composers import searle_oti
-from cir_jax.composers.phrases import Phrases, Split, Suffixes, phrase_loss
+from cir_jax.composers.phrases import Phrases, Split, Suffixes
 from cir_jax.composers.searle_oti import SearleOti, Texts
 from cir_jax.errors import ConfigError, DataError
+from cir_jax.evaluation import evaluate, protocols
 from cir_jax.input.phrases import PhraseBook
+from cir_jax.retrieval.features import image_features, unit
+from cir_jax.weights import oti_tokens
 from data.shapes.phrases import phrase_book as shapes_phrases
+from tests.evaluation import worlds
 from tests.tiny import backbone as tiny_backbone
 
 BOOK = {
@@ -230,25 +234,59 @@ def test_draws_are_uniform(make):
     assert np.allclose(np.bincount(rows, minlength=6) / 4000, expected, atol=0.03)
     rows = np.asarray(composer.phrases.draw_any(tables, top, rngs))
     assert np.allclose(np.bincount(rows, minlength=6) / 4000, [1 / 6] * 6, atol=0.03)
-    nothing = jnp.full((2, 3), 3)
-    assert composer.phrases.draw(tables, nothing, rngs[:2]).tolist() == [-1, -1]
-    assert composer.phrases.draw_concept_first(tables, nothing, rngs[:2]).tolist() == [-1, -1]
 
 
-def test_an_image_without_a_usable_concept_gets_nan(make):
+def test_an_image_without_a_usable_concept_takes_the_nearest_one_with_phrases(make):
     composer, frozen = make(top_k=1)
-    rows = query(2)
-    other = 5 * frozen["phrases"]["concepts"][jnp.asarray([3, 0])]
-    words = invert(composer, frozen, rows | {"reference_features": other})
-    assert np.isnan(words[0]).all() and np.isfinite(words[1]).all()
-    loss = phrase_loss(
-        composer,
-        composer.phrases,
-        frozen,
-        jnp.asarray([-1, 2]),
-        jnp.asarray(words[1:].repeat(2, 0)),
+    tables = frozen["phrases"]
+    features = 5 * tables["concepts"][jnp.asarray([3, 0])]  # all phrases of 3 are discarded
+    nearest = int(jnp.argsort(-(tables["concepts"] @ features[0]))[1])
+    top = composer.phrases.associate(tables, features)
+    assert nearest != 3 and top.tolist() == [[nearest], [0]]
+    # with a usable one among the top two, the discarded one keeps its place
+    two = make(top_k=2)[0].phrases.associate(tables, features)
+    assert two[0].tolist() == [3, nearest]
+    draws = (composer.phrases.draw, composer.phrases.draw_concept_first)
+    for draw in draws:
+        rows = draw(tables, top, jax.random.split(jax.random.key(0), 2))
+        first, count = (tables[name][top[:, 0]] for name in ("first", "count"))
+        assert (rows >= first).all() and (rows < first + count).all()
+    words = invert(composer, frozen, query(2) | {"reference_features": features})
+    assert np.isfinite(words).all()
+
+
+def test_stored_words_answer_a_benchmark_by_the_names_of_its_images(tiny, tmp_path):
+    pytest.importorskip("torch")
+    benchmark = worlds.benchmark(protocols.FASHIONIQ)
+    for record in benchmark.gallery:
+        record["name"] = f"image {record['id']}".encode()
+    rng = np.random.default_rng(0)
+    words = rng.standard_normal((45, 32), np.float32)
+    order = rng.permutation(45)
+    names = [f"image {i}" for i in order]
+    oti_tokens.write(tmp_path / "words", names, words[order], {})
+    composer = composers.build("searle_oti", tiny[0], phrases="nowhere", words=tmp_path / "words")
+    frozen = composer.freeze(tiny[1])
+    seen = []
+    invert = composer.invert
+    composer.invert = lambda p, f, q, r: seen.append(q["word_row"].shape) or invert(p, f, q, r)
+    result = evaluate.evaluate(composer, {}, frozen, benchmark, mesh=worlds.mesh(4), batch_size=8)
+    assert seen == [(8,)]
+    # by hand: both orders of the captions, each normalised
+    first = benchmark.queries[0]
+    texts = protocols.FASHIONIQ.join(first.texts, "x")
+    ids = tiny[0].tokenizer([composer.prompt(text) for text in texts])
+    both = composer.text_features(tiny[1], ids, np.stack([words[first.reference]] * 2))
+    composed = unit(unit(np.asarray(both)).mean(axis=0))
+    gallery = image_features(tiny[0], tiny[1], benchmark.gallery, mesh=worlds.mesh(1))
+    np.testing.assert_allclose(
+        result.scores[0][:3], unit(gallery)[result.top[0][:3]] @ composed, rtol=1e-4
     )
-    assert np.isnan(loss[0]) and 0 < loss[1] < 2
+    benchmark.gallery[first.reference]["name"] = b"another"
+    with pytest.raises(DataError, match="1 of the benchmark's reference .* such as 'another'"):
+        evaluate.evaluate(composer, {}, frozen, benchmark, mesh=worlds.mesh(4), batch_size=8)
+    with pytest.raises(ConfigError, match="Set words='' to invert images"):
+        jax.eval_shape(invert, {}, frozen, query(), jax.random.key(0))
 
 
 @pytest.mark.parametrize(

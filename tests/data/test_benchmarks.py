@@ -133,6 +133,7 @@ def test_genecis_keeps_the_usual_number_of_candidates(tmp_path):
     edit(file, lambda entries: [*entries, entries[0] | {"gallery": entries[0]["gallery"][:1]}])
     report = build.survey("genecis", source).reports["val"]
     assert report.counts["queries focus_object"] == 2  # as in the released code
+    assert "records of focus_object left out for their number of candidates: 1" in str(report)
 
 
 def test_genecis_target_among_its_distractors_counts_once(tmp_path):
@@ -253,6 +254,14 @@ def test_coco_captions_without_the_package(tmp_path):
         build.prepare(
             "coco_captions", ["eccv"], tmp_path / "data", source=source, allow_partial=True
         )
+    # what could be built is whole, and is asked for by no other name
+    counts = build.check("coco_captions", None, tmp_path / "data")
+    assert counts["original"] == {"test": 24} and counts["cxc"] == counts["eccv"] == {}
+    assert build.prepare("coco_captions", None, tmp_path / "data").keys() == {
+        "gallery", "captions", "original",
+    }  # fmt: skip
+    with pytest.raises(DataError, match="table 'cxc' is missing"):
+        build.check("coco_captions", ["cxc"], tmp_path / "data")
 
 
 def test_coco_captions_of_coco_s_own_file(tmp_path):

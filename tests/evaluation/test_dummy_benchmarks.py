@@ -1,13 +1,16 @@
 """The real benchmarks from their files to numbers and submissions, on the shipped dummy data."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from cir_jax.errors import DataError
-from cir_jax.evaluation import benchmarks, evaluate, protocols, submissions
+from cir_jax.evaluation import benchmarks, evaluate, protocols, runner, submissions
 from cir_jax.input.tables import Table
+from cir_jax.loading import read_experiment
+from cir_jax.training.experiment import Experiment
 from data import build
 from tests.evaluation import worlds
 
@@ -99,6 +102,34 @@ def test_an_attribute_image_is_cut_out_before_it_is_encoded(prepared, slerp):
     crops = [tuple(int(x) for x in benchmark.gallery[i]["crop"]) for i in range(8)]
     assert any(any(crop) for crop in crops) and not all(any(crop) for crop in crops)
     assert {query.category for query in benchmark.queries} >= {"focus_attribute", "change_object"}
+
+
+def test_missing_ground_truths_of_captions_are_left_out_and_named(
+    prepared, slerp, tmp_path, monkeypatch, capsys
+):
+    shutil.copytree(prepared / "coco_captions", tmp_path / "coco_captions")
+    whole = benchmarks.load("coco_captions", "", prepared, allow_partial=True)
+    for table in ("cxc", "eccv"):
+        shutil.rmtree(tmp_path / "coco_captions" / table)
+    monkeypatch.setenv("CIR_JAX_DATA", str(tmp_path))
+    benchmark = benchmarks.load("coco_captions", allow_partial=True)
+    assert benchmark.absent == ("cxc", "eccv") and whole.absent == ()
+    mesh = worlds.mesh(1)
+    result, expected = (evaluate.evaluate(*slerp, b, mesh=mesh) for b in (benchmark, whole))
+    left = {name for name in expected.metrics if "CxC" not in name and "ECCV" not in name}
+    assert result.metrics.keys() == left and len(left) == 12
+    assert all(result.metrics[name].value == expected.metrics[name].value for name in left)
+    for name in ("published_rows", "print_table", "write_results"):
+        monkeypatch.setattr(runner.report, name, lambda *args: [])
+    monkeypatch.setattr(runner, "evaluate_with_baselines", lambda *args, **kwargs: [result])
+    config = read_experiment("experiments/slerp.py:smoke")
+    config.evaluation.benchmarks, config.evaluation.allow_partial = ("coco_captions",), True
+    composer, _, frozen = slerp
+    runner.run(Experiment(config, mesh, composer.backbone, composer, frozen), {}, tmp_path / "out")
+    assert "without the ground truths cxc, eccv: they are not prepared" in capsys.readouterr().out
+    shutil.rmtree(tmp_path / "coco_captions" / "original")
+    with pytest.raises(DataError, match="no prepared table coco_captions/original"):
+        benchmarks.load("coco_captions", "", tmp_path, allow_partial=True)
 
 
 def test_caption_positions_follow_the_tables(prepared):

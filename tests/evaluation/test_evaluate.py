@@ -149,6 +149,9 @@ def test_unreadable_gallery_images_are_an_error_that_names_the_record(oracle):
     gallery[7] = {**gallery[7], "image": b"not an image"}
     with pytest.raises(DataError, match="record 7: not a readable image"):
         evaluate.evaluate(*oracle, worlds.benchmark(gallery=gallery), mesh=worlds.mesh(1))
+    gallery[7]["name"] = b"000000000033"  # as the authors call it
+    with pytest.raises(DataError, match=r"record 7 \(000000000033\): not a readable image"):
+        evaluate.evaluate(*oracle, worlds.benchmark(gallery=gallery), mesh=worlds.mesh(1))
 
 
 def test_table_and_json(oracle, tmp_path):
@@ -179,6 +182,7 @@ def test_table_and_json(oracle, tmp_path):
     assert not list(tmp_path.glob("**/.*"))  # no temporary files are left
     whole = json.loads(paths[0].read_text())
     assert whole["versions"]["jax"] == jax.__version__ and whole["command"] == ["eval", "--seed=0"]
+    assert first["dtype"] == "float32" and "resize=16" in first["preprocessing"]
     assert whole["published"] == [] and first["partial"] is False and first["seed"] == 0
 
 

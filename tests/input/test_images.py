@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cir_jax.errors import DataError
+from cir_jax.errors import DataError, WeightsError
 from cir_jax.input import images
 from cir_jax.input.images import ImageTransform
 
@@ -92,6 +92,11 @@ def test_what_other_formats_say():
     assert ImageTransform.from_open_clip({}, 288) == images.clip(288)
     squash = ImageTransform.from_open_clip({"resize_mode": "squash", "mean": [0.5] * 3}, 224)
     assert squash.squash and squash.mean == (0.5, 0.5, 0.5)
+
+
+def test_a_size_that_is_none_of_them_is_told():
+    with pytest.raises(WeightsError, match="x.json: size {'longest_edge': 9}; expected shortest_"):
+        ImageTransform.from_dict({"size": {"longest_edge": 9}}, "x.json")
 
 
 def test_exif_is_ignored_unless_asked_for():

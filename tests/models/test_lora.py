@@ -22,6 +22,9 @@ def load(name):
     return parity.Fixture.read(GOLDEN / f"{name}.npz")
 
 
+FAST = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+"""To compile in less time: compiling is what these tests do most."""
+
 PATTERN = r".*/attention/(query|value)/kernel"
 
 
@@ -80,7 +83,10 @@ def test_merged_equals_unmerged(family, tiny):
 
         return jax.grad(loss, has_aux=True)(adapter)
 
-    runs = [jax.jit(functools.partial(gradient_and_outputs, run)) for run in (merged, unmerged)]
+    runs = [
+        jax.jit(functools.partial(gradient_and_outputs, run), compiler_options=FAST)
+        for run in (merged, unmerged)
+    ]
     (one_gradient, one), (other_gradient, other) = (run(adapter) for run in runs)
     assert difference(one, other) < 1e-5
     assert difference(one_gradient, other_gradient) < 1e-5
@@ -173,6 +179,25 @@ def test_dropout_is_on_the_adapters_input():
     assert len(set(distance.argmin(1))) == 8
     with pytest.raises(ValueError, match="needs rng"):
         run(dropout=0.5)
+
+
+def test_dropout_is_the_same_in_recomputed_layers(tiny):
+    """The backward pass of a rematerialised model draws the masks of its forward pass."""
+    backbone, params = tiny
+    adapter = random_adapter(params, r"text/layers_\d/attention/(query|value)/kernel")
+    ids = backbone.tokenizer(["a red star", "no"])
+
+    def gradient(model):
+        def loss(adapter, seed):
+            with lora.attached(adapter, 0.7, dropout=0.4, rng=jax.random.key(seed)):
+                features = model.apply({"params": params}, ids, method="encode_text")
+            return jnp.sum(features * jnp.cos(jnp.arange(24))[None])
+
+        return jax.jit(jax.value_and_grad(loss), compiler_options=FAST)
+
+    plain, again = gradient(backbone.model), gradient(backbone.with_remat().model)
+    assert difference(plain(adapter, 1), again(adapter, 1)) < 1e-5
+    assert difference(plain(adapter, 1), again(adapter, 2)) > 1e-3
 
 
 def test_saved_and_loaded(tmp_path, tiny):

@@ -171,6 +171,28 @@ def test_other_weights_preprocessing_or_images_are_never_reused(tiny, table, tmp
     assert reads(tiny, table, tmp_path)[0] == 0
 
 
+def test_each_preprocessing_of_the_config_has_its_own_features(tiny, tmp_path):
+    backbone, params = tiny
+    rng = np.random.default_rng(1)
+    wide = [Image.fromarray(rng.integers(0, 255, (20, 60, 3), np.uint8)) for _ in range(3)]
+    buffers = [io.BytesIO() for _ in wide]
+    for image, buffer in zip(wide, buffers, strict=True):
+        image.save(buffer, "PNG")
+    table, found = Table([{"image": buffer.getvalue()} for buffer in buffers]), []
+    for name in ("clip", "targetpad", "squarepad"):
+        other = backbone.with_preprocessing(name)
+        assert other.image_transform.statistics == backbone.image_transform.statistics
+        for reads in (3, 0):  # computed, then from its own entry of the cache
+            table.reads.clear()
+            result = run((other, params), table, tmp_path)
+            assert len(table.reads) == reads
+        found.append(result)
+    for i, j in ((0, 1), (0, 2), (1, 2)):
+        assert np.abs(found[i] - found[j]).max() > 1e-3
+    padded = other.image_transform(wide[0])  # to a square, with black
+    assert not padded[0].any() and not padded[-1].any() and padded[8].any()
+
+
 def test_a_description_that_does_not_match_is_not_trusted(tiny, table, tmp_path):
     run(tiny, table, tmp_path)
     meta = next(tmp_path.glob("*/meta.json"))

@@ -1,5 +1,6 @@
 """Configs, workdirs and stages: what a user can get wrong is named, with the remedy."""
 
+import dataclasses
 import errno
 import json
 import os
@@ -14,7 +15,7 @@ from ml_collections import ConfigDict
 from cir_jax import composers, loading
 from cir_jax.errors import CheckpointError, ConfigError, DataError
 from cir_jax.evaluation import runner
-from cir_jax.input.images import ImageTransform
+from cir_jax.input.images import ImageTransform, targetpad
 from cir_jax.input.records import Records
 from cir_jax.training import durations, experiment, inputs, optimizers
 from cir_jax.training.checkpoints import Checkpoints
@@ -101,6 +102,20 @@ def test_unknown_composer_setting_is_named(tiny):
         ConfigError, match="setting of composer slerp: 'alhpa'. Did you mean 'alpha'"
     ):
         composers.build("slerp", tiny[0], alhpa=0.5)
+
+
+def test_preprocessing_of_the_config_takes_the_place_of_that_of_the_weights():
+    config = loading.read_experiment("experiments/slerp.py:smoke")
+    before = experiment.setup(config).backbone.image_transform
+    assert before.pad == "none"
+    config.preprocessing = "targetpad"
+    made = experiment.setup(config)
+    assert made.composer.backbone.image_transform == dataclasses.replace(
+        targetpad(before.crop), mean=before.mean, std=before.std
+    )
+    config.preprocessing = "targetpat"
+    with pytest.raises(ConfigError, match="config.preprocessing.*Did you mean 'targetpad'"):
+        experiment.setup(config)
 
 
 def test_workdir_of_another_run_names_the_fields(tmp_path):

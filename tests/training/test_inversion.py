@@ -115,6 +115,7 @@ def test_a_killed_stage_goes_on_to_the_same_words(experiment, table, tmp_path, m
     inversion.run(experiment(), "oti", killed)
     inversion.run(experiment(), "oti", killed)  # finished: nothing to do
     assert inverted == [1, 2]
+    assert not list((killed / "oti").glob(".words*"))  # what the kill left behind
     first, second = (inversion.read(experiment(), "oti", d, table) for d in (whole, killed))
     np.testing.assert_array_equal(first, second)
 

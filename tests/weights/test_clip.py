@@ -205,7 +205,11 @@ def test_missing_files_are_named(saved, name, message):
         weights.load(saved)
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
+@pytest.mark.parametrize(
+    "name",
+    ["model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json",
+     "preprocessor_config.json"],
+)  # fmt: skip
 def test_damaged_files_are_named(saved, name):
     data = (saved / name).read_bytes()
     (saved / name).write_bytes(data[: len(data) // 2])

@@ -4,6 +4,7 @@ import os
 import pickle
 import zipfile
 
+import jax
 import numpy as np
 import pytest
 
@@ -168,13 +169,26 @@ def test_open_clip_bin(tmp_path, torch):
 
 
 @pytest.mark.peer
-@pytest.mark.parametrize(("dtype", "tolerance"), [(np.float32, 1e-5), (np.float16, 1e-5)])
-def test_transformers_loads_what_we_export(tmp_path, torch, tiny, dtype, tolerance):
-    """Equal image, text and hidden states, and equal token ids."""
+@pytest.mark.parametrize(
+    ("dtype", "tolerance", "tuned"),
+    [(np.float32, 1e-5, False), (np.float16, 1e-5, False), (np.float32, 1e-5, True)],
+)
+def test_transformers_loads_what_we_export(tmp_path, torch, tiny, dtype, tolerance, tuned):
+    """Equal image, text and hidden states, and equal token ids; also with a tuned text tower."""
     transformers = pytest.importorskip("transformers")
     backbone, params = tiny
+    before = params
+    if tuned:  # as RTD does: the text tower moves, the image tower stays
+        rng = np.random.default_rng(1)
+        text = jax.tree.map(lambda x: x + 0.1 * rng.normal(size=x.shape), params["text"])
+        params = params | {"text": text}
     weights.save(tmp_path / "out", backbone, params, dtype)
     backbone, params = weights.load(tmp_path / "out")
+    if tuned:
+        ids = backbone.tokenizer(["a red star"])
+        assert not np.allclose(*(backbone.encode_text(p, ids) for p in (before, params)))
+        kept = [(before[name], params[name]) for name in before if name != "text"]
+        assert all(jax.tree.all(jax.tree.map(np.array_equal, *pair)) for pair in kept)
     model = transformers.CLIPModel.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     texts = ["a red star", "a photo of $ that is blue"]
