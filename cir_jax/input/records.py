@@ -26,7 +26,8 @@ class Records:
     images: fields to decode to uint8[height, width, 3].
     features: {field: float32[n, dim]} takes the place of decoding that field.
     columns: {field: array[n, ...]} is joined to the records (stored pseudo-words).
-    max_corrupt: unreadable records (counted, logged, the next one is taken) before it is an error.
+    max_corrupt: unreadable records (counted, logged, the next one is taken) before it is an error;
+        in large tables 1 %.
     """
 
     table: Table
@@ -72,7 +73,8 @@ class Records:
         if index not in self.corrupt:
             self.corrupt.add(index)
             logging.warning("skipped (%d so far): %s", len(self.corrupt), error)
-        if len(self.corrupt) > (limit := min(self.max_corrupt, len(self) - 1)):
+        limit = min(max(self.max_corrupt, len(self) // 100), len(self) - 1)
+        if len(self.corrupt) > limit:
             raise DataError(
                 f"{self.table!r}: more than {limit} unreadable records; the last: {error}"
             ) from error
