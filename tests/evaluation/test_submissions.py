@@ -171,7 +171,7 @@ MISTAKES = [
 ]
 
 
-@pytest.mark.parametrize(("kind", "mistake", "message"), MISTAKES, ids=lambda x: str(x)[:40])
+@pytest.mark.parametrize(("kind", "mistake", "message"), MISTAKES, ids=lambda x: getattr(x, "__name__", str(x))[:40])
 def test_every_mistake_is_found(kind, mistake, message, written, official):
     content = json.loads(written[0][kind].read_text())
     path = official / "submission.json"
