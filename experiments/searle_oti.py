@@ -3,7 +3,8 @@
     python launch/eval.py --config=experiments/searle_oti.py
 
 inverts the reference image of every query, in 2 minutes on two CPU cores. Expected on the embedded
-world (three seeds): CIRCO-like mAP@10 19.3 +- 1.8, where image + text has 14.5 +- 1.7. To invert the images of a table once and keep the words:
+world (three seeds): CIRCO-like mAP@10 19.3 +- 1.8, where image + text has 14.5 +- 1.7. To invert
+the images of a table once and keep the words:
 
     python launch/main.py --config=experiments/searle_oti.py --config.stages=oti
 
