@@ -35,6 +35,7 @@ def shrunk(command, tmp_path):
     command = re.sub(r"--workdir=\S+", f"--workdir={tmp_path}/run", command)
     if "launch/" in command and "--workdir" not in command and "prepare" not in command:
         config = re.search(r"experiments/[\w.:]+", command)[0].replace("/", "_")
+        config += "_backbone" * ("config.backbone" in command)
         command += f" --workdir={tmp_path}/{config}"
     if "--config.mesh.fsdp=4" in command:
         command += " --dry_run"
@@ -63,7 +64,9 @@ def test_command_runs(command, scratch):
         text=True,
         timeout=LIMIT,
     )
-    if needs_weights:  # they are not here: the message says what to download and where to put it
+    if "circo,cirr" in command:  # nor are the raw files: the message says how to prepare them
+        assert done.returncode == 2 and "launch/prepare.py --dataset=" in done.stdout, done.stdout
+    elif needs_weights:  # they are not here: the message says what to download and where to put it
         assert done.returncode == 2 and "hf download" in done.stdout, done.stdout
     else:
         assert done.returncode == 0, done.stdout[-3000:]
