@@ -8,6 +8,11 @@ the images of a table once and keep the words:
 
     python launch/main.py --config=experiments/searle_oti.py --config.stages=oti
 
+What a word holds of its image: "a photo of $" without regulariser brings the inverted image back
+first in 92 % among 1,000 random scenes (5 best: 99.9 %; 1,000 iterations, learning rate 0.05), and
+longer optimisation does not raise it: other scenes are too near for the small CLIP. In the gallery
+of look-alikes (--benchmarks=shapes/inversion) it is about half with this preset.
+
 The images of a benchmark: --config.stage.oti.data.dataset=cirr --config.stage.oti.data.split=val
 --config.stage.oti.data.tables.images=0 (shapes: captions) --config.stage.oti.data.tables.gallery=1.
 Stored words, of launch/export_words.py or of the released code (a folder with
