@@ -77,10 +77,13 @@ REGISTRY: dict[str, Entry] = {
     for name, protocol in protocols.PROTOCOLS.items()
 } | {
     f"{dataset}/{name}": entry
-    for dataset in ("shapes", "shapes_tiny")
+    for dataset, part in (("shapes", "train[-1000:]"), ("shapes_tiny", "train[-100:]"))
     for name, entry in {
         "captions": Entry(dataset, "pretrain", protocols.CAPTIONS, gallery="pretrain", split="val"),
-        "inversion": Entry(dataset, "gallery", protocols.INVERSION, split="test_0"),
+        # random scenes: the galleries are full of look-alikes, which no word tells apart
+        "inversion": Entry(
+            dataset, "captions", protocols.INVERSION, gallery="captions", split=part
+        ),
     }.items()
 }
 REGISTRY |= {
