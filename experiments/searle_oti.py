@@ -8,8 +8,8 @@ the images of a table once and keep the words:
 
     python launch/main.py --config=experiments/searle_oti.py --config.stages=oti
 
-Preset inversion (Table 7): what a word holds of its image. Without regulariser, "a photo of $" finds
-the image among 1,000 random scenes:
+Preset inversion (Table 7), what a word holds of its image: without regulariser, "a photo of $"
+finds the image among 1,000 random scenes:
 
     python launch/eval.py --config=experiments/searle_oti.py:inversion
 
