@@ -16,6 +16,7 @@ Writes benchmarks/oti.json.
 """
 
 import argparse
+import functools
 import json
 import os
 import platform
@@ -202,15 +203,13 @@ def backbone(layers: int, width: int, dtype: Any) -> tuple[Backbone, Any]:
     return made, jax.device_get(jax.jit(made.init)(jax.random.key(0)))
 
 
-def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def arguments(about: str, name: str, **defaults: int) -> argparse.Namespace:
+    """The flags of the benchmark `name`; `defaults` are its own ones, whole numbers."""
+    parser = argparse.ArgumentParser(description=about.splitlines()[0])
     parser.add_argument("--platform", choices=("cpu", "gpu"), default="cpu")
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--iterations", type=int, default=4)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--layers", type=int, default=12)
-    parser.add_argument("--width", type=int, default=512)
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "oti.json")
+    for flag, default in (defaults | {"rounds": 3, "layers": 12, "width": 512}).items():
+        parser.add_argument(f"--{flag}", type=int, default=default)
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / f"{name}.json")
     return parser.parse_args()
 
 
@@ -239,22 +238,23 @@ def measure(args: argparse.Namespace, directory: Path) -> dict[str, Any]:
         frozen = jax.tree.map(jnp.asarray, composer.freeze(params))
         frozen_s = time.perf_counter() - began
         top = composer.phrases.associate(frozen["phrases"], jnp.asarray(images))
+        begin = composer.initial_words(rngs)
         began = time.perf_counter()
-        run = jax.jit(composer.optimise).lower(frozen, images, top, rngs).compile()
+        run = jax.jit(composer.optimise).lower(frozen, begin, images, top, rngs).compile()
         notes[name] = {
             "compile_seconds": round(time.perf_counter() - began, 1),
             "working_memory_mib": round(run.memory_analysis().temp_size_in_bytes / 2**20),
             "features_before_the_start_seconds": round(frozen_s, 1),
         }
 
-        def inversion(run: Any = run, frozen: Any = frozen, top: Any = top) -> np.ndarray:
-            return np.asarray(run(frozen, images, top, rngs)[1].total.mean(axis=1))
+        def inversion(run: Any, frozen: Any, begin: Any, top: Any) -> np.ndarray:
+            return np.asarray(run(frozen, begin, images, top, rngs)[1].total.mean(axis=1))
 
-        sides[name] = inversion
+        sides[name] = functools.partial(inversion, run, frozen, begin, top)
     texts = drawn_texts(composer, frozen, top, rngs, args.iterations, book)
     texts = {k: torch.from_numpy(v.astype(np.int64)).to(device) for k, v in texts.items()}
     tower = torch_tower(model.config, params, device)
-    words = torch.from_numpy(np.array(composer.initial_words(rngs))).to(device)
+    words = torch.from_numpy(np.array(begin)).to(device)
     given = torch.from_numpy(images).to(device)
     for name, trainable in (("pytorch, frozen", False), ("pytorch, released", True)):
 
@@ -391,14 +391,17 @@ def prepare(name: str) -> None:
     torch.set_num_threads(len(os.sched_getaffinity(0)))
 
 
-def main() -> None:
-    args = arguments()
+def record(
+    measure: Callable[[argparse.Namespace, Path], dict[str, Any]], args: argparse.Namespace
+) -> None:
+    """Runs a benchmark with an empty feature cache; its report goes to the file and the screen."""
     prepare(args.platform)
     with tempfile.TemporaryDirectory() as directory:
+        os.environ["CIR_JAX_CACHE"] = f"{directory}/cache"
         found = measure(args, Path(directory))
     args.output.write_text(json.dumps(found, indent=1) + "\n")
     print(json.dumps(found, indent=1))
 
 
 if __name__ == "__main__":
-    main()
+    record(measure, arguments(__doc__, "oti", batch=32, iterations=4))

@@ -21,6 +21,7 @@ sys.path.insert(0, str(ROOT))
 from absl import app, flags, logging  # noqa: E402
 
 EXPERIMENTS = ("slerp", "palavra", "pic2word", "searle_oti", "searle", "lincir", "compodiff")
+INVERSION = "searle_oti:inversion"  # what its words hold of their images, on no test world
 BASELINES_OF = "slerp"  # the baselines are the same beside every method
 SEEDS = (0, 1, 2)
 COLUMNS = (
@@ -48,7 +49,7 @@ PAPER = {
 OUTPUT = flags.DEFINE_string("output", str(ROOT / "benchmarks" / "shapes.json"), "File to write")
 PRESET = flags.DEFINE_string("preset", "shapes", "Preset of the experiments: shapes or smoke")
 WORKDIR = flags.DEFINE_string("workdir", "runs/table", "Where the runs lie")
-METHODS = flags.DEFINE_list("methods", list(EXPERIMENTS), "Experiments to measure")
+METHODS = flags.DEFINE_list("methods", [*EXPERIMENTS, INVERSION], "Experiments to measure")
 
 Values = dict[str, dict[str, list[float]]]
 """benchmark metric -> method -> value of each seed."""
@@ -64,20 +65,24 @@ def measure(workdir: Path, preset: str, methods: Sequence[str]) -> Values:
     values: Values = {}
     for seed in SEEDS:
         for name in methods:
-            config = read_experiment(f"experiments/{name}.py:{preset}")
-            config.seed, config.evaluation.split = seed, f"test_{seed}"
+            method, _, own = name.partition(":")
+            config = read_experiment(f"experiments/{method}.py:{own or preset}")
+            config.seed = seed
+            if not own:
+                config.evaluation.split = f"test_{seed}"
             for dataset, tables in experiments.required_tables(config).items():
                 build.prepare(dataset, tables, experiments.data_dir(config))
-            directory = workdir.absolute() / f"{name}-{seed}"
+            directory = workdir.absolute() / f"{name.replace(':', '-')}-{seed}"
             experiments.claim_workdir(directory, config)
             experiment = experiments.setup(config)
             params = experiments.train(experiment, directory) or {}  # Slerp has no stages
             for result in runner.run(experiment, params, directory):
-                if result.method != name and name != BASELINES_OF:
+                if result.method != method and name != BASELINES_OF:
                     continue
+                row_name = name if own else result.method
                 for metric, estimate in result.metrics.items():
                     row = values.setdefault(f"{result.benchmark.partition('/')[2]} {metric}", {})
-                    row.setdefault(result.method, []).append(estimate.value)
+                    row.setdefault(row_name, []).append(estimate.value)
     return values
 
 
@@ -111,8 +116,9 @@ def table(measured: Mapping[str, Any]) -> str:
 
 def main(_: list[str]) -> None:
     logging.set_verbosity(logging.WARNING)
-    if wrong := sorted(set(METHODS.value) - set(EXPERIMENTS)):
-        raise app.UsageError(f"--methods: no {wrong[0]}; there are {', '.join(EXPERIMENTS)}")
+    if wrong := sorted(set(METHODS.value) - {*EXPERIMENTS, INVERSION}):
+        there = ", ".join([*EXPERIMENTS, INVERSION])
+        raise app.UsageError(f"--methods: no {wrong[0]}; there are {there}")
     output = Path(OUTPUT.value)
     before = json.loads(output.read_text()) if output.is_file() else {}
     measured = merge(before, measure(Path(WORKDIR.value), PRESET.value, METHODS.value))

@@ -30,7 +30,7 @@ def main() -> None:
     config, workdir = common.CONFIG.value, common.workdir()
     experiments.check_workdir(workdir, config)
     common.prepare(config, training=True)
-    experiment = experiments.setup(config)
+    experiment = experiments.setup(config, shapes_only=DRY_RUN.value)
     plan = experiments.dry_run(experiment)  # mistakes show before the workdir belongs to them
     if DRY_RUN.value:
         print(plan)

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import re
 import shlex
+import statistics
 import subprocess
 import sys
 
@@ -18,7 +19,7 @@ COMMANDS = [
     line.strip()
     for line in re.sub(r"\\\n\s*", " ", README).splitlines()
     if line.startswith("    ") and "python " in line
-]
+] + re.findall(r"`(python launch/(?:main|eval)[^`]+)`", " ".join(README.split()))
 NEEDS_WEIGHTS = ("vit_l14", "vit_b32", "config.backbone=")
 RAW_FILES = [command for command in COMMANDS if "circo" in command and "cirr" not in command]
 
@@ -37,6 +38,8 @@ def shrunk(command, tmp_path):
         config = re.search(r"experiments/[\w.:]+", command)[0].replace("/", "_")
         config += "_backbone" * ("config.backbone" in command)
         command += f" --workdir={tmp_path}/{config}"
+    if ":inversion" in command:
+        command += " --benchmarks=shapes_tiny/inversion --config.composer.iterations=3"
     if "--config.mesh.fsdp=4" in command:
         command += " --dry_run"
     words = shlex.split(command)
@@ -162,6 +165,53 @@ def test_composers_beat_the_baselines_on_every_seed():
     for method in ("slerp", "pic2word", "searle_oti", "searle", "lincir", "compodiff"):
         for baseline in ("image_only", "text_only", "image_text"):
             assert np.all(np.asarray(rows[method]) > rows[baseline]), (method, baseline)
+
+
+@pytest.mark.parametrize(
+    ("name", "beside"),
+    [
+        ("palavra", ("text_only", "image_text")),
+        ("pic2word", ("image_text", "text_only")),
+        ("searle_oti", ("image_text",)),
+        ("searle", ("image_text", "text_only")),
+        ("lincir", ("image_text", "text_only")),
+    ],
+)
+def test_numbers_of_an_experiment_are_the_committed_measurement(name, beside):
+    measured = json.loads((ROOT / "benchmarks" / "shapes.json").read_text())["values"]
+    text = " ".join((ROOT / "experiments" / f"{name}.py").read_text().split())
+    number = r"(\d+\.\d \+- \d+\.\d)"
+    found = re.search(r"CIRCO-like mAP@10 " + rf".*?{number}" * (1 + len(beside)), text)
+    values = [measured["circo mAP@10"][row] for row in (name, *beside)]
+    expected = [f"{statistics.mean(v):.1f} +- {statistics.stdev(v):.1f}" for v in values]
+    assert list(found.groups()) == expected
+
+
+def test_own_images_come_back_first():
+    measured = json.loads((ROOT / "benchmarks" / "shapes.json").read_text())["values"]
+    first = measured["inversion R@1"]["searle_oti:inversion"]
+    assert min(first) > 95
+    said = f"{statistics.mean(first):.1f} {{}} {statistics.stdev(first):.1f}"
+    assert said.format("+-") in (ROOT / "experiments" / "searle_oti.py").read_text()
+    assert said.format("±") in README
+
+
+def test_speeds_are_the_committed_measurements():
+    def recorded(name):
+        return json.loads((ROOT / "benchmarks" / f"{name}.json").read_text())
+
+    cells = [cell for cell in recorded("encoders")["cells"] if "ratio" in cell]
+    for dtype, row in (("float32", "float32 ("), ("bfloat16", "bfloat16 on CPU")):
+        ratios = [cell["ratio"] for cell in cells if cell["dtype"] == dtype]
+        line = next(line for line in README.splitlines() if row in line and line.startswith("|"))
+        assert f"| {min(ratios):.1f} to {max(ratios):.1f} |" in line
+    over = "cir_jax over pytorch, {}".format
+    cached = "cir_jax, cached phrases over pytorch, {}".format
+    for name in ("oti", "phi"):
+        ratio = recorded(name)["speedup"]
+        frozen, released = ([ratio[f(x)] for f in (over, cached)] for x in ("frozen", "released"))
+        said = "| {:.1f} / {:.1f} ({:.0f} / {:.0f} over".format(*frozen, *released)
+        assert said in README
 
 
 def test_files_that_the_readme_names_exist():

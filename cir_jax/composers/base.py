@@ -66,8 +66,12 @@ class Composer:
         """The text that is tokenised for a modification text; plain by default."""
         return text
 
-    def freeze(self, backbone_params: Params) -> Params:
-        """The tree `frozen`: parameters beside the trainable ones, never in the optimiser."""
+    def freeze(self, backbone_params: Params, shapes_only: bool = False) -> Params:
+        """The tree `frozen`: parameters beside the trainable ones, never in the optimiser.
+
+        shapes_only: zeros in place of what takes time to compute, for a dry run.
+        """
+        del shapes_only
         return {"backbone": backbone_params}
 
     def init(self, rng: jax.Array) -> Params:

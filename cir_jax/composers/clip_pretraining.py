@@ -36,7 +36,7 @@ class ClipPretraining(Composer):
             )
         self.learned_scale = learned_scale
 
-    def freeze(self, backbone_params: Params) -> Params:
+    def freeze(self, backbone_params: Params, shapes_only: bool = False) -> Params:
         return {}
 
     def init(self, rng: jax.Array) -> Params:

@@ -165,8 +165,8 @@ class Palavra(PseudoWord):
             "set": self.set_encoder.init(other, features)["params"],
         }
 
-    def freeze(self, backbone_params: Params) -> Params:
-        frozen = super().freeze(backbone_params)
+    def freeze(self, backbone_params: Params, shapes_only: bool = False) -> Params:
+        frozen = super().freeze(backbone_params, shapes_only)
         if self.objects is None:
             return frozen
         return frozen | {"labels": self.label_ids, "first_tokens": self.first_tokens}

@@ -12,12 +12,13 @@ prefix, prefixes    int32[phrases], int32[beginnings, length''], `beginnings`: s
 lengths             int32[phrases, 2] of original and suffix, with start and end token
 first, count        int32[concepts] a concept's rows; count 0 = discarded (`PhraseBook.discarded`)
 concepts            float32[concepts, dim] unit features: mean over the templates (METHODS 2.1)
+features            float32[phrases, dim] un-normalised, of a book of at most `cached` phrases
 
 A method uses it so:
 
     def __init__(...):    self.phrases = Phrases.read(path, backbone, top_k, every=True)
-    def freeze(...):      phrases = self.phrases.freeze(backbone, p)
-                          return super().freeze(p) | {"phrases": phrases}
+    def freeze(...):      phrases = self.phrases.freeze(backbone, p, cached, shapes_only)
+                          return super().freeze(p, shapes_only) | {"phrases": phrases}
     def encode(...):      top = self.phrases.associate(frozen["phrases"], features)
                           row = self.phrases.draw_concept_first(frozen["phrases"], top, rngs)
                           loss = phrase_loss(self, frozen, row, words)      # float32[batch]
@@ -51,7 +52,7 @@ from cir_jax.models.clip import overwrite_tokens
 from cir_jax.retrieval.cache import ChunkStore, default_cache_dir, fingerprint
 
 LONG_TAIL = 1e-3
-"""The share of phrases longer than `Phrases.usual_length`, a multiple of BUCKET."""
+"""The share of phrases longer than `Phrases.usual`."""
 
 MAX_PREFIXES = 64
 """Beginnings whose states are kept; texts that begin otherwise are read as a whole."""
@@ -180,8 +181,10 @@ class Phrases:
         original = original[keep]
         split = Split.of(replaced[keep], placeholder, eos, causal)
         lengths = np.stack([(original == eos).argmax(axis=1) + 1, split.lengths], axis=1)
-        longest = [_bucket(n, tokenizer.context_length) for n in lengths.max(axis=0)]
-        usual = np.quantile(lengths, 1 - LONG_TAIL, axis=0, method="higher")
+        longest = lengths.max(axis=0)
+        usual = np.quantile(lengths, 1 - LONG_TAIL, axis=0, method="higher").astype(int)
+        if (longest - usual < BUCKET).all():
+            usual = longest  # not worth a branch of its own
         texts = [text.format(f" {files.PLACEHOLDER} ") for text in book.templates]
         templates = Split.of(tokenizer(texts), placeholder, eos, causal)
         templates = dataclasses.replace(templates, ids=templates.ids[:, : templates.lengths.max()])
@@ -195,8 +198,7 @@ class Phrases:
             "first": (np.cumsum(count) - count).astype(np.int32),
             "count": count,
         }
-        usual = tuple(_bucket(n, tokenizer.context_length) for n in usual)
-        made = cls(book, top_k, templates, tables, usual, source, len(cut))
+        made = cls(book, top_k, templates, tables, tuple(map(int, usual)), source, len(cut))
         if made.dropped and jax.process_index() == 0:
             print(made.report(), flush=True)
         return made
@@ -219,12 +221,35 @@ class Phrases:
             f"contain them, {self.cut} as it is too long."
         )
 
-    def freeze(self, backbone: Backbone, params: Any) -> Tables:
-        """The tables for `frozen["phrases"]`; concept features are computed once and stored.
+    def freeze(
+        self, backbone: Backbone, params: Any, cached: int = 0, shapes_only: bool = False
+    ) -> Tables:
+        """The tables for `frozen["phrases"]`; features in them are computed once and stored.
 
-        params: of the backbone.
+        params: of the backbone. cached: features of so many phrases are kept, 4 * dim bytes each on
+        each device; those of larger books are computed when they are drawn. shapes_only: features
+        are 0 (`Composer.freeze`).
         """
-        return {**self.tables, "concepts": concept_features(self.book, backbone, params)}
+        rows, kept = len(self.tables["lengths"]), {}
+        if shapes_only:
+            kept["concepts"] = np.zeros((len(self.names), backbone.dim), np.float32)
+        else:
+            kept["concepts"] = concept_features(self.book, backbone, params)
+        if rows <= cached and shapes_only:
+            kept["features"] = np.zeros((rows, backbone.dim), np.float32)
+        elif rows <= cached:
+            kept["features"] = self.features(backbone, params)
+        return {**self.tables, **kept}
+
+    def targets(self, backbone: Backbone, frozen: Any, rows: jax.Array, ids: jax.Array) -> Any:
+        """float32[batch, dim]: features of phrases, without a gradient.
+
+        frozen: with "backbone" and "phrases". rows: int32[batch]; ids: int32[batch, length], their
+        `original`.
+        """
+        if "features" in frozen["phrases"]:
+            return frozen["phrases"]["features"][rows]
+        return jax.lax.stop_gradient(backbone.encode_text(frozen["backbone"], ids))
 
     def features(self, backbone: Backbone, params: Any) -> np.ndarray:
         """float32[phrases, dim]: un-normalised text features of all phrases, once and stored."""
@@ -353,9 +378,8 @@ def phrase_loss(
     suffixes = Suffixes(composer, backbone, tables["prefixes"], tables["prefix_lengths"])
 
     def run(original: jax.Array, suffix: jax.Array) -> jax.Array:
-        target = composer.backbone.encode_text(backbone, original)
-        ours = suffixes.features(tables["prefix"][rows], suffix, words)
-        return cosine_loss(ours, jax.lax.stop_gradient(target))
+        target = phrases.targets(composer.backbone, frozen, rows, original)
+        return cosine_loss(suffixes.features(tables["prefix"][rows], suffix, words), target)
 
     return phrases.at_usual_length(run, tables, rows)
 
@@ -466,7 +490,3 @@ def _ids(tokenizer: Tokenizer, texts: Sequence[str]) -> np.ndarray:
         part = texts[start : start + size]
         out[start : start + size] = tokenizer(part, tokenizer.context_length)
     return out
-
-
-def _bucket(length: int, context_length: int) -> int:
-    return int(min(-(-int(length) // BUCKET) * BUCKET, context_length))

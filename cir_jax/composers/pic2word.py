@@ -88,6 +88,8 @@ class Pic2Word(LearnedWord):
             )
         super().__init__(backbone, Im2Text(backbone.token_dim, hidden_dim, float(dropout)))
         self.scale, self.link = float(scale), link
+        if backbone.family != "clip":
+            self.official_format = ""  # the file holds a CLIP
         self.training_ids = backbone.tokenizer([self.prompt("")])
 
     def prompt(self, text: str) -> str:
@@ -120,7 +122,9 @@ class Pic2Word(LearnedWord):
     def write_official(self, path: Path, params: Params, frozen: Params) -> None:
         """With the CLIP and the prefix of DataParallel, which the released code wants."""
         parts = {
-            "state_dict": convert.to_source(frozen["backbone"], self._clip_names()),
+            "state_dict": convert.to_source(
+                frozen["backbone"], open_clip.names(self.backbone.config)
+            ),
             "state_dict_img2text": convert.to_source(params, NAMES),
         }
         prefixed = {
@@ -129,13 +133,8 @@ class Pic2Word(LearnedWord):
         }
         official.write(path, {"epoch": 0, "name": "cir_jax", **prefixed})
 
-    def _clip_names(self) -> convert.Names:
-        if self.backbone.family != "clip":
-            raise ConfigError("checkpoints of Pic2Word hold a CLIP: the backbone must be one.")
-        return open_clip.names(self.backbone.config)
-
     def _check_clip(self, path: Path, frozen: Params) -> None:
-        names = self._clip_names()
+        names = open_clip.names(self.backbone.config)
         theirs = official.read(path, "state_dict", ("state_dict_img2text", "optimizer"))
         what = f"{path}, state_dict"
         tree = convert.to_ours(theirs, names, ignore=open_clip.IGNORE, what=what, dtype=np.float32)

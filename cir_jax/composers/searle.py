@@ -47,8 +47,12 @@ class Searle(PhiWord):
         temperature: float = 0.25,
         weight_distil: float = 1.0,
         weight_gpt: float = 0.75,
+        cached_phrases: int = 1 << 16,
     ):
-        """phrases: phrase book; names: file of its concepts to use, "" = all."""
+        """phrases: phrase book; names: file of its concepts to use, "" = all.
+
+        cached_phrases: features of so many phrases are kept (`Phrases.freeze`).
+        """
         super().__init__(backbone, dropout)
         if distillation not in DISTILLATIONS:
             raise ConfigError(unknown("distillation of searle:", distillation, DISTILLATIONS))
@@ -58,16 +62,20 @@ class Searle(PhiWord):
         check_weight("weight_gpt", weight_gpt)
         self.distillation, self.temperature = distillation, float(temperature)
         self.weight_distil, self.weight_gpt = float(weight_distil), float(weight_gpt)
+        self.cached_phrases = cached_phrases
         self.cycle_ids = backbone.tokenizer([self.prompt("")])
         self.phrases = None
         if phrases and weight_gpt:
             self.phrases = Phrases.read(phrases, backbone, top_k, every=True, names=names)
 
-    def freeze(self, backbone_params: Params) -> Params:
-        frozen = super().freeze(backbone_params)
+    def freeze(self, backbone_params: Params, shapes_only: bool = False) -> Params:
+        frozen = super().freeze(backbone_params, shapes_only)
         if self.phrases is None:
             return frozen
-        return frozen | {"phrases": self.phrases.freeze(self.backbone, backbone_params)}
+        tables = self.phrases.freeze(
+            self.backbone, backbone_params, self.cached_phrases, shapes_only
+        )
+        return frozen | {"phrases": tables}
 
     def encode(
         self, params: Params, frozen: Params, batch: dict[str, jax.Array], rngs: jax.Array

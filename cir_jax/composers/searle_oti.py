@@ -37,12 +37,16 @@ INITIAL_STD = 0.02
 MEAN_OVER = 32
 """Images whose mean loss the released code minimises: all that Adam's epsilon sees of it."""
 
+COMPARED = 50
+"""Last iterations whose mean loss says which start of an image was the best one."""
+
 IMAGE_LOSSES: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
     "cosine": cosine_loss,
     # of un-normalised features: between unit ones it would be the cosine loss again
     "l2": lambda text, image: jnp.mean(jnp.square(text - image), axis=-1),
 }
 REGULARISERS = ("phrases", "concept", "random", "none")
+SCHEDULES = ("constant", "cosine")
 
 TextFeatures = Callable[[jax.Array], jax.Array]
 """Words [batch, token_dim] -> float32[batch, dim]: features of a text for each, with it put in."""
@@ -52,7 +56,8 @@ TextFeatures = Callable[[jax.Array], jax.Array]
 class Recipe:
     """Numbers of the optimisation. The weights are divided by their sum, as in the release.
 
-    mean_over: divides the loss, see MEAN_OVER.
+    mean_over: divides the loss, see MEAN_OVER. decay_over: iterations after which the learning rate
+    is 0, on a cosine; 0 = it stays what it is.
     """
 
     learning_rate: float = 2e-2
@@ -62,10 +67,14 @@ class Recipe:
     weight_gpt: float = 0.5
     image_loss: str = "cosine"
     mean_over: int = MEAN_OVER
+    decay_over: int = 0
 
     @property
     def optimizer(self) -> optax.GradientTransformation:
-        return optax.adamw(self.learning_rate, weight_decay=self.weight_decay)
+        rate = self.learning_rate
+        if self.decay_over:
+            rate = optax.cosine_decay_schedule(rate, self.decay_over)
+        return optax.adamw(rate, weight_decay=self.weight_decay)
 
 
 class Texts(NamedTuple):
@@ -158,9 +167,12 @@ class SearleOti(PseudoWord):
 
     phrases: phrase book (`input.phrases`); names: file of the concepts, "" = all of the book.
     top_k: concepts of an image. iterations, learning_rate, weight_decay, ema, weight_*: METHODS
-    2.3. image_loss, regulariser: the paper's Table 4; "concept" = "a photo of {concept}" without
-    the rest of the phrase, "random" = the same of any concept, "none". cached_phrases: see above;
-    4 * dim bytes each, on each device.
+    2.3. schedule of the learning rate: "constant", as released, or "cosine", to 0.
+    starts: an image is optimised from so many random words, and the result of the lowest loss is
+    kept, because some end in poor local minima (released: 1).
+    image_loss, regulariser: the paper's Table 4; "concept" = "a photo of {concept}" without the
+    rest of the phrase, "random" = the same of any concept, "none".
+    cached_phrases: see above and `Phrases.freeze`.
     words: folder of words of the reference images (`weights.oti_tokens`, such as the released
     code's), found by the names of the images; then nothing is optimised, and no phrases are needed.
     """
@@ -179,6 +191,8 @@ class SearleOti(PseudoWord):
         weight_gpt: float = 0.5,
         image_loss: str = "cosine",
         regulariser: str = "phrases",
+        schedule: str = "constant",
+        starts: int = 1,
         cached_phrases: int = 1 << 16,
         words: str = "",
     ):
@@ -187,8 +201,11 @@ class SearleOti(PseudoWord):
             raise ConfigError(unknown("image_loss of searle_oti:", image_loss, IMAGE_LOSSES))
         if regulariser not in REGULARISERS:
             raise ConfigError(unknown("regulariser of searle_oti:", regulariser, REGULARISERS))
-        if iterations < 1:
-            raise ConfigError(f"searle_oti: iterations={iterations}; it must be 1 or more.")
+        if schedule not in SCHEDULES:
+            raise ConfigError(unknown("schedule of searle_oti:", schedule, SCHEDULES))
+        for name, number in (("iterations", iterations), ("starts", starts)):
+            if number < 1:
+                raise ConfigError(f"searle_oti: {name}={number}; it must be 1 or more.")
         if not 0 <= ema < 1:
             raise ConfigError(f"searle_oti: ema={ema}; it must be in [0, 1).")
         if min(weight_cos, weight_gpt) < 0 or weight_cos + weight_gpt == 0:
@@ -196,9 +213,17 @@ class SearleOti(PseudoWord):
                 f"searle_oti: weight_cos={weight_cos}, weight_gpt={weight_gpt}; neither may be "
                 "negative, nor both 0."
             )
-        self.iterations, self.regulariser = iterations, regulariser
+        self.iterations, self.starts, self.regulariser = iterations, starts, regulariser
         self.cached_phrases = cached_phrases
-        self.recipe = Recipe(learning_rate, weight_decay, ema, weight_cos, weight_gpt, image_loss)
+        self.recipe = Recipe(
+            learning_rate,
+            weight_decay,
+            ema,
+            weight_cos,
+            weight_gpt,
+            image_loss,
+            decay_over=iterations if schedule == "cosine" else 0,
+        )
         self.stored = StoredWords.read(words, backbone.token_dim) if words else None
         if self.stored:
             self.word_rows = self.stored.rows
@@ -206,17 +231,13 @@ class SearleOti(PseudoWord):
         suffix = regulariser not in ("concept", "random")
         self.phrases = Phrases.read(phrases, backbone, top_k, suffix=suffix, names=names)
 
-    def freeze(self, backbone_params: Params) -> Params:
+    def freeze(self, backbone_params: Params, shapes_only: bool = False) -> Params:
+        frozen = super().freeze(backbone_params, shapes_only)
         if self.stored:
-            return super().freeze(backbone_params) | {"words": self.stored.words}
-        tables = self.phrases.freeze(self.backbone, backbone_params)
-        if self._cached and self.regulariser != "none":
-            tables["features"] = self.phrases.features(self.backbone, backbone_params)
-        return super().freeze(backbone_params) | {"phrases": tables}
-
-    @property
-    def _cached(self) -> bool:
-        return len(self.phrases.tables["lengths"]) <= self.cached_phrases
+            return frozen | {"words": self.stored.words}
+        cached = 0 if self.regulariser == "none" else self.cached_phrases
+        tables = self.phrases.freeze(self.backbone, backbone_params, cached, shapes_only)
+        return frozen | {"phrases": tables}
 
     def invert(self, params: Params, frozen: Params, query: Query, rng: jax.Array) -> jax.Array:
         if self.stored:
@@ -232,15 +253,27 @@ class SearleOti(PseudoWord):
             index = jnp.arange(len(features), dtype=jnp.int32)
         rngs = jax.vmap(lambda i: jax.random.fold_in(rng, i))(index)
         top = self.phrases.associate(frozen["phrases"], features)
-        return self.optimise(frozen, features, top, rngs)[0].average
+        words = self.initial_words(rngs)
+        # all starts of an image draw the same texts, so their losses can be compared
+        rows = (jnp.repeat(x, self.starts, axis=0) for x in (features, top, rngs))
+        state, found = self.optimise(frozen, words, *rows)
+        last = found.total[-COMPARED:].mean(axis=0).reshape(-1, self.starts)
+        best = jnp.arange(len(last)) * self.starts + last.argmin(axis=1)
+        return state.average[best]
 
     def optimise(
-        self, frozen: Params, features: jax.Array, top: jax.Array, rngs: jax.Array
+        self,
+        frozen: Params,
+        words: jax.Array,
+        features: jax.Array,
+        top: jax.Array,
+        rngs: jax.Array,
     ) -> tuple[State, Losses]:
         """The state after all iterations, and the losses float32[iterations, batch] before each.
 
-        features: float32[batch, dim], un-normalised. top: int32[batch, top_k] concepts.
-        rngs: one key per image; the result depends on nothing else of the batch.
+        words: float32[batch, token_dim] to begin with. features: float32[batch, dim],
+        un-normalised. top: int32[batch, top_k] concepts. rngs: one key per row, to draw texts by;
+        the result depends on nothing else of the batch.
         """
         templates, tables = self.phrases.templates, frozen["phrases"]
         readers = tuple(
@@ -255,13 +288,14 @@ class SearleOti(PseudoWord):
             drawn = self.draw(tables, top, rngs, number)
             return self._iteration(frozen, readers, state, features, *drawn)
 
-        state = start(self.recipe, self.initial_words(rngs))
+        state = start(self.recipe, words)
         return jax.lax.scan(iteration, state, jnp.arange(self.iterations))
 
     def initial_words(self, rngs: jax.Array) -> jax.Array:
-        """float32[batch, token_dim] ~ N(0, INITIAL_STD**2)."""
-        shape = (self.backbone.token_dim,)
-        return INITIAL_STD * jax.vmap(lambda key: jax.random.normal(key, shape))(rngs)
+        """float32[images * starts, token_dim] ~ N(0, INITIAL_STD**2); rngs: one key per image."""
+        shape = (self.starts, self.backbone.token_dim)
+        words = INITIAL_STD * jax.vmap(lambda key: jax.random.normal(key, shape))(rngs)
+        return words.reshape(-1, shape[1])
 
     def draw(
         self, tables: Params, top: jax.Array, rngs: jax.Array, number: jax.Array
@@ -290,10 +324,7 @@ class SearleOti(PseudoWord):
             return step(self.recipe, state, features, Texts(template))[:2]
 
         def run(original: jax.Array, suffix: jax.Array) -> tuple[State, Losses]:
-            if self._cached:
-                target = tables["features"][rows]
-            else:
-                target = self.backbone.encode_text(frozen["backbone"], original)
+            target = self.phrases.targets(self.backbone, frozen, rows, original)
             phrase = functools.partial(readers[1].features, tables["prefix"][rows], suffix)
             texts = Texts(template, phrase, target)
             return step(self.recipe, state, features, texts)[:2]

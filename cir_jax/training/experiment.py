@@ -67,8 +67,11 @@ def data_dir(config: ml_collections.ConfigDict) -> Path:
     return Path(config.data_dir).expanduser().absolute() if config.data_dir else default_data_dir()
 
 
-def setup(config: ml_collections.ConfigDict) -> Experiment:
-    """Loads the backbone and builds the composer. Raises ConfigError, MeshError, WeightsError."""
+def setup(config: ml_collections.ConfigDict, shapes_only: bool = False) -> Experiment:
+    """Loads the backbone and builds the composer.
+
+    shapes_only: see `Composer.freeze`. Raises ConfigError, MeshError, WeightsError.
+    """
     if config.dtype not in DTYPES:
         raise ConfigError(unknown("config.dtype", config.dtype, DTYPES))
     mesh = meshes.make_mesh(config.mesh)
@@ -84,7 +87,7 @@ def setup(config: ml_collections.ConfigDict) -> Experiment:
     if config.remat:
         backbone = backbone.with_remat()
     composer = composers.build(name, backbone, **settings)
-    frozen = composer.freeze(params)
+    frozen = composer.freeze(params, shapes_only)
     if config.export_to and composer.pretrained_backbone:
         official.check_known(composer, f"config.export_to={config.export_to!r}")
         official.check_torch(f"config.export_to={config.export_to!r}")
@@ -98,13 +101,16 @@ def setup(config: ml_collections.ConfigDict) -> Experiment:
     return Experiment(config, mesh, backbone, composer, meshes.place(mesh, frozen))
 
 
-def of_stage(experiment: Experiment, name: str) -> Experiment:
-    """The experiment with the composer of stage `name`, where the stage has one of its own."""
+def of_stage(experiment: Experiment, name: str, shapes_only: bool = False) -> Experiment:
+    """The experiment with the composer of stage `name`, where the stage has one of its own.
+
+    shapes_only: see `Composer.freeze`.
+    """
     settings = experiment.config.stage[name].composer.to_dict()
     if not settings:
         return experiment
     composer = composers.build(settings.pop("name"), experiment.backbone, **settings)
-    frozen = composer.freeze(experiment.frozen["backbone"])
+    frozen = composer.freeze(experiment.frozen["backbone"], shapes_only)
     frozen = meshes.place(experiment.mesh, frozen)
     return dataclasses.replace(experiment, composer=composer, frozen=frozen)
 
@@ -148,7 +154,7 @@ def dry_run(experiment: Experiment) -> str:
     Builds all stages, so it also finds what is wrong with any of them before the first one runs.
     """
     return "\n".join(
-        inversion.describe(of_stage(experiment, name), name)
+        inversion.describe(of_stage(experiment, name, shapes_only=True), name)
         if experiment.config.stage[name].kind == "inversion"
         else describe(make_trainer(experiment, name, None, shapes_only=True))
         for name in stage_names(experiment.config)
@@ -166,7 +172,7 @@ def make_trainer(
 
     shapes_only: zeros in place of everything precomputed, for a dry run.
     """
-    config, experiment = experiment.config, of_stage(experiment, name)
+    config, experiment = experiment.config, of_stage(experiment, name, shapes_only)
     recipe = config.stage[name]
     pipeline = make_pipeline(experiment, name, workdir, shapes_only)
     to_steps = functools.partial(

@@ -130,7 +130,7 @@ def find(name_or_path: str | Path, what: str = "backbone") -> Source:
             return _of_file(path.resolve())
         if path.is_dir() and (found := _of_directory(path.resolve(), path.resolve().name)):
             return found
-    if given.count("/") == 1 and not given.startswith((".", "/", "~")):
+    if _is_hub_id(given):
         directory, reason = _snapshot(given)
         if directory is not None:
             if found := _of_directory(directory, given.split("/")[1], given):
@@ -145,12 +145,17 @@ def find(name_or_path: str | Path, what: str = "backbone") -> Source:
         use = "set --config.backbone=DIR"
     else:
         kinds, use = "a timm directory", "give DIR"
+    hub_id = given if _is_hub_id(given) else "HUB_ID"
     raise WeightsError(
         f"{what} {given!r}: {reason.rstrip('.')}. Give a directory in Hugging Face format "
         "(config.json, model.safetensors, tokenizer.json, preprocessor_config.json), "
-        f"{kinds}, or download one where there is a network, `hf download {given} --local-dir "
+        f"{kinds}, or download one where there is a network, `hf download {hub_id} --local-dir "
         f"DIR`, and {use}."
     )
+
+
+def _is_hub_id(name: str) -> bool:
+    return name.count("/") == 1 and not name.startswith((".", "/", "~"))
 
 
 def read_tensors(path: Path) -> Mapping[str, np.ndarray]:

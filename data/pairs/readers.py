@@ -18,6 +18,7 @@ FIELDS = {
 }
 TAR_FIELDS = {"image": ("jpg", "jpeg", "png", "webp"), "caption": ("txt", "json.caption")}
 TABLES, LISTS = (".tsv", ".csv"), (".json", ".jsonl")
+SUFFIXES = (*TABLES, *LISTS, ".tar")
 
 
 def find(source: Path, columns: Mapping[str, str]) -> Corpus:
@@ -25,14 +26,14 @@ def find(source: Path, columns: Mapping[str, str]) -> Corpus:
     if source.is_dir():
         if any(path.suffix == ".tar" for path in source.iterdir()):
             return Shards(source, columns)
-        there = formats.source_files(source, (*TABLES, *LISTS))
+        there = formats.source_files(source, SUFFIXES)
         if len(there) > 1:
             names = ", ".join(path.name for path in there)
             raise DataError(f"--source={source}: name one of the files in it: {names}.")
         source = there[0]
     if source.suffix.lower() == ".tar":
         return Shards(source, columns)
-    formats.source_files(source, (*TABLES, *LISTS))
+    formats.source_files(source, SUFFIXES)
     return Listed(source, columns)
 
 

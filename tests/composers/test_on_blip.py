@@ -12,6 +12,7 @@ from cir_jax.errors import ConfigError, DataError
 from cir_jax.input.records import TrimText
 from cir_jax.input.text import BUCKET, placeholder_positions
 from cir_jax.models.clip import overwrite_tokens
+from cir_jax.weights import official
 from tests.weights import worlds
 
 # compiled once and run once: compiling is all that takes time
@@ -162,3 +163,9 @@ def test_bad_input_is_named(blip):
         backbone.encode_image(params, np.zeros((1, 33, 32, 3), np.uint8))
     with pytest.raises(DataError, match="text of 49 tokens; this text tower takes at most 48"):
         backbone.encode_text(params, np.ones((1, 49), np.int32))
+
+
+def test_pic2word_has_no_file_for_it(blip):
+    composer = composers.build("pic2word", blip[0], scale=100.0)
+    with pytest.raises(ConfigError, match="export_to=f.pt: Pic2Word on a backbone of the blip fam"):
+        official.check_known(composer, "config.export_to=f.pt")

@@ -70,6 +70,21 @@ def test_the_loss_is_the_weighted_sum(build, batch):
     assert rows["gpt"].shape == (inversion.ROWS,) and (rows["gpt"] > 0).all()
 
 
+@pytest.mark.slow
+def test_phrase_features_from_the_table_are_those_computed_in_the_step(build, batch):
+    rngs = jax.random.split(jax.random.key(0), inversion.ROWS)
+    found = []
+    for cached in (100, 0):
+        composer, params, frozen = build(cached_phrases=cached)
+        assert ("features" in frozen["phrases"]) == bool(cached)
+
+        def loss(params, frozen, composer=composer):
+            return composer.encode(params, frozen, batch, rngs)["gpt"].sum()
+
+        found.append(jax.jit(jax.value_and_grad(loss))(params, frozen))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), *found)
+
+
 def test_the_regulariser_overwrites_the_first_placeholder_alone(build, batch):
     """Of "$ has two $" the second stays, as in the release: seen in the value of the loss."""
     composer, params, frozen = build(dropout=0.0, top_k=1)

@@ -100,6 +100,20 @@ def test_concept_features_are_the_mean_over_the_templates(make, tiny):
     assert top[0, 0] == 1 and top.shape == (1, 3)
 
 
+def test_shapes_alone_encode_nothing(make, tiny, tmp_path):
+    composer, frozen = make()
+    cache = tmp_path / "cache"
+    stored = sorted(cache.rglob("*"))
+    for file in stored:
+        if file.is_file():
+            file.unlink()
+    shapes = composer.freeze(tiny[1], shapes_only=True)
+    assert stored and not any(path.is_file() for path in cache.rglob("*"))
+    assert not shapes["phrases"]["features"].any() and not shapes["phrases"]["concepts"].any()
+    of = functools.partial(jax.tree.map, lambda x: (jnp.shape(x), jnp.asarray(x).dtype))
+    assert of(shapes) == of(frozen)
+
+
 def test_texts_from_the_placeholder_on_have_the_features_of_whole_ones(tiny):
     composer, (model, params) = tiny_composer(tiny), tiny
     params = jax.tree.map(jnp.asarray, params)
@@ -138,17 +152,18 @@ def tiny_composer(tiny):
 def test_the_scan_is_the_plain_loop_over_whole_texts(make):
     composer, frozen = make()
     rows = query()
-    features, top = rows["reference_features"], None
+    features = rows["reference_features"]
     top = composer.phrases.associate(frozen["phrases"], features)
     rngs = jax.random.split(jax.random.key(1), len(features))
-    state, losses = jax.jit(composer.optimise)(frozen, features, top, rngs)
+    words = composer.initial_words(rngs)
+    state, losses = jax.jit(composer.optimise)(frozen, words, features, top, rngs)
     tokenizer = composer.backbone.tokenizer
     templates = tokenizer([t.format(" $ ") for t in BOOK["templates"]], 16)
     pairs = [(p, c) for c, ps in BOOK["concepts"].items() for p in ps if c in p]
     masked = tokenizer([p.replace(c, " $ ", 1) for p, c in pairs], 16)
     plain = tokenizer([p for p, _ in pairs], 16)
     text = functools.partial(composer.text_features, frozen["backbone"])
-    ours = searle_oti.start(composer.recipe, composer.initial_words(rngs))
+    ours = searle_oti.start(composer.recipe, words)
     for i in range(3):
         which, phrase = composer.draw(frozen["phrases"], top, rngs, jnp.int32(i))
         texts = Texts(
@@ -162,8 +177,9 @@ def test_the_scan_is_the_plain_loop_over_whole_texts(make):
     assert np.abs(np.asarray(state.words) - ours.average).max() > 1e-3
 
 
-def test_alone_an_image_gets_the_word_it_gets_in_a_batch(make):
-    composer, frozen = make()
+@pytest.mark.parametrize("starts", [1, 2])
+def test_alone_an_image_gets_the_word_it_gets_in_a_batch(make, starts):
+    composer, frozen = make(starts=starts)
     rows = query()
     together = invert(composer, frozen, rows)
     for i in (0, 3):
@@ -172,6 +188,38 @@ def test_alone_an_image_gets_the_word_it_gets_in_a_batch(make):
         np.testing.assert_allclose(alone[0], together[i], rtol=1e-5, atol=1e-5)
     moved = rows | {"query_index": rows["query_index"] + 1}  # another key, other texts
     assert np.abs(invert(composer, frozen, moved) - together).max() > 1e-3
+
+
+def test_of_several_starts_the_word_of_the_lowest_loss_is_kept(make):
+    composer, frozen = make(starts=3, iterations=4)
+    rows = query()
+    features = rows["reference_features"]
+    kept = invert(composer, frozen, rows)
+    top = composer.phrases.associate(frozen["phrases"], features)
+    rngs = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(3), i))(rows["query_index"])
+    begins = composer.initial_words(rngs).reshape(len(features), 3, -1)
+    run = jax.jit(composer.optimise)
+    each = [run(frozen, begins[:, i], features, top, rngs) for i in range(3)]
+    losses = np.stack([found.total.mean(axis=0) for _, found in each])
+    words = np.stack([state.average for state, _ in each])
+    best = losses.argmin(axis=0)
+    assert len(set(best.tolist())) > 1
+    np.testing.assert_allclose(kept, words[best, np.arange(len(kept))], rtol=1e-4, atol=1e-5)
+
+
+def test_the_learning_rate_ends_at_zero_on_a_cosine(make):
+    recipes = [make(schedule=name, iterations=4)[0].recipe for name in ("constant", "cosine")]
+    word, gradient = jnp.ones((1, 3)), jnp.asarray([[1.0, -1.0, 2.0]])
+    steps = []
+    for recipe in recipes:
+        state = recipe.optimizer.init(word)
+        moves = []
+        for _ in range(5):
+            update, state = recipe.optimizer.update(gradient, state, word)
+            moves.append(float(jnp.abs(update[0, 1])))
+        steps.append(moves)
+    cosine = 0.5 * (1 + np.cos(np.pi * np.arange(5) / 4))
+    np.testing.assert_allclose(steps[1], np.asarray(steps[0]) * cosine, rtol=1e-4, atol=1e-8)
 
 
 @pytest.mark.slow
@@ -197,7 +245,8 @@ def test_it_lowers_its_own_loss(make):
     features = rows["reference_features"]
     top = composer.phrases.associate(frozen["phrases"], features)
     rngs = jax.random.split(jax.random.key(0), len(features))
-    losses = np.asarray(jax.jit(composer.optimise)(frozen, features, top, rngs)[1].total)
+    words = composer.initial_words(rngs)
+    losses = np.asarray(jax.jit(composer.optimise)(frozen, words, features, top, rngs)[1].total)
     assert (losses[-10:].mean(axis=0) < losses[:3].mean(axis=0) - 0.02).all()
 
 
@@ -293,6 +342,8 @@ def test_stored_words_answer_a_benchmark_by_the_names_of_its_images(tiny, tmp_pa
     ("settings", "message"),
     [
         ({"iterations": 0}, "iterations=0; it must be 1 or more"),
+        ({"starts": 0}, "starts=0; it must be 1 or more"),
+        ({"schedule": "cosin"}, "Did you mean 'cosine'"),
         ({"top_k": 5}, r"top_k=5: .* has 4 concepts"),
         ({"top_k": 0}, "must be in 1..4"),
         ({"image_loss": "cosin"}, "Did you mean 'cosine'"),
