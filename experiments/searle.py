@@ -17,8 +17,9 @@ need neither:
     python launch/eval.py --config=experiments/searle.py:vit_b32 \\
         --config.init_from=official:SEARLE_ViT-B32.pt
 
-Features of all 5.4 million released phrases take 11 GB of device memory (512 dims); with
---config.stage.distil.composer.cached_phrases=6000000 they are computed once, before the first step.
+--config.stage.distil.composer.cached_phrases=6000000 computes the features of all 5.4 million
+released phrases once, before the first step: 11 GB on each device with B/32, 17 GB with L/14, and
+twice that on the host.
 
 Ablations of Table 4: --config.stage.distil.composer.distillation=cosine|none,
 --config.stage.distil.composer.weight_gpt=0.

@@ -187,7 +187,7 @@ def test_numbers_of_an_experiment_are_the_committed_measurement(name, beside):
     assert list(found.groups()) == expected
 
 
-def test_own_images_come_back_first():
+def test_the_inversion_number_is_the_committed_measurement():
     measured = json.loads((ROOT / "benchmarks" / "shapes.json").read_text())["values"]
     first = measured["inversion R@1"]["searle_oti:inversion"]
     assert min(first) > 95

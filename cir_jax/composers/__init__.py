@@ -2,6 +2,8 @@
 
 import importlib
 import inspect
+import json
+from collections.abc import Mapping
 from typing import Any
 
 from cir_jax.composers.base import Composer
@@ -29,6 +31,19 @@ def composer_class(name: str) -> type[Composer]:
     if name not in COMPOSERS:
         raise ConfigError(unknown("composer", name, COMPOSERS))
     return getattr(importlib.import_module(f"cir_jax.composers.{name}"), COMPOSERS[name])
+
+
+def shaping(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a config's composer settings shapes the result, as JSON has it; for comparisons.
+
+    Settings that are left out, as by a config of an earlier version, have their defaults;
+    `speed_settings` are left out.
+    """
+    cls = composer_class(settings["name"])
+    parameters = inspect.signature(cls).parameters
+    defaults = {k: p.default for k, p in parameters.items() if p.default is not p.empty}
+    found = {k: v for k, v in (defaults | dict(settings)).items() if k not in cls.speed_settings}
+    return json.loads(json.dumps(found, default=str))
 
 
 def build(name: str, backbone: Backbone, **kwargs: Any) -> Composer:

@@ -56,6 +56,9 @@ class Composer:
     """Arguments of the constructor that a trained workdir may be evaluated with other values of:
     they change how queries are composed, not what was learned."""
 
+    speed_settings: tuple[str, ...] = ()
+    """Arguments of the constructor that trade memory for speed: no result depends on them."""
+
     official_format: str = ""
     """What checkpoints of the method's authors look like, for messages; "" = there are none."""
 

@@ -51,8 +51,8 @@ from cir_jax.models.backbone import Backbone
 from cir_jax.models.clip import overwrite_tokens
 from cir_jax.retrieval.cache import ChunkStore, default_cache_dir, fingerprint
 
-LONG_TAIL = 1e-3
-"""The share of phrases longer than `Phrases.usual`."""
+LONG_TAIL = 1e-4
+"""The share of phrases longer than `Phrases.usual`: small, as one of them slows down its batch."""
 
 MAX_PREFIXES = 64
 """Beginnings whose states are kept; texts that begin otherwise are read as a whole."""
@@ -227,19 +227,19 @@ class Phrases:
         """The tables for `frozen["phrases"]`; features in them are computed once and stored.
 
         params: of the backbone. cached: features of so many phrases are kept, 4 * dim bytes each on
-        each device; those of larger books are computed when they are drawn. shapes_only: features
-        are 0 (`Composer.freeze`).
+        each device, twice that on the host at first; those of larger books are computed when they
+        are drawn. shapes_only: features are 0 (`Composer.freeze`).
         """
-        rows, kept = len(self.tables["lengths"]), {}
-        if shapes_only:
-            kept["concepts"] = np.zeros((len(self.names), backbone.dim), np.float32)
-        else:
-            kept["concepts"] = concept_features(self.book, backbone, params)
-        if rows <= cached and shapes_only:
-            kept["features"] = np.zeros((rows, backbone.dim), np.float32)
-        elif rows <= cached:
-            kept["features"] = self.features(backbone, params)
-        return {**self.tables, **kept}
+        phrases = len(self.tables["lengths"])
+        features = {"concepts": (len(self.names), functools.partial(concept_features, self.book))}
+        if phrases <= cached:
+            features["features"] = (phrases, self.features)
+        return self.tables | {
+            name: np.zeros((rows, backbone.dim), np.float32)
+            if shapes_only
+            else compute(backbone, params)
+            for name, (rows, compute) in features.items()
+        }
 
     def targets(self, backbone: Backbone, frozen: Any, rows: jax.Array, ids: jax.Array) -> Any:
         """float32[batch, dim]: features of phrases, without a gradient.
@@ -325,12 +325,13 @@ class Phrases:
             return run(*(x.astype(jnp.int32) for x in ids))
 
         longest = tuple(tables[name].shape[1] for name in names)
-        usual = tuple(map(min, self.usual, longest))
-        if usual == longest:
+        if self.usual == longest:
             return cut(longest)
-        fits = (tables["lengths"][rows] <= jnp.asarray(usual)[None]).all()
+        fits = tables["lengths"][rows] <= jnp.asarray(self.usual)[None]
+        if "features" in tables:  # the originals are not read
+            fits = fits[:, 1:]
         # one condition for the whole batch: only one branch runs
-        return jax.lax.cond(fits, lambda: cut(usual), lambda: cut(longest))
+        return jax.lax.cond(fits.all(), lambda: cut(self.usual), lambda: cut(longest))
 
 
 class Suffixes:
@@ -439,7 +440,7 @@ def _once(
             parts.append(np.concatenate(chunk))
             store.write(done // store.chunk_rows, parts[-1])
             done = end
-    return np.concatenate(parts)
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -36,6 +36,8 @@ DISTILLATIONS = ("contrastive", "cosine", "none")
 class Searle(PhiWord):
     """`params` are those of `Phi`. Phrases and stored words are for training only."""
 
+    speed_settings = ("cached_phrases",)
+
     def __init__(
         self,
         backbone: Backbone,

@@ -90,7 +90,7 @@ class Texts(NamedTuple):
 
 
 class State(NamedTuple):
-    """words, average: float32[batch, token_dim]; optimizer: Adam's moments."""
+    """words, average: float32[batch, token_dim]; optimizer: Adam's moments and counts."""
 
     words: jax.Array
     average: jax.Array
@@ -168,14 +168,16 @@ class SearleOti(PseudoWord):
     phrases: phrase book (`input.phrases`); names: file of the concepts, "" = all of the book.
     top_k: concepts of an image. iterations, learning_rate, weight_decay, ema, weight_*: METHODS
     2.3. schedule of the learning rate: "constant", as released, or "cosine", to 0.
-    starts: an image is optimised from so many random words, and the result of the lowest loss is
-    kept, because some end in poor local minima (released: 1).
+    starts: an image is optimised from so many random words, because some end in poor local minima;
+    kept is the one of the lowest loss, the mean of the last COMPARED iterations (released: 1).
     image_loss, regulariser: the paper's Table 4; "concept" = "a photo of {concept}" without the
     rest of the phrase, "random" = the same of any concept, "none".
     cached_phrases: see above and `Phrases.freeze`.
     words: folder of words of the reference images (`weights.oti_tokens`, such as the released
     code's), found by the names of the images; then nothing is optimised, and no phrases are needed.
     """
+
+    speed_settings = ("cached_phrases",)
 
     def __init__(
         self,
@@ -253,13 +255,10 @@ class SearleOti(PseudoWord):
             index = jnp.arange(len(features), dtype=jnp.int32)
         rngs = jax.vmap(lambda i: jax.random.fold_in(rng, i))(index)
         top = self.phrases.associate(frozen["phrases"], features)
-        words = self.initial_words(rngs)
-        # all starts of an image draw the same texts, so their losses can be compared
-        rows = (jnp.repeat(x, self.starts, axis=0) for x in (features, top, rngs))
-        state, found = self.optimise(frozen, words, *rows)
+        state, found = self.optimise(frozen, self.initial_words(rngs), features, top, rngs)
         last = found.total[-COMPARED:].mean(axis=0).reshape(-1, self.starts)
-        best = jnp.arange(len(last)) * self.starts + last.argmin(axis=1)
-        return state.average[best]
+        best = jnp.where(jnp.isnan(last), jnp.inf, last).argmin(axis=1)
+        return state.average[jnp.arange(len(last)) * self.starts + best]
 
     def optimise(
         self,
@@ -269,12 +268,13 @@ class SearleOti(PseudoWord):
         top: jax.Array,
         rngs: jax.Array,
     ) -> tuple[State, Losses]:
-        """The state after all iterations, and the losses float32[iterations, batch] before each.
+        """The state after all iterations, and the losses before each, of all starts.
 
-        words: float32[batch, token_dim] to begin with. features: float32[batch, dim],
-        un-normalised. top: int32[batch, top_k] concepts. rngs: one key per row, to draw texts by;
-        the result depends on nothing else of the batch.
+        words: float32[batch * starts, token_dim] to begin with; losses: float32[iterations, batch *
+        starts]. features: float32[batch, dim], un-normalised. top: int32[batch, top_k] concepts.
+        rngs: one key per image; the result depends on nothing else of the batch.
         """
+        features = self._of_each_start(features)
         templates, tables = self.phrases.templates, frozen["phrases"]
         readers = tuple(
             Suffixes(self, frozen["backbone"], jnp.asarray(ids), jnp.asarray(lengths))
@@ -290,6 +290,10 @@ class SearleOti(PseudoWord):
 
         state = start(self.recipe, words)
         return jax.lax.scan(iteration, state, jnp.arange(self.iterations))
+
+    def _of_each_start(self, rows: jax.Array) -> jax.Array:
+        """[batch, ...] -> [batch * starts, ...]: all starts of an image see the same texts."""
+        return jnp.repeat(rows, self.starts, axis=0)
 
     def initial_words(self, rngs: jax.Array) -> jax.Array:
         """float32[images * starts, token_dim] ~ N(0, INITIAL_STD**2); rngs: one key per image."""
@@ -316,7 +320,8 @@ class SearleOti(PseudoWord):
         which: jax.Array,
         rows: jax.Array,
     ) -> tuple[State, Losses]:
-        """readers: of templates and of phrases. which, rows: see `draw`."""
+        """readers: of templates and phrases. features: of each start. which, rows: of `draw`."""
+        which, repeat = self._of_each_start(which), self._of_each_start
         templates, tables = self.phrases.templates, frozen["phrases"]
         ids, prefix = jnp.asarray(templates.ids)[which], jnp.asarray(templates.prefix)[which]
         template = functools.partial(readers[0].features, prefix, ids)
@@ -324,8 +329,9 @@ class SearleOti(PseudoWord):
             return step(self.recipe, state, features, Texts(template))[:2]
 
         def run(original: jax.Array, suffix: jax.Array) -> tuple[State, Losses]:
-            target = self.phrases.targets(self.backbone, frozen, rows, original)
-            phrase = functools.partial(readers[1].features, tables["prefix"][rows], suffix)
+            target = repeat(self.phrases.targets(self.backbone, frozen, rows, original))
+            of_each = repeat(tables["prefix"][rows]), repeat(suffix)
+            phrase = functools.partial(readers[1].features, *of_each)
             texts = Texts(template, phrase, target)
             return step(self.recipe, state, features, texts)[:2]
 

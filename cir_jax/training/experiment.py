@@ -257,12 +257,26 @@ def check_workdir(workdir: Path, config: ml_collections.ConfigDict) -> None:
         return
     values = json.loads(config.to_json_best_effort())
     composer = composers.composer_class(config.composer.name)
-    free = (*FREE_FIELDS, *(f"composer.{name}" for name in composer.inference_settings))
-    if differ := differing_fields(read_config(workdir), values, free):
+    settings = composer.inference_settings
+    if not composer.trained:  # words that a stage stored say themselves what they were made of
+        settings = tuple(name for name in config.composer if name != "name")
+    free = (*FREE_FIELDS, *(f"composer.{name}" for name in settings))
+    if differ := differing_fields(_shaping(read_config(workdir)), _shaping(values), free):
         raise CheckpointError(
             f"{workdir} belongs to another run; these fields differ: {'; '.join(differ)}. "
             "Use a new --workdir, or the config of the run there."
         )
+
+
+def _shaping(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A stored config, its composers' settings as in `composers.shaping`."""
+
+    def of(part: Mapping[str, Any]) -> dict[str, Any]:
+        settings = part.get("composer")  # {} = that of the experiment
+        return {**part, "composer": composers.shaping(settings)} if settings else dict(part)
+
+    stages = {name: of(stage) for name, stage in values.get("stage", {}).items()}
+    return of(values) | {"stage": stages}
 
 
 def claim_workdir(workdir: Path, config: ml_collections.ConfigDict) -> None:

@@ -24,6 +24,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
+from cir_jax import composers
 from cir_jax.composers.pseudo_word import PseudoWord
 from cir_jax.errors import CheckpointError, ConfigError, DataError
 from cir_jax.input.tables import Table
@@ -158,6 +159,8 @@ class Store:
             text = json.dumps(self.identity, indent=2, sort_keys=True)
             write_atomically(self.directory / IDENTITY, lambda f: f.write(text.encode()))
         stored = read_identity(self.directory)
+        # of an earlier version, perhaps, with fewer settings
+        stored["composer"] = composers.shaping(stored["composer"])
         if differ := _differences(stored, self.identity):
             raise CheckpointError(
                 f"{self.directory}: the words there were made of something else; these differ: "
@@ -290,7 +293,7 @@ def _identity(experiment: "Experiment", name: str, table: Table) -> dict[str, An
         "weights": backbone.weights_id,
         "parameters": fingerprint(experiment.frozen["backbone"]),
         "dtype": np.dtype(backbone.model.dtype).name,
-        "composer": json.loads(json.dumps(_settings(experiment, name), default=str)),
+        "composer": composers.shaping(_settings(experiment, name)),
         "phrases": phrases.book.identity if phrases else "",
         "concepts": phrases.top_k if phrases else 0,
         "seed": experiment.config.seed,

@@ -63,9 +63,11 @@ def save(composer: "Composer", path: Path, params: Any, frozen: Any) -> None:
 def check_known(composer: "Composer", field: str) -> None:
     """Raises ConfigError when the method's authors have no format for such a backbone."""
     if not composer.official_format:
+        family = composer.backbone.family
+        on = f" on a {family} backbone" if type(composer).official_format else ""
         raise ConfigError(
-            f"{field}: {type(composer).__name__} on a backbone of the {composer.backbone.family} "
-            "family has no official checkpoints that could be read or written."
+            f"{field}: {type(composer).__name__}{on} has no official checkpoints that could be "
+            "read or written."
         )
 
 

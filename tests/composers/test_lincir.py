@@ -1,6 +1,7 @@
 """LinCIR: which words are masked, and its loss. Values of the original are in tests/golden."""
 
 import json
+import pickle
 
 import jax
 import numpy as np
@@ -156,6 +157,25 @@ def test_the_dictionary_of_the_embedded_world():
     stored = keywords.tagger("data/shapes/parts_of_speech.json")
     assert stored.tags == {word: tag for tag, group in tags.items() for word in group}
     assert keywords.keywords("make it red and add a big star", stored) == ["red", "a big star"]
+
+
+@pytest.mark.peer
+def test_spacy_finds_the_keywords(tmp_path):
+    """With a pipeline of rules in place of the trained one, which has to be downloaded."""
+    spacy = pytest.importorskip("spacy")
+    pipeline = spacy.blank("en")
+    rules = pipeline.add_pipe("attribute_ruler")
+    for tag, words in parts_of_speech().items():
+        rules.add([[{"LOWER": word}] for word in words], {"POS": tag})
+    pipeline.to_disk(tmp_path / "rules")
+    tag = keywords.SpacyTagger(str(tmp_path / "rules"))
+    text = "a red star on a green background, two small squares"
+    expected = ["a red star", "a green background", "small squares"]
+    assert keywords.keywords(text, tag) == expected
+    sent = pickle.dumps(tag)  # to worker processes, which load it again
+    assert len(sent) < 1000
+    keywords._spacy.cache_clear()
+    assert keywords.keywords(text, pickle.loads(sent)) == expected
 
 
 def test_no_keywords_to_be_had(tmp_path, monkeypatch):

@@ -167,5 +167,5 @@ def test_bad_input_is_named(blip):
 
 def test_pic2word_has_no_file_for_it(blip):
     composer = composers.build("pic2word", blip[0], scale=100.0)
-    with pytest.raises(ConfigError, match="export_to=f.pt: Pic2Word on a backbone of the blip fam"):
+    with pytest.raises(ConfigError, match="export_to=f.pt: Pic2Word on a blip backbone has no off"):
         official.check_known(composer, "config.export_to=f.pt")

@@ -1,5 +1,6 @@
 """What may be evaluated with what, and that mistakes show before anything is computed."""
 
+import json
 import types
 
 import pytest
@@ -20,6 +21,27 @@ def test_settings_of_inference_may_differ_from_those_of_the_training_run(tmp_pat
     config.composer.depth = 3
     with pytest.raises(CheckpointError, match=r"differ: composer.depth \(was [0-9]+, is 3\)\."):
         experiments.check_workdir(tmp_path, config)
+
+
+def test_a_workdir_is_that_of_an_earlier_version_or_of_more_memory(tmp_path):
+    config = read_experiment("experiments/searle.py:smoke")
+    experiments.claim_workdir(tmp_path, config)
+    file = tmp_path / experiments.CONFIG_FILE
+    old = json.loads(file.read_text())
+    del old["stage"]["distil"]["composer"]["temperature"]
+    old["stage"]["distil"]["composer"]["cached_phrases"] = 7
+    file.write_text(json.dumps(old))
+    experiments.check_workdir(tmp_path, config)
+    config.stage.distil.composer.weight_gpt = 0.5
+    with pytest.raises(CheckpointError, match=r"differ: stage.distil.composer.weight_gpt \(was 0"):
+        experiments.check_workdir(tmp_path, config)
+
+
+def test_settings_of_a_method_without_training_may_differ(tmp_path):
+    config = read_experiment("experiments/searle_oti.py:smoke")
+    experiments.claim_workdir(tmp_path, config)
+    config.composer.starts, config.composer.words = 3, "words"
+    experiments.check_workdir(tmp_path, config)
 
 
 def fake_experiment(*names, **evaluation):

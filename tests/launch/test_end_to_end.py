@@ -183,6 +183,15 @@ def test_dry_run_prints_and_writes_nothing(scratch, tmp_path):
     assert not workdir.exists()
 
 
+@pytest.mark.slow
+def test_dry_run_encodes_nothing(tmp_path):
+    flags = ("--config=experiments/searle.py:smoke", f"--workdir={tmp_path}/run", "--dry_run")
+    status, output = run("main", *flags, scratch=tmp_path)
+    assert status == 0, output
+    assert "images of" in output and "stage distil" in output
+    assert not (tmp_path / "run").exists() and not (tmp_path / "features").exists()
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

@@ -128,6 +128,20 @@ def test_unreadable_images_get_no_word_and_are_counted(experiment, table, tmp_pa
     assert np.isnan(words[5]).all() and np.isfinite(np.delete(words, 5, axis=0)).all()
 
 
+def test_words_of_an_earlier_version_are_taken_up(experiment, table, tmp_path):
+    inversion.run(experiment(), "oti", tmp_path)
+    file = tmp_path / "oti" / "identity.json"
+    identity = json.loads(file.read_text())
+    assert "cached_phrases" not in identity["composer"]
+    del identity["composer"]["schedule"], identity["composer"]["starts"]
+    file.write_text(json.dumps(identity))
+    inversion.run(experiment(), "oti", tmp_path)
+    identity["composer"]["schedule"] = "cosine"
+    file.write_text(json.dumps(identity))
+    with pytest.raises(CheckpointError, match="composer.schedule .was 'cosine', is 'constant'"):
+        inversion.run(experiment(), "oti", tmp_path)
+
+
 def test_words_of_something_else_are_refused(experiment, table, tmp_path, made):
     inversion.run(experiment(), "oti", tmp_path)
     ours = experiment()
