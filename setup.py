@@ -23,7 +23,7 @@ EXTRAS = {
     "demo": ["gradio>=5"],
     "dev": [
         "pytest>=8",
-        "pytest-xdist>=3.6",
+        "pytest-xdist>=3.7",
         "ruff>=0.9",
         "pre-commit>=4",
         "pyarrow>=17",
