@@ -59,10 +59,12 @@ def join(distributed: ModuleType) -> None:
 
 def prepare(config: ConfigDict, training: bool) -> None:
     """Builds what the config reads and this project can make itself (the embedded world)."""
+    from cir_jax import weights
     from cir_jax.training import experiment
     from data import build
 
     needed = experiment.required_tables(config, training)
+    weights.load_architecture(config.backbone)  # a wrong name shows before minutes of work
     for dataset in needed.keys() & build.DATASETS.keys():
         tables = needed[dataset]
         build.prepare(dataset, tables, experiment.data_dir(config))

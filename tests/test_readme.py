@@ -40,6 +40,8 @@ def shrunk(command, tmp_path):
         command += f" --workdir={tmp_path}/{config}"
     if ":inversion" in command:
         command += " --benchmarks=shapes_tiny/inversion --config.composer.iterations=3"
+    if "stages=oti" in command:  # what it stores is not evaluated
+        command += " --config.evaluation.benchmarks=\"('shapes_tiny/inversion',)\""
     if "--config.mesh.fsdp=4" in command:
         command += " --dry_run"
     words = shlex.split(command)
@@ -113,7 +115,7 @@ def test_from_raw_files_to_a_submission(scratch):
 def test_benchmark_command_runs(scratch):
     output = scratch / "shapes.json"
     command = [sys.executable, "benchmarks/shapes.py", "--preset=smoke", f"--output={output}"]
-    command += ["--methods=slerp,pic2word"]
+    command += ["--methods=pic2word"]
     done = subprocess.run(
         [*command, f"--workdir={scratch}/table"],
         cwd=ROOT,
