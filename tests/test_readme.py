@@ -69,9 +69,7 @@ def test_command_runs(command, scratch):
         text=True,
         timeout=LIMIT,
     )
-    if "circo,cirr" in command:  # nor are the raw files: the message says how to prepare them
-        assert done.returncode == 2 and "launch/prepare.py --dataset=" in done.stdout, done.stdout
-    elif needs_weights:  # they are not here: the message says what to download and where to put it
+    if needs_weights:  # they are not here: the message says what to download and where to put it
         assert done.returncode == 2 and "hf download" in done.stdout, done.stdout
     else:
         assert done.returncode == 0, done.stdout[-3000:]

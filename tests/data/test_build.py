@@ -27,6 +27,14 @@ def built(tmp_path_factory) -> Path:
     return data_dir
 
 
+@pytest.mark.parametrize("dataset", ["circo", "cirr", "fashioniq", "genecis"])
+def test_a_benchmark_that_is_not_there_says_how_to_prepare_it(dataset, tmp_path):
+    message = f"launch/prepare.py --dataset={dataset} --source=DIR"
+    with pytest.raises(DataError, match=message):
+        build.prepare(dataset, None, tmp_path)
+    assert not any(tmp_path.iterdir())
+
+
 def _source(data_dir: Path, table: str, split: str):
     folder = build.table_dir("shapes_tiny", table, data_dir)
     return tfds.builder_from_directory(str(folder)).as_data_source(split)
