@@ -27,6 +27,7 @@ from cir_jax.retrieval.batches import to_host
 from cir_jax.training import durations, inversion, optimizers
 from cir_jax.training import mesh as meshes
 from cir_jax.training.checkpoints import load_scored
+from cir_jax.training.differences import differing_fields
 from cir_jax.training.inputs import make_pipeline
 from cir_jax.training.loop import Stage, Trainer, check_weights, describe
 from cir_jax.weights import official
@@ -339,26 +340,6 @@ def read_config(workdir: Path) -> dict[str, Any]:
         ) from error
     except ValueError as error:
         raise CheckpointError(f"{file}: not valid JSON ({error}).") from error
-
-
-def differing_fields(
-    old: Mapping[str, Any],
-    new: Mapping[str, Any],
-    free: tuple[str, ...] = FREE_FIELDS,
-    prefix: str = "",
-) -> list[str]:
-    """ "field (was a, is b)" for each field that differs and is not `free` to."""
-    found = []
-    for key in sorted(old.keys() | new.keys()):
-        name = f"{prefix}{key}"
-        if name in free:
-            continue
-        before, now = old.get(key), new.get(key)
-        if isinstance(before, Mapping) and isinstance(now, Mapping):
-            found += differing_fields(before, now, free, f"{name}.")
-        elif before != now:
-            found.append(f"{name} (was {before!r}, is {now!r})")
-    return found
 
 
 def required_tables(

@@ -36,6 +36,7 @@ from cir_jax.retrieval.cache import (
     write_atomically,
 )
 from cir_jax.retrieval.features import image_features
+from cir_jax.training.differences import differing_fields
 from cir_jax.training.mesh import replicated
 from cir_jax.weights import oti_tokens
 
@@ -161,7 +162,7 @@ class Store:
         stored = read_identity(self.directory)
         # of an earlier version, perhaps, with fewer settings
         stored["composer"] = composers.shaping(stored["composer"])
-        if differ := _differences(stored, self.identity):
+        if differ := differing_fields(stored, self.identity):
             raise CheckpointError(
                 f"{self.directory}: the words there were made of something else; these differ: "
                 f"{'; '.join(differ)}. Use a new --workdir, or delete that directory."
@@ -300,17 +301,6 @@ def _identity(experiment: "Experiment", name: str, table: Table) -> dict[str, An
         "token_dim": backbone.token_dim,
         "shard_rows": -(-SHARD_ROWS // size) * size,
     }
-
-
-def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
-    found = []
-    for key in sorted(old.keys() | new.keys()):
-        before, now = old.get(key), new.get(key)
-        if isinstance(before, dict) and isinstance(now, dict):
-            found += _differences(before, now, f"{prefix}{key}.")
-        elif before != now:
-            found.append(f"{prefix}{key} (was {before!r}, is {now!r})")
-    return found
 
 
 def _words(experiment: "Experiment", name: str, table: Table, first: int) -> Iterator[np.ndarray]:
