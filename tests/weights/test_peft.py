@@ -121,7 +121,7 @@ def test_what_peft_cannot_say_and_what_is_not_ours(tmp_path, owners):
         weights.load_adapter(tmp_path / "x", owner)
     path = tmp_path / "adapter"
     weights.save_adapter(path, adapter_of(params, pattern), LoraConfig(pattern, 3), owner)
-    with pytest.raises(WeightsError, match=r"q_proj.lora_A.weight is for no module of blip@0"):
+    with pytest.raises(WeightsError, match=r"q_proj is for no module of blip@0"):
         weights.load_adapter(path, owners["blip"][0])
     wider, _ = worlds.make(text_width=128)
     with pytest.raises(WeightsError, match="adapts 64 -> 64, but the model has 128 -> 128 there"):
@@ -131,10 +131,149 @@ def test_what_peft_cannot_say_and_what_is_not_ours(tmp_path, owners):
     with pytest.raises(WeightsError, match="only lora_A of"):
         weights.load_adapter(path, owner)
     about = json.loads((path / peft.CONFIG).read_text())
-    for change in ({"use_dora": True}, {"peft_type": "LOHA"}, {"bias": "all"}):
-        (path / peft.CONFIG).write_text(json.dumps(about | change))
-        with pytest.raises(WeightsError, match="expected a plain 'LORA'. Merge it in PyTorch"):
-            weights.load_adapter(path, owner)
+
+
+def rewritten(path, change=None, rename=None):
+    """The adapter at `path` with other settings, or its tensors under other names."""
+    file, tensors = path / peft.CONFIG, load_file(path / peft.TENSORS)
+    file.write_text(json.dumps(json.loads(file.read_text()) | (change or {})))
+    save_file({rename(n) if rename else n: x for n, x in tensors.items()}, path / peft.TENSORS)
+    return path
+
+
+@pytest.fixture
+def saved(tmp_path, owners):
+    """(directory of an adapter of the text tower, its owner, its tree)."""
+    owner, params, _ = owners["clip"]
+    pattern = r"text/layers_0/(attention/query|fc1)/kernel"
+    adapter = adapter_of(params, pattern)
+    weights.save_adapter(tmp_path / "saved", adapter, LoraConfig(pattern, 3, 6.0), owner)
+    return tmp_path / "saved", owner, adapter
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"use_dora": True}, r"\{'use_dora': True\}: expected a plain 'LORA' without.*merge_and_"),
+        ({"bias": "all"}, r"\{'bias': 'all'\}"),
+        ({"lora_bias": True}, r"\{'lora_bias': True\}"),
+        ({"fan_in_fan_out": True}, r"\{'fan_in_fan_out': True\}"),
+        ({"modules_to_save": ["visual_projection"]}, r"\{'modules_to_save': \['visual_proj"),
+        ({"layer_replication": [[0, 1]]}, r"\{'layer_replication'"),
+        ({"target_parameters": ["class_embedding"]}, r"\{'target_parameters'"),
+        ({"trainable_token_indices": [3]}, r"\{'trainable_token_indices': \[3\]"),
+        ({"alora_invocation_tokens": [3]}, r"\{'alora_invocation_tokens'"),
+        (
+            {"a_field_of_tomorrow": 2, "r": 3},
+            r"\{'a_field_of_tomorrow': 2\}.*or that are not known",
+        ),
+        ({"peft_type": "LOHA"}, r"peft_type 'LOHA' : expected a plain 'LORA'"),
+        *(
+            (
+                {"init_lora_weights": start, "base_model_name_or_path": "the/base"},
+                rf"init_lora_weights='{start}' changed the base weights, so .* of the/base. To use "
+                r"it, save it with PEFT's conversion .*initial_model_for_weight_conversion.*or "
+                r"merge it in PyTorch \(merge_and_unload\), save the whole model and load that",
+            )
+            for start in ("pissa", "pissa_niter_16", "olora", "OLoRA", "corda", "lora_ga")
+        ),
+        ({"init_lora_weights": "loftq"}, r"'loftq' changed the base .*To use it, merge it in PyT"),
+        ({"init_lora_weights": "lottery"}, "'lottery' is not known here and may have changed the"),
+        ({"r": 4}, "fc1 has rank 3, but adapter_config.json says 4"),
+        (
+            {"rank_pattern": {"fc1": 5}},
+            r"fc1 has rank 3, but adapter_config.json says 5 \(r, rank_",
+        ),
+        ({"r": None}, "r=None, lora_alpha=6.0: expected positive numbers"),
+        ({"lora_alpha": 0}, "r=3, lora_alpha=0: expected positive numbers"),
+    ],
+)
+def test_what_would_give_other_numbers_is_refused(saved, change, message):
+    path, owner, _ = saved
+    with pytest.raises(WeightsError, match=message):
+        weights.load_adapter(rewritten(path, change), owner)
+
+
+def test_what_only_says_how_it_was_made_is_not(saved):
+    path, owner, adapter = saved
+    for start in (False, None, "gaussian", "eva", "orthogonal", "mica"):
+        rewritten(path, {"init_lora_weights": start})
+        assert difference(weights.load_adapter(path, owner)[0], adapter) == 0
+    harmless = {"a_field_of_tomorrow": False, "eva_config": {"rho": 2.0}, "peft_version": "1.0"}
+    assert difference(weights.load_adapter(rewritten(path, harmless), owner)[0], adapter) == 0
+
+
+def test_every_setting_of_the_installed_peft_is_decided():
+    """Read, known not to matter, or refused: nothing new comes in unnoticed."""
+    pytest.importorskip("transformers")
+    theirs = pytest.importorskip("peft").LoraConfig()
+    values = theirs.to_dict()
+    refused = {
+        *("use_dora", "bias", "modules_to_save", "fan_in_fan_out", "lora_bias", "use_qalora"),
+        *("megatron_config", "trainable_token_indices", "velora_config", "kasa_config"),
+        *("alora_invocation_tokens", "monteclora_config", "layer_replication", "use_bdlora"),
+        *("target_parameters", "arrow_config"),
+    }
+    assert values.keys() - refused - set(peft._READ + peft._INERT) == set()
+    assert all(values[name] in (None, False, "none") for name in refused & values.keys())
+
+
+@pytest.mark.parametrize(
+    "rename, message",
+    [
+        (lambda n: n.replace("lora_", "lora_embedding_").removesuffix(".weight"),
+         r"lora_embedding_[AB] belongs to an adapted embedding. To use the adapter, merge it in"),
+        (lambda n: n.replace("lora_A.weight", "lora_magnitude_vector"), "magnitude_vector is none"),
+        (lambda n: n.replace("lora_B.weight", "lora_B.bias"), "lora_B.bias is none"),
+        (lambda n: n.replace("lora_B.weight", "base_layer.weight"), "base_layer.weight is none"),
+        (lambda n: n.replace(".lora", ".base_layer.lora"), "base_layer.lora_[AB].weight is none"),
+        (lambda n: n.replace("lora_B", "lora_B.one").replace("lora_A", "lora_A.two"),
+         r"expected one adapter, found one, two. Save the one"),
+        (lambda n: n.replace("self_attn.q_proj", "self_attn.qkv"), "qkv is for no module of tiny"),
+        (lambda n: "one", "one is none"),
+    ],
+)  # fmt: skip
+def test_tensors_that_are_none_of_a_plain_adapter(saved, rename, message):
+    path, owner, _ = saved
+    with pytest.raises(WeightsError, match=message):
+        weights.load_adapter(rewritten(path, rename=rename), owner)
+
+
+def test_names_as_people_save_them(saved, owners):
+    """With the adapter's name; of a tower alone, decided by its class, else by its sizes."""
+    path, owner, adapter = saved
+    rewritten(path, rename=lambda n: n.replace("lora_A", "lora_A.mine").replace("_B", "_B.mine"))
+    assert difference(weights.load_adapter(path, owner)[0], adapter) == 0
+    rewritten(path, rename=lambda n: n.replace("text_model.", "").replace("mine.", ""))
+    # the towers of this model are 64 and 128 wide
+    assert difference(weights.load_adapter(path, owner)[0], adapter) == 0
+    square, _ = worlds.make(text_width=128)
+    wide = path.with_name("wide")
+    both = adapter_of(jax.eval_shape(square.init, jax.random.key(0)), r"text/.*/query/kernel")
+    weights.save_adapter(wide, both, LoraConfig(rank=3), square)
+    rewritten(wide, rename=lambda n: n.replace("text_model.", ""))
+    with pytest.raises(WeightsError, match="q_proj may be of text_model. or vision_model.. Say in"):
+        weights.load_adapter(wide, square)
+    for name, tower in (("CLIPTextModel", "text"), ("CLIPVisionModel", "vision")):
+        rewritten(wide, {"auto_mapping": {"base_model_class": name}})
+        assert list(weights.load_adapter(wide, square)[0]) == [tower]
+
+
+def test_files_as_people_save_them(saved):
+    torch = pytest.importorskip("torch")
+    path, owner, adapter = saved
+    tensors = {n: torch.tensor(x).bfloat16() for n, x in load_file(path / peft.TENSORS).items()}
+    (path / peft.TENSORS).unlink()
+    with pytest.raises(WeightsError, match=r"adapter_model.safetensors"):
+        weights.load_adapter(path, owner)
+    torch.save(tensors, path / "adapter_model.bin")
+    got, _ = weights.load_adapter(path, owner)
+    assert 0 < difference(got, adapter) < 4e-3  # bfloat16 has 8 bits
+    from safetensors.torch import save_file as save_torch
+
+    save_torch(tensors, path / peft.TENSORS)
+    (path / "adapter_model.bin").write_bytes(b"not this one")
+    assert difference(weights.load_adapter(path, owner)[0], got) == 0
 
 
 def test_a_backbone_given_an_adapter_directory(tmp_path, owners):
