@@ -152,13 +152,17 @@ def _backbone(source: files.Source, config: ClipConfig, dtype: Any, openai: bool
     directory = source.directory
     hugging_face = source.kind == files.HUGGING_FACE and not openai
     preprocessing = directory / beside.PREPROCESSING
-    stored = files.read_json(preprocessing) if hugging_face or preprocessing.is_file() else {}
     # beside OpenCLIP weights only our own says more than open_clip_config.json
-    if hugging_face or "cir_jax" in stored:
-        transform = ImageTransform.from_dict(stored, preprocessing)
+    if hugging_face or (
+        preprocessing.is_file() and "cir_jax" in beside.preprocessing(directory)[1]
+    ):
+        transform = beside.image_transform(directory, "clip")
     else:
-        size = config.vision.image_size
-        transform = ImageTransform.from_open_clip(source.config.get("preprocess_cfg", {}), size)
+        transform = ImageTransform.from_open_clip(
+            source.config.get("preprocess_cfg", {}),
+            config.vision.image_size,
+            directory / files.OPEN_CLIP,
+        )
     text = config.text
     last = text.vocab_size - 1
     # OpenAI's published configs carry eos 2, which is no token; the end token is the last word
