@@ -166,6 +166,9 @@ def _pass(
         last = max(min(start + len(weights) - offset, n), first)
         inside = weights[first + offset - start : last + offset - start]
         base = flat * (weights.sum() - inside.sum()) + _ONE / 2
+        if first == last:  # nothing but the one colour
+            out[:, i] = np.clip(np.floor(base / _ONE), 0, 255)
+            continue
         step = max(1, (1 << 20) // max(last - first, 1))
         for row in range(0, rows, step):
             part = pixels[row : row + step, first:last].astype(np.float64)
