@@ -36,6 +36,7 @@ FAMILIES = {
 """Model family -> its image processor, for files that name none."""
 
 _USUAL = {
+    "do_convert_rgb": True,
     "do_resize": True,
     "resample": 3,
     "do_center_crop": False,
@@ -57,7 +58,6 @@ _INERT = {
     "data_format",
     "device",
     "disable_grouping",
-    "do_convert_rgb",  # transformers fails on what is not RGB then; we convert it all the same
     "feature_extractor_type",
     "image_processor_type",
     "image_seq_length",
@@ -91,9 +91,9 @@ def hugging_face(config: Mapping[str, Any], what: str | Path, family: str) -> di
                 f"pixels. Remove it if {name} of transformers does not read it."
             )
     values = {**known, **config}
-    for field in ("do_resize", "do_rescale", "do_normalize", "do_center_crop", "do_pad"):
-        if not isinstance(values[field], bool | None):
-            raise _wrong(what, field, values[field], "true or false")
+    for field, value in values.items():
+        if field.startswith("do_") and not isinstance(value, bool | None):
+            raise _wrong(what, field, value, "true or false")
     if not values["do_resize"]:
         raise _wrong(what, "do_resize", values["do_resize"], "true: the model takes one size")
     if values["use_square_size"]:
@@ -135,6 +135,8 @@ def hugging_face(config: Mapping[str, Any], what: str | Path, family: str) -> di
         "squash": squash,
         "resample": values["resample"],
         "rescale": factor,
+        # unconverted, transformers takes RGB only, and does not ask which colour is transparent
+        "alpha": "white" if values["do_convert_rgb"] else "drop",
         "processor": name,
     }
 
