@@ -81,7 +81,7 @@ class Pic2Word(LearnedWord):
             raise ConfigError(
                 f"hidden_dim={hidden_dim}, scale={scale}: expected 1 or more, 0 or more"
             )
-        if not scale and backbone.family != "clip":
+        if not scale and backbone.family == "blip":
             raise ConfigError(
                 f"scale=0: backbone {backbone.weights_id} has no scale of its own. Give one, such "
                 "as --config.composer.scale=100."
