@@ -93,7 +93,8 @@ class Pic2Word(LearnedWord):
         self.training_ids = backbone.tokenizer([self.prompt("")])
 
     def prompt(self, text: str) -> str:
-        return f"a photo of * {self.link} {text}" if text else "a photo of *"
+        plain = self.backbone.tokenizer.plain(text)
+        return f"a photo of * {self.link} {plain}" if text else "a photo of *"
 
     def encode(
         self, params: Params, frozen: Params, batch: dict[str, jax.Array], rngs: jax.Array

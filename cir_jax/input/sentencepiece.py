@@ -40,13 +40,15 @@ def read(path: Path, extra_ids: int = EXTRA_IDS) -> tokenizers.Tokenizer:
         raise WeightsError(
             f"{path}: not a SentencePiece model ({error}). Download or copy it again."
         ) from error
-    if trainer.get(3, UNIGRAM) != UNIGRAM or BYTE in types:
+    if trainer.get(3, UNIGRAM) != UNIGRAM:
         raise WeightsError(
-            f"{path}: expected a unigram model without bytes, as T5's. Give its tokenizer.json: "
+            f"{path}: expected a unigram model, as T5's. Give its tokenizer.json: "
             "`AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)`."
         )
     vocabulary += [(f"<extra_id_{i}>", 0.0) for i in reversed(range(extra_ids))]
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.Unigram(vocabulary, unk_id=unknown))
+    # of models with bytes (multilingual SigLIP), a text with "<0x41>" in it would get that piece
+    unigrams = tokenizers.models.Unigram(vocabulary, unknown, byte_fallback=BYTE in types)
+    tokenizer = tokenizers.Tokenizer(unigrams)
     if charsmap := normalizer.get(2):
         tokenizer.normalizer = tokenizers.normalizers.Precompiled(charsmap)
     # no piece spans two words, so that splitting first changes nothing

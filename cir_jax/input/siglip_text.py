@@ -8,7 +8,7 @@ original (there it would be the token).
 
 Placeholders of pseudo-words: a `$` or `*` between white space is its own token, `▁$` or `▁*`, which
 SigLIP never makes of a text (punctuation is gone); what stands before and after it becomes the
-tokens that it is without it. All other `$` and `*` are punctuation.
+tokens that it is without it. All other `$` and `*` are punctuation, and so are those of `plain`.
 """
 
 import re
@@ -26,6 +26,7 @@ from cir_jax.input.text import Tokenizer
 WORD = "▁"
 """What SentencePiece and Gemma write for a space, the beginning of most words."""
 
+_QUOTE = "\ufdd0"  # no character of any text, says Unicode
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
@@ -71,6 +72,12 @@ class SiglipTokenizer(Tokenizer):
         marks = "|".join(map(re.escape, self._placeholders)) or "(?!)"
         self._placeholder = re.compile(rf"\s*(?<!\S)({marks})(?!\S)\s*")
 
+    def plain(self, text: str) -> str:
+        """The text, whose `$` and `*` then are no placeholders."""
+        return self._placeholder.sub(
+            lambda found: found[0].replace(found[1], _QUOTE + found[1]), text
+        )
+
     def canonicalise(self, text: str) -> str:
         """What of a text SigLIP reads."""
         text = text.lower() if self.lower else text
@@ -107,12 +114,14 @@ class SiglipTokenizer(Tokenizer):
     def _ids(self, texts: Sequence[str]) -> list[list[int]]:
         # texts and placeholders in turn; a text behind a placeholder begins with a space
         rows = [self._placeholder.split(text) for text in texts]
-        plain = [
-            self.canonicalise(piece) if self.canonical else f" {piece}" if i and piece else piece
+        pieces = [
+            (f" {piece}" if i and piece else piece).replace(_QUOTE, "")
             for row in rows
             for i, piece in enumerate(row[::2])
         ]
-        encoded = iter(super()._ids(plain))
+        encoded = iter(
+            super()._ids([*map(self.canonicalise, pieces)] if self.canonical else pieces)
+        )
         return [
             [
                 token
