@@ -33,7 +33,7 @@ SETTINGS = {
     "text_only": {},
     "image_text": {},
     "slerp": {"alpha": 0.6},
-    "pic2word": {"hidden_dim": 16},
+    "pic2word": {"hidden_dim": 16, "dropout": 0.0},
     "searle_oti": {"top_k": 2, "iterations": 3},
     "searle": {"top_k": 2},
     "lincir": {},
@@ -72,10 +72,13 @@ def images():
 
 @pytest.fixture(scope="module")
 def build(loaded, files):
-    def make(name, **settings):
+    """Name -> (composer, params, frozen)."""
+
+    @functools.cache
+    def make(name):
         backbone, params = loaded(VERSION[name])
         given = {key: files[key] for key in WANTS.get(name, ())}
-        composer = composers.build(name, backbone, **SETTINGS[name] | given | settings)
+        composer = composers.build(name, backbone, **SETTINGS[name], **given)
         return composer, jit(composer.init)(jax.random.key(0)), composer.freeze(params)
 
     return make
@@ -152,7 +155,7 @@ def test_trains(build, images, files, name):
 
 
 def test_a_step_over_a_mesh_that_shards_the_towers(build, images, files):
-    composer, trained, frozen = build("pic2word", dropout=0.0)
+    composer, trained, frozen = build("pic2word")
     batch = batch_of("pic2word", composer, images, files)
     expected = jit(composer.loss)(trained, frozen, batch, jax.random.key(1))[0]
     mesh = meshes.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
