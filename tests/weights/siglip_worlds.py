@@ -1,5 +1,6 @@
 """Small SigLIPs of both versions, their tokenizers made by hand."""
 
+import io
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,26 @@ def spiece() -> bytes:
     pieces = {"<pad>": (0.0, 3), "</s>": (0.0, 3), "<unk>": (0.0, 2), "▁": (-3.0, 1)}
     pieces |= {f"▁{word}": (-2.0, 1) for word in (*WORDS, "$", "*")}
     return model(pieces | {letter: (-4.0, 1) for letter in "abcdefghijklmnopqrstuvwxyz0123456789"})
+
+
+def trained_spiece() -> bytes:
+    """One of the library's own, with the normalisation and the special ids of SigLIP's."""
+    import sentencepiece
+
+    written = io.BytesIO()
+    texts = [" ".join([*WORDS[i:], *WORDS[:i], "$ * , . 0123456789"]) for i in range(len(WORDS))]
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts * 8),
+        model_writer=written,
+        vocab_size=90,
+        hard_vocab_limit=False,
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
+        minloglevel=2,
+    )
+    return written.getvalue()
 
 
 def gemma() -> tokenizers.Tokenizer:
