@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import json
 import os
+import pickle
 import subprocess
 
 import jax
@@ -11,10 +12,12 @@ import numpy as np
 import optax
 import pytest
 from ml_collections import ConfigDict
+from PIL import Image, PngImagePlugin
 
 from cir_jax import composers, loading
 from cir_jax.errors import CheckpointError, ConfigError, DataError
 from cir_jax.evaluation import runner
+from cir_jax.input import images
 from cir_jax.input.images import ImageTransform, targetpad
 from cir_jax.input.records import Records
 from cir_jax.training import durations, experiment, inputs, optimizers
@@ -235,6 +238,35 @@ def test_corrupt_records_are_counted_replaced_and_limited(caplog):
     table.records[5]["image"] = b"broken, too"
     with pytest.raises(DataError, match="more than 1 unreadable records.*record 5"):
         source[5]
+
+
+@pytest.mark.parametrize("where", ["load", "resize"])
+def test_too_little_memory_for_one_image_counts_as_unreadable(where, monkeypatch, caplog):
+    table = factory.caption_table(8)
+    source = Records(table, ("image",), ImageTransform(16, 16), max_corrupt=1)
+    owner = PngImagePlugin.PngImageFile if where == "load" else Image.Image
+    original, left = getattr(owner, where), [1]
+
+    def fail(*args, **kwargs):
+        if left and left.pop():
+            raise MemoryError
+        return original(*args, **kwargs)
+
+    expected = source[3]["image"]
+    monkeypatch.setattr(owner, where, fail)
+    np.testing.assert_array_equal(source[2]["image"], expected)
+    assert source.corrupt == {2} and "record 2, field 'image': not a readable" in caplog.text
+
+
+def test_records_carry_the_limit_of_pixels_to_other_processes(caplog):
+    table = factory.caption_table(8)
+    table.records[2]["image"] = factory.png(np.random.default_rng(0), size=40)
+    with images.limited(0.001):
+        source = pickle.loads(pickle.dumps(Records(table, ("image",), ImageTransform(16, 16))))
+    assert images.max_megapixels() == 200
+    np.testing.assert_array_equal(source[2]["image"], source[3]["image"])
+    assert "field 'image' has 40 x 40 pixels, 0.0016 megapixels; the limit is 0.001" in caplog.text
+    assert Records(table, ("image",), ImageTransform(16, 16))[2]["id"] == 2
 
 
 @pytest.fixture
