@@ -4,6 +4,7 @@ import gzip
 import html
 import json
 import re
+import string
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -28,17 +29,35 @@ _SPECIAL = ("<|startoftext|>", "<|endoftext|>")
 _END_OF_WORD = "</w>"
 
 
-def clean(text: str) -> str:
-    """ftfy, HTML entities twice, white space collapsed, lower case: as CLIP's tokenizer."""
+def collapse(text: str) -> str:
+    """ftfy, HTML entities twice, white space collapsed."""
     text = html.unescape(html.unescape(ftfy.fix_text(text)))
-    return re.sub(r"\s+", " ", text).strip().lower()
+    return re.sub(r"\s+", " ", text).strip()
+
+
+def clean(text: str) -> str:
+    """The same in lower case: as CLIP's tokenizer."""
+    return collapse(text).lower()
+
+
+def canonicalize(text: str) -> str:
+    """The same without punctuation: as big_vision's."""
+    text = collapse(text).replace("_", " ").translate(_NO_PUNCTUATION)
+    return " ".join(text.lower().split())
+
+
+_NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+CLEANING = {"lower": clean, "whitespace": collapse, "canonicalize": canonicalize}
+"""OpenCLIP's name of a way to clean texts -> the function."""
 
 
 class Tokenizer:
     """Text -> int32 ids `[start] ... [end] pad ...`.
 
     bos_id: None = no start token (T5). cleaned: texts are cleaned as CLIP's tokenizer does; False
-    leaves them to the `tokenizer.json` (BERT, T5).
+    leaves them to the `tokenizer.json` (BERT, T5). cleaning: how, a key of CLEANING;
+    only the way of CLIP's tokenizer ("lower") leaves names of tokens such as `<end_of_text>`.
     """
 
     def __init__(
@@ -50,6 +69,7 @@ class Tokenizer:
         eos_id: int,
         pad_id: int,
         cleaned: bool = True,
+        cleaning: str = "lower",
     ):
         self._tokenizer = tokenizer
         # some files ask for them; both are done here
@@ -57,7 +77,7 @@ class Tokenizer:
         tokenizer.no_truncation()
         self.context_length = context_length
         self.bos_id, self.eos_id, self.pad_id = bos_id, eos_id, pad_id
-        self.cleaned = cleaned
+        self.cleaned, self.cleaning = cleaned, cleaning
 
     @classmethod
     def from_file(cls, path: Path, **kwargs: Any) -> "Tokenizer":
@@ -112,7 +132,9 @@ class Tokenizer:
         else:
             tokenizer = cls(clip_bpe(read_merges(merges[0])), **kwargs)
         config = path / "tokenizer_config.json"
-        token = _read_config(config).get("pad_token") if config.is_file() else None
+        stored = _read_config(config) if config.is_file() else {}
+        tokenizer.cleaning = stored.get("cir_jax", {}).get("cleaning", tokenizer.cleaning)
+        token = stored.get("pad_token")
         token = token.get("content") if isinstance(token, dict) else token
         pad_id = None if token is None else tokenizer._tokenizer.token_to_id(token)
         tokenizer.pad_id = tokenizer.pad_id if pad_id is None else pad_id
@@ -132,7 +154,13 @@ class Tokenizer:
             "tokenizer_class": "PreTrainedTokenizerFast",
             "model_max_length": self.context_length,
             **{name: self._tokenizer.id_to_token(i) for name, i in ids.items() if i is not None},
+            # what that format cannot say
+            **({} if self.cleaning == "lower" else {"cir_jax": {"cleaning": self.cleaning}}),
         }
+
+    def token_id(self, token: str) -> int | None:
+        """The id of a token that is in the vocabulary as it stands; None = it is not."""
+        return self._tokenizer.token_to_id(token)
 
     def id_of(self, token: str) -> int:
         """The id of a single token, such as the placeholder `$`."""
@@ -169,11 +197,12 @@ class Tokenizer:
         # `<|endoftext|>` in a text is text, and `<end_of_text>` is the token, as in OpenCLIP
         # (OpenAI's code has it the other way round). Set here: pickling to workers loses it
         self._tokenizer.encode_special_tokens = True
-        if not self.cleaned:
-            encoded = self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
+        texts = [CLEANING[self.cleaning](text) for text in texts] if self.cleaned else list(texts)
+        if not self.cleaned or self.cleaning != "lower":
+            encoded = self._tokenizer.encode_batch(texts, add_special_tokens=False)
             return [row.ids for row in encoded]
         named = {"<start_of_text>": self.bos_id, "<end_of_text>": self.eos_id}
-        pieces = [re.split("(<start_of_text>|<end_of_text>)", clean(text)) for text in texts]
+        pieces = [re.split("(<start_of_text>|<end_of_text>)", text) for text in texts]
         plain = [piece for row in pieces for piece in row if piece not in named]
         encoded = iter(self._tokenizer.encode_batch(plain, add_special_tokens=False))
         return [

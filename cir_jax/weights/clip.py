@@ -15,7 +15,7 @@ from cir_jax.input.text import Tokenizer
 from cir_jax.models.backbone import Backbone
 from cir_jax.models.clip import Clip, ClipConfig, TowerConfig
 from cir_jax.models.resnet import ResNetConfig
-from cir_jax.weights import beside, convert, families, files, open_clip
+from cir_jax.weights import beside, convert, families, files, open_clip, positions
 
 IGNORE = (r"(text|vision)_model\.embeddings\.position_ids",)
 
@@ -59,14 +59,18 @@ def hf_names(config: ClipConfig) -> convert.Names:
 
 
 def read(
-    source: files.Source, dtype: Any, params_dtype: Any, keep: Container[str] | None = None
+    source: files.Source,
+    dtype: Any,
+    params_dtype: Any,
+    keep: Container[str] | None = None,
+    **sizes: int | None,
 ) -> tuple[Backbone, dict[str, Any]]:
     """Backbone and parameters; see `backbones.load`.
 
     keep: the top-level names of the parameters that are wanted (`backbone.TOWERS`); None = all.
-    Other tensors are not read.
+    Other tensors are not read. sizes: image_size and context_length, of `positions.resized`.
     """
-    tensors, what = source.tensors(), source.what()
+    tensors, what = open_clip.plain(source.tensors()), source.what()
     config, openai = _config(source, tensors, what)
     if source.kind == files.HUGGING_FACE and not openai:
         table, ignore, marker = hf_names(config), IGNORE, "text_model."
@@ -76,6 +80,7 @@ def read(
         expected = "CLIP (OpenAI or OpenCLIP names)"
     if not any(name.startswith(marker) for name in tensors):
         raise WeightsError(f"{what}: tensors of {families.describe(tensors)}, expected {expected}.")
+    tensors = open_clip.folded(tensors)
     if openai:
         ignore = (*ignore, *open_clip.OPENAI_CONSTANTS)
     backbone = _backbone(source, config, dtype, openai)
@@ -86,16 +91,21 @@ def read(
         tensors = files.without(tensors, other)
         shapes = {name: tree for name, tree in shapes.items() if name in keep}
     params = convert.to_ours(tensors, table, ignore=ignore, what=what, dtype=params_dtype)
+    positions.check(params, config, what)
     convert.check_shapes(params, shapes, what)
-    weights_id = files.content_id(source.name, params, beside.settings(config))
+    antialias = source.kind == files.OPEN_CLIP  # as open_clip's force_image_size
+    backbone, params = positions.resized(backbone, params, antialias=antialias, **sizes)
+    cleaning = backbone.tokenizer.cleaning
+    about = [*beside.settings(config), *([] if cleaning == "lower" else [cleaning])]
+    weights_id = files.content_id(source.name, params, about)
     return dataclasses.replace(backbone, weights_id=weights_id), params
 
 
-def architecture(source: files.Source, dtype: Any) -> Backbone:
+def architecture(source: files.Source, dtype: Any, **sizes: int | None) -> Backbone:
     """Backbone without its weights, which need not be there unless the config is read off them."""
-    tensors = {} if source.kind else source.tensors()
+    tensors = {} if source.kind else open_clip.plain(source.tensors())
     config, openai = _config(source, tensors, str(source.file or source.directory))
-    return _backbone(source, config, dtype, openai)
+    return positions.resized(_backbone(source, config, dtype, openai), {}, **sizes)[0]
 
 
 def write(path: Path, backbone: Backbone, params: Any, dtype: Any) -> None:
@@ -105,7 +115,7 @@ def write(path: Path, backbone: Backbone, params: Any, dtype: Any) -> None:
         table, file = open_clip.names(config), "open_clip_model.safetensors"
         transform = backbone.image_transform
         statistics = {"mean": transform.mean, "std": transform.std}
-        model = open_clip.to_open_clip(config)
+        model = open_clip.to_open_clip(config, backbone.tokenizer)
         about = {files.OPEN_CLIP: {"model_cfg": model, "preprocess_cfg": statistics}}
     else:
         table, file = hf_names(config), "model.safetensors"
@@ -121,8 +131,8 @@ def write(path: Path, backbone: Backbone, params: Any, dtype: Any) -> None:
 def _config(
     source: files.Source, tensors: Mapping[str, np.ndarray], what: str
 ) -> tuple[ClipConfig, bool]:
-    """The config, and whether the weights are an archive of OpenAI's own."""
-    openai = set(open_clip.OPENAI_CONSTANTS) <= set(tensors)
+    """The config, and whether the weights are OpenAI's own, or Long-CLIP's."""
+    openai = set(open_clip.OPENAI_CONSTANTS) <= set(tensors) or open_clip.is_long_clip(tensors)
     if openai or not source.kind:
         if not {"token_embedding.weight", "visual.conv1.weight"} <= set(tensors):
             raise WeightsError(
@@ -141,7 +151,8 @@ def _config(
     if source.kind == files.HUGGING_FACE:
         return ClipConfig.from_dict(source.config), openai
     try:
-        return open_clip.from_open_clip(source.config["model_cfg"], what), openai
+        file = str(source.directory / source.kind)
+        return open_clip.from_open_clip(source.config["model_cfg"], file), openai
     except KeyError as error:
         raise WeightsError(
             f"{source.directory / source.kind}: no field {error}. Download or copy it again."
@@ -163,13 +174,17 @@ def _backbone(source: files.Source, config: ClipConfig, dtype: Any, openai: bool
     last = text.vocab_size - 1
     # OpenAI's published configs carry eos 2, which is no token; the end token is the last word
     eos = last if text.eos_token_id == open_clip.ARGMAX else text.eos_token_id
-    tokenizer = Tokenizer.from_directory(
-        directory,
-        context_length=text.max_position_embeddings,
-        bos_id=text.bos_token_id,
-        eos_id=eos,
-        # the tokenizer's own padding token where it names one: the config's is often wrong
-        pad_id=eos if hugging_face else 0,
-    )
+    if source.kind == files.OPEN_CLIP and not openai:
+        what, stored = str(directory / source.kind), source.config["model_cfg"]["text_cfg"]
+        tokenizer = open_clip.read_tokenizer(directory, stored, text, what)
+    else:
+        tokenizer = Tokenizer.from_directory(
+            directory,
+            context_length=text.max_position_embeddings,
+            bos_id=text.bos_token_id,
+            eos_id=eos,
+            # the tokenizer's own padding token where it names one: the config's is often wrong
+            pad_id=eos if hugging_face else 0,
+        )
     beside.check(directory, tokenizer, transform, config)
     return Backbone(Clip(config, dtype), tokenizer, transform, f"{source.name}@untrained")
