@@ -1,4 +1,4 @@
-"""OpenCLIP's directories against open_clip: its config fields, and from text and image to features."""
+"""OpenCLIP's directories against open_clip: config fields, and texts and images to features."""
 
 import dataclasses
 import inspect
@@ -167,7 +167,7 @@ def shrunk(model):
     return model | {"embed_dim": 24, "vision_cfg": vision, "text_cfg": text}
 
 
-def pushed(path, config, tokenizer):
+def pushed(path, config, tokenizer, image_size=None):
     """A random model, saved as open_clip pushes it to the hub; and the same read by open_clip."""
     torch = pytest.importorskip("torch")
     from open_clip.push_to_hf_hub import save_for_hf
@@ -187,7 +187,7 @@ def pushed(path, config, tokenizer):
     )
     save_for_hf(model, library.tokenizer.HFTokenizer(str(tokenizer)), config, str(path), True)
     name = f"local-dir:{path}"
-    model, _, preprocess = library.create_model_and_transforms(name)
+    model, _, preprocess = library.create_model_and_transforms(name, force_image_size=image_size)
     return model.eval(), preprocess, library.get_tokenizer(name)
 
 
@@ -240,6 +240,15 @@ def test_published_forms_give_open_clips_features(tmp_path, tokenizer, name, cha
     again, _ = weights.load(tmp_path / "ours")
     assert again.weights_id.split("@")[1] == backbone.weights_id.split("@")[1]
     assert (again.tokenizer(TEXTS) == backbone.tokenizer(TEXTS)).all()
+
+
+@pytest.mark.peer
+@pytest.mark.parametrize("size", [80, 32])
+def test_another_image_size_is_open_clips(tmp_path, tokenizer, size):
+    """force_image_size interpolates by another rule than transformers."""
+    config = shrunk(peers.open_clip().get_model_config("ViT-B-16"))
+    theirs = pushed(tmp_path / "oc", config, tokenizer, image_size=size)
+    compare(tmp_path / "oc", theirs, image_size=size)
 
 
 @pytest.mark.peer
