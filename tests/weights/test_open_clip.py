@@ -211,10 +211,8 @@ def compare(path, theirs, **sizes):
         image = model.encode_image(preprocess(picture())[None]).numpy()
         text = model.encode_text(expected).numpy()
     pixels = backbone.image_transform(picture())[None]
-    for got, want in (
-        (backbone.encode_image(params, pixels), image),
-        (backbone.encode_text(params, ids), text),
-    ):
+    ours = worlds.encode(backbone, params, pixels, ids)
+    for got, want in zip(ours, (image, text), strict=True):
         np.testing.assert_allclose(got, want, atol=1e-5 * np.abs(want).max())
     return backbone, params
 

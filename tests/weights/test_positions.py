@@ -18,6 +18,7 @@ from cir_jax.models.clip import Clip
 from cir_jax.weights import positions
 from tests.weights import worlds
 
+FAST = {"xla_backend_optimization_level": 0}  # compiled once and run once
 LONG = " ".join(["a red cat and $ that is red"] * 20)
 
 
@@ -49,6 +50,10 @@ def picture():
     return Image.open(io.BytesIO(buffer.getvalue()))
 
 
+def text_features(backbone, params, ids):
+    return jax.jit(backbone.encode_text, compiler_options=FAST)(params, ids)
+
+
 def close(got, want, tolerance=1e-5):
     np.testing.assert_allclose(got, want, atol=tolerance * np.abs(want).max())
 
@@ -70,7 +75,8 @@ def test_another_image_size_is_transformers(saved, size):
         pooled = theirs.vision_model(torch.tensor(pixels), interpolate_pos_encoding=True)
         expected = theirs.visual_projection(pooled.pooler_output).numpy()
     backbone, params = weights.load(saved, image_size=size)
-    close(backbone.encode_image(params, backbone.image_transform(picture())[None]), expected)
+    image = backbone.image_transform(picture())[None]
+    close(worlds.encode(backbone, params, image, backbone.tokenizer(["cat"]))[0], expected)
 
 
 @pytest.mark.peer
@@ -95,7 +101,8 @@ def test_another_image_size_of_a_blip_is_transformers(tmp_path):
                 torch.tensor(pixels, dtype=torch.float32).permute(0, 3, 1, 2),
                 interpolate_pos_encoding=True,
             ).last_hidden_state.numpy()
-        close(backbone.visual_tokens(params, image), expected)
+        run = jax.jit(backbone.visual_tokens, compiler_options=FAST)
+        close(run(params, image), expected)
 
 
 def test_a_resized_model_has_its_own_name_and_can_be_saved(tmp_path, saved):
@@ -163,7 +170,7 @@ def test_positions_are_stretched_on_request(saved):
     assert backbone.weights_id != own.weights_id
     # words that stand where they stood have the features that they had
     ids = own.tokenizer(worlds.TEXTS)
-    close(backbone.encode_text(longer, ids), own.encode_text(params, ids))
+    close(text_features(backbone, longer, ids), text_features(own, params, ids))
     assert positions.stretched_length(77) == 248
 
 
@@ -201,7 +208,7 @@ def test_a_long_clip_file_beside_its_vocabulary(tmp_path):
     )
     ids = loaded.tokenizer([LONG])
     assert ids.shape[1] > 77
-    close(loaded.encode_text(got, ids), backbone.encode_text(params, ids))
+    close(text_features(loaded, got, ids), text_features(backbone, params, ids))
     weights.save(tmp_path / "hf", loaded, got)
     assert weights.load(tmp_path / "hf")[0].weights_id.split("@")[1] in loaded.weights_id
     assert weights.load_architecture(file).config == loaded.config
@@ -229,4 +236,4 @@ def test_a_long_clip_directory_is_transformers(tmp_path):
     with torch.no_grad():
         pooled = theirs.text_model(torch.tensor(expected)).pooler_output
         text = theirs.text_projection(pooled).numpy()
-    close(found.encode_text(got, ids), text)
+    close(text_features(found, got, ids), text)
