@@ -13,7 +13,7 @@ import ftfy
 import numpy as np
 import tokenizers
 
-from cir_jax.errors import DataError, WeightsError
+from cir_jax.errors import DataError, WeightsError, unknown
 from cir_jax.input import sentencepiece
 
 BUCKET = 8
@@ -133,7 +133,9 @@ class Tokenizer:
             tokenizer = cls(clip_bpe(read_merges(merges[0])), **kwargs)
         config = path / "tokenizer_config.json"
         stored = _read_config(config) if config.is_file() else {}
-        tokenizer.cleaning = stored.get("cir_jax", {}).get("cleaning", tokenizer.cleaning)
+        tokenizer.cleaning = (stored.get("cir_jax") or {}).get("cleaning", tokenizer.cleaning)
+        if tokenizer.cleaning not in CLEANING:
+            raise WeightsError(f"{config}: {unknown('cleaning', tokenizer.cleaning, CLEANING)}")
         token = stored.get("pad_token")
         token = token.get("content") if isinstance(token, dict) else token
         pad_id = None if token is None else tokenizer._tokenizer.token_to_id(token)

@@ -93,6 +93,9 @@ PLAIN: Mapping[str, Mapping[str, tuple[Any, str]]] = {
 def check(model: Mapping[str, Any], what: str) -> None:
     """Raises WeightsError naming every field of `model_cfg` that describes another network."""
     problems = []
+    for part in (VISION, TEXT):
+        if not isinstance(model[part], Mapping):
+            raise WeightsError(f"{what}: {part}={model[part]!r}; expected the fields of a tower.")
     for part in (MODEL, VISION, TEXT):
         for name, value in (model if part == MODEL else model[part]).items():
             if name in READ[part] or name in INERT[part]:

@@ -98,12 +98,13 @@ def test_fields_without_effect_and_those_that_are_read():
 @pytest.mark.parametrize(
     "part, name, value, message",
     [
+        ("model_cfg", "vision_cfg", None, "vision_cfg=None; expected the fields of a tower"),
         ("vision_cfg", "image_size", [224, 336], r"image_size=\[224, 336\]; expected a square"),
         ("text_cfg", "norm_kwargs", {"bias": False}, "norm_kwargs={'bias': False}; expected eps"),
         ("text_cfg", "act_kwargs", {"inplace": True}, "text_cfg.act_kwargs=.*expected nothing"),
     ],
 )
-def test_settings_of_norms_and_activations(part, name, value, message):
+def test_settings_that_are_not_built_here(part, name, value, message):
     with pytest.raises(WeightsError, match=message):
         open_clip.from_open_clip(with_field(part, name, value))
 
@@ -167,14 +168,13 @@ def shrunk(model):
     return model | {"embed_dim": 24, "vision_cfg": vision, "text_cfg": text}
 
 
-def pushed(path, config, tokenizer, image_size=None):
-    """A random model, saved as open_clip pushes it to the hub; and the same read by open_clip."""
+def push(path, config, tokenizer):
+    """A random model, saved as open_clip pushes it to the hub."""
     torch = pytest.importorskip("torch")
+    library = peers.open_clip()
     from open_clip.push_to_hf_hub import save_for_hf
 
-    library = peers.open_clip()
-    config = json.loads(json.dumps(config))
-    made = dict(config)
+    made = json.loads(json.dumps(config))
     cls = library.CustomTextCLIP if made.pop("custom_text", False) else library.CLIP
     torch.manual_seed(0)
     model = cls(**made)
@@ -182,13 +182,10 @@ def pushed(path, config, tokenizer, image_size=None):
         for tensor in (*model.parameters(), *model.buffers()):
             if tensor.is_floating_point() and torch.isfinite(tensor).all():
                 tensor.add_(0.05 * torch.rand_like(tensor))
-    library.model.set_model_preprocess_cfg(
-        model, dataclasses.asdict(library.transform.PreprocessCfg())
-    )
+    preprocess = dataclasses.asdict(library.transform.PreprocessCfg())
+    library.model.set_model_preprocess_cfg(model, preprocess)
     save_for_hf(model, library.tokenizer.HFTokenizer(str(tokenizer)), config, str(path), True)
-    name = f"local-dir:{path}"
-    model, _, preprocess = library.create_model_and_transforms(name, force_image_size=image_size)
-    return model.eval(), preprocess, library.get_tokenizer(name)
+    return path
 
 
 def picture():
@@ -198,17 +195,16 @@ def picture():
     return Image.open(io.BytesIO(buffer.getvalue()))
 
 
-def compare(path, theirs, **sizes):
-    """Ids, image and text features of our own reading of `path`."""
-    import torch
-
-    model, preprocess, tokenize = theirs
-    backbone, params = weights.load(path, **sizes)
+def compare(path, image_size=None):
+    """Ids, image and text features: our reading of `path` against open_clip's."""
+    torch, library, name = pytest.importorskip("torch"), peers.open_clip(), f"local-dir:{path}"
+    model, _, preprocess = library.create_model_and_transforms(name, force_image_size=image_size)
+    expected = library.get_tokenizer(name)(TEXTS)
+    backbone, params = weights.load(path, image_size=image_size)
     ids = backbone.tokenizer(TEXTS, length=backbone.context_length)
-    expected = tokenize(TEXTS)
     np.testing.assert_array_equal(ids, expected.numpy())
     with torch.no_grad():
-        image = model.encode_image(preprocess(picture())[None]).numpy()
+        image = model.eval().encode_image(preprocess(picture())[None]).numpy()
         text = model.encode_text(expected).numpy()
     pixels = backbone.image_transform(picture())[None]
     ours = worlds.encode(backbone, params, pixels, ids)
@@ -221,7 +217,6 @@ def compare(path, theirs, **sizes):
 @pytest.mark.parametrize(
     "name, changes",
     [
-        ("ViT-B-32", {}),
         ("ViT-B-32-quickgelu", {"custom_text": True, "nonscalar_logit_scale": True}),
         ("ViT-bigG-14", {"custom_text": True, "init_logit_bias": -10}),
         ("RN50", {}),
@@ -232,8 +227,7 @@ def test_published_forms_give_open_clips_features(tmp_path, tokenizer, name, cha
     config = shrunk(peers.open_clip().get_model_config(name)) | changes
     if "bigG" in name:
         config["text_cfg"] |= {"norm_kwargs": {"eps": 1e-3}, "act_kwargs": {"approximate": "tanh"}}
-    theirs = pushed(tmp_path / "oc", config, tokenizer)
-    backbone, params = compare(tmp_path / "oc", theirs)
+    backbone, params = compare(push(tmp_path / "oc", config, tokenizer))
     weights.save(tmp_path / "ours", backbone, params)
     again, _ = weights.load(tmp_path / "ours")
     assert again.weights_id.split("@")[1] == backbone.weights_id.split("@")[1]
@@ -241,33 +235,37 @@ def test_published_forms_give_open_clips_features(tmp_path, tokenizer, name, cha
 
 
 @pytest.mark.peer
-@pytest.mark.parametrize("size", [80, 32])
-def test_another_image_size_is_open_clips(tmp_path, tokenizer, size):
+def test_another_image_size_is_open_clips(tmp_path, tokenizer):
     """force_image_size interpolates by another rule than transformers."""
     config = shrunk(peers.open_clip().get_model_config("ViT-B-16"))
-    theirs = pushed(tmp_path / "oc", config, tokenizer, image_size=size)
-    compare(tmp_path / "oc", theirs, image_size=size)
+    path = push(tmp_path / "oc", config, tokenizer)
+    found = [compare(path, size)[0].weights_id for size in (None, 80, 32)]
+    assert len(set(found)) == 3
 
 
 @pytest.mark.peer
-@pytest.mark.parametrize(
-    "text_cfg",
-    [
+def test_texts_are_cleaned_and_padded_as_the_config_says(tmp_path, tokenizer):
+    """Also after the model was saved again, in the format of Hugging Face and in this one."""
+    library, made = peers.open_clip(), []
+    config = shrunk(library.get_model_config("RN50"))
+    path = push(tmp_path / "oc", config, tokenizer)
+    params = weights.load(path)[1]
+    for changes in (
+        {},
         {"tokenizer_kwargs": {"clean": "canonicalize"}},
         {"hf_tokenizer_name": "someone/clip"},
         {"hf_tokenizer_name": "someone/clip", "tokenizer_kwargs": {"clean": "canonicalize"}},
-    ],
-)
-def test_texts_are_cleaned_and_padded_as_the_config_says(tmp_path, tokenizer, text_cfg):
-    config = shrunk(peers.open_clip().get_model_config("RN50"))
-    config["text_cfg"] |= text_cfg
-    theirs = pushed(tmp_path / "oc", config, tokenizer)
-    backbone, params = compare(tmp_path / "oc", theirs)
-    weights.save(tmp_path / "ours", backbone, params)
-    again = weights.load(tmp_path / "ours")[0]
-    assert (again.tokenizer(TEXTS, 77) == backbone.tokenizer(TEXTS, 77)).all()
-    plain = worlds.write_open_clip(tmp_path / "plain", *worlds.make())
-    assert weights.load(plain)[0].tokenizer.cleaning == "lower"
+    ):
+        stored = config | {"text_cfg": config["text_cfg"] | changes}
+        (path / "open_clip_config.json").write_text(json.dumps({"model_cfg": stored}))
+        theirs = library.get_tokenizer(f"local-dir:{path}")(TEXTS).numpy()
+        backbone = weights.load_architecture(path)
+        np.testing.assert_array_equal(backbone.tokenizer(TEXTS, 77), theirs)
+        weights.save(tmp_path / "ours", backbone, params)
+        again = weights.load_architecture(tmp_path / "ours")
+        np.testing.assert_array_equal(again.tokenizer(TEXTS, 77), theirs)
+        made.append((weights.load(path)[0].weights_id, theirs.tobytes()))
+    assert len({ids for _, ids in made}) == 4 and len({name for name, _ in made}) >= 3
 
 
 def test_the_ways_to_clean():
@@ -306,6 +304,16 @@ def test_tokenizer_settings_that_are_not_built_here(tmp_path, text_cfg, message)
     (path / "open_clip_config.json").write_text(json.dumps(config))
     with pytest.raises(WeightsError, match=f"oc/open_clip_config.json: text_cfg has .*{message}"):
         weights.load(path)
+
+
+def test_a_stored_cleaning_that_is_none(tmp_path):
+    backbone, params = worlds.make()
+    weights.save(tmp_path / "clip", backbone, params)
+    file = tmp_path / "clip" / "tokenizer_config.json"
+    stored = json.loads(file.read_text()) | {"cir_jax": {"cleaning": "canonicalise"}}
+    file.write_text(json.dumps(stored))
+    with pytest.raises(WeightsError, match="tokenizer_config.json: .*Did you mean 'canonicalize'"):
+        weights.load(tmp_path / "clip")
 
 
 def test_another_vocabulary_is_refused(tmp_path):
