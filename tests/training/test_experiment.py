@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from PIL import Image, PngImagePlugin
 
 from cir_jax import composers, loading
-from cir_jax.errors import CheckpointError, ConfigError, DataError
+from cir_jax.errors import CheckpointError, ConfigError, DataError, WeightsError
 from cir_jax.evaluation import runner
 from cir_jax.input import images
 from cir_jax.input.images import ImageTransform, targetpad
@@ -119,6 +119,30 @@ def test_preprocessing_of_the_config_takes_the_place_of_that_of_the_weights():
     config.preprocessing = "targetpat"
     with pytest.raises(ConfigError, match="config.preprocessing.*Did you mean 'targetpad'"):
         experiment.setup(config)
+
+
+def test_the_backbone_is_loaded_for_another_image_size():
+    config = loading.read_experiment("experiments/slerp.py:smoke")
+    own = experiment.setup(config).backbone
+    config.image_size = own.config.vision.image_size + own.config.vision.patch_size
+    made = experiment.setup(config).composer.backbone
+    assert made.config.vision.image_size == made.image_transform.crop == config.image_size
+    assert made.weights_id != own.weights_id
+    config.image_size += 1
+    with pytest.raises(WeightsError, match=f"image_size={config.image_size}: no multiple of"):
+        experiment.setup(config)
+
+
+def test_a_workdir_without_the_field_has_the_size_of_its_backbone(tmp_path):
+    config = compodiff.get_config("smoke")
+    experiment.claim_workdir(tmp_path, config)
+    file = tmp_path / experiment.CONFIG_FILE
+    older = {k: v for k, v in json.loads(file.read_text()).items() if k != "image_size"}
+    file.write_text(json.dumps(older))
+    experiment.claim_workdir(tmp_path, config)
+    config.image_size = 64
+    with pytest.raises(CheckpointError, match=r"image_size \(was 0, is 64\)"):
+        experiment.claim_workdir(tmp_path, config)
 
 
 def test_workdir_of_another_run_names_the_fields(tmp_path):
