@@ -17,7 +17,7 @@ PREPROCESSING = "preprocessor_config.json"
 
 
 def settings(config: Any) -> list[Any]:
-    """What changes the features of a CLIP or BLIP and is not a shape; part of its weights_id."""
+    """What changes the features of a backbone and is not a shape; part of its weights_id."""
     names = ("hidden_act", "num_attention_heads", "layer_norm_eps")
     return [getattr(tower, name, None) for tower in (config.text, config.vision) for name in names]
 
