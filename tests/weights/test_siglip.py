@@ -302,8 +302,8 @@ def test_settings_of_the_tokenizer_are_honoured(saved):
     ("tower", "changes", "message"),
     [
         ("vision", {"vision_use_head": False}, "vision_use_head=False: only True is known"),
-        ("vision", {"num_channels": 1}, "num_channels=1: only 3 is known"),
-        ("vision", {"image_size": [18, 36]}, r"image_size=\[18, 36\]: expected one number"),
+        ("vision", {"num_channels": 1}, "num_channels=1 .only 3 is built here"),
+        ("vision", {"image_size": [18, 36]}, r"image_size=\[18, 36\]: expected a whole number"),
         ("text", {"projection_size": 24}, "text features of 24 and image features of 32"),
         ("text", {"projection_size": None}, "text features of 24 and image features of 32"),
         ("text", {"hidden_act": "swish"}, "activation 'swish'"),
