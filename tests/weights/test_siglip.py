@@ -301,7 +301,7 @@ def test_settings_of_the_tokenizer_are_honoured(saved):
 @pytest.mark.parametrize(
     ("tower", "changes", "message"),
     [
-        ("vision", {"vision_use_head": False}, "vision_use_head=False: only True is known"),
+        ("vision", {"vision_use_head": False}, "vision_use_head=False: no head that embeds"),
         ("vision", {"num_channels": 1}, "num_channels=1 .only 3 is built here"),
         ("vision", {"image_size": [18, 36]}, r"image_size=\[18, 36\]: expected a whole number"),
         ("text", {"projection_size": 24}, "text features of 24 and image features of 32"),
