@@ -9,13 +9,13 @@ TEXT = "a text file"
 
 _MAGIC = {
     b"PK\x03\x04": ZIP,
-    b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19.": LEGACY,
     b"version https://git-lfs": "a git-lfs pointer",
     b"\x89HDF": "an HDF5 file (of TensorFlow or Keras)",
     b"GGUF": "a GGUF file",
     b"\x93NUMPY": "a NumPy file",
     b"\x1f\x8b": "a gzip file",
 }
+_OLD = b"\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."  # a number, pickled in any protocol
 _DOWNLOAD = "`hf download HUB_ID FILE --local-dir DIR`, or the address with /resolve/, not /blob/"
 _REMEDIES = {
     "a git-lfs pointer": "The repository was cloned without git-lfs: run `git lfs install && git "
@@ -38,6 +38,8 @@ def of(path: Path) -> str:
     for magic, kind in _MAGIC.items():
         if head.startswith(magic):
             return kind
+    if head[:1] == b"\x80" and _OLD in head[:32]:
+        return LEGACY
     if head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= size - 8:
         return SAFETENSORS
     text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()

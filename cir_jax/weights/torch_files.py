@@ -213,9 +213,9 @@ class _Tensor:
         if 0 in self.shape:
             return np.zeros(self.shape, self.dtype)
         size = self.dtype.itemsize
-        flat = self.storage.read(self.dtype)
+        flat = self.storage.read(self.dtype).view(np.uint8)
         strides = [step * size for step in self.strides]
-        view = np.lib.stride_tricks.as_strided(flat[self.offset :], self.shape, strides)
+        view = np.ndarray(self.shape, self.dtype, flat.data, self.offset * size, strides)
         return np.array(view, order="C")
 
 
@@ -308,8 +308,10 @@ class _Reader(pickles.Reader):
         if not (isinstance(key, str) and type(count) is int and count >= 0):
             raise DamagedError(f"a storage of {count!r} elements.")
         name = _STORAGES.get(kind.name, kind.name)
-        if name not in _DTYPES:  # of another part of a checkpoint, perhaps
-            return _Storage(name, 0, None)
+        if name not in _DTYPES and isinstance(self._archive, Zip):
+            return _Storage(name, 0, None)  # of another part of a checkpoint, perhaps
+        if name not in _DTYPES:  # where it ends, and the next begins, is not known
+            raise DamagedError(f"holds tensors of {name}. Save the model's original weights.")
         itemsize = np.dtype(_DTYPES[name]).itemsize
         read = self._archive.storage(key, count * itemsize, itemsize)
         return _Storage(name, count * itemsize, read)
