@@ -83,7 +83,7 @@ def to_ours(
         )
     tree: dict[str, Any] = {}
     for name, (path, layout) in names.items():
-        array, paths = finite(np.asarray(tensors[name]), name, what), expand(path)
+        array, paths = _numbers(np.asarray(tensors[name]), name, what), expand(path)
         axes = _TO_OURS[layout]
         if (axes and array.ndim != len(axes)) or (len(paths) > 1 and len(array) % len(paths)):
             raise WeightsError(
@@ -97,28 +97,20 @@ def to_ours(
             for key in parents:
                 node = node.setdefault(key, {})
             part = part if axes is None else part.transpose(axes)
-            node[leaf] = np.asarray(part, dtype or array.dtype, order="C")
-            if dtype is not None and np.dtype(dtype).itemsize < array.itemsize:
-                finite(node[leaf], name, f"{what} as {np.dtype(dtype).name}")  # it may overflow
+            with np.errstate(over="ignore"):
+                node[leaf] = np.asarray(part, dtype or array.dtype, order="C")
+            if not _is_finite(node[leaf]):  # as it is stored, or not any more
+                finite(array, name, what)
+                finite(node[leaf], name, f"{what} as {node[leaf].dtype}")
     return tree
 
 
 def finite(array: np.ndarray, name: str, what: str) -> np.ndarray:
-    """The array, of 8 bits as float32, since those are for storage and nothing computes in them.
-
-    Raises WeightsError when it holds NaN, infinity, or no floating-point numbers.
-    """
-    if not jnp.issubdtype(array.dtype, np.floating):
-        raise WeightsError(
-            f"{what}: {name} is of type {array.dtype}, expected floating-point numbers. Take the "
-            "model's original weights, not quantised."
-        )
-    array = array.astype(np.float32) if array.itemsize == 1 else array
-    with np.errstate(over="ignore", invalid="ignore"):
-        # a finite sum has finite terms; one pass without a mask as large as the array
-        total = array.sum(dtype=np.promote_types(array.dtype, np.float32))
-    if np.isfinite(total) or not (wrong := array.size - np.count_nonzero(np.isfinite(array))):
+    """The array. Raises WeightsError when it holds NaN, infinity, or no floating-point numbers."""
+    array = _numbers(array, name, what)
+    if _is_finite(array):
         return array
+    wrong = array.size - np.count_nonzero(np.isfinite(array))
     why = ""
     if array.dtype == np.float16:
         why = " Numbers above 65504 overflow in float16: save the original in float32 or bfloat16."
@@ -126,6 +118,23 @@ def finite(array: np.ndarray, name: str, what: str) -> np.ndarray:
         f"{what}: {name} holds {wrong} of {array.size} values that are NaN or infinite. Take "
         f"another checkpoint, or download it again.{why}"
     )
+
+
+def _numbers(array: np.ndarray, name: str, what: str) -> np.ndarray:
+    """The array; of 8 bits as float32, since those are for storage and nothing computes in them."""
+    if not jnp.issubdtype(array.dtype, np.floating):
+        raise WeightsError(
+            f"{what}: {name} is of type {array.dtype}, expected floating-point numbers. Take the "
+            "model's original weights, not quantised."
+        )
+    return array.astype(np.float32) if array.itemsize == 1 else array
+
+
+def _is_finite(array: np.ndarray) -> bool:
+    with np.errstate(over="ignore", invalid="ignore"):
+        # a finite sum has finite terms; one pass without a mask as large as the array
+        total = array.sum(dtype=np.promote_types(array.dtype, np.float32))
+    return bool(np.isfinite(total)) or bool(np.isfinite(array).all())
 
 
 def to_source(params: Mapping[str, Any], names: Mapping[str, Target]) -> dict[str, np.ndarray]:

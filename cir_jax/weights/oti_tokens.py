@@ -51,7 +51,9 @@ def read(directory: str | Path, token_dim: int) -> dict[str, np.ndarray]:
     tensors = torch_files.read(directory / WORDS)
     if set(tensors) != {""}:
         raise WeightsError(f"{directory / WORDS}: expected one tensor, not {sorted(tensors)[:3]}.")
-    words = np.asarray(convert.finite(tensors[""], "the words", str(directory / WORDS)), np.float32)
+    words = np.asarray(
+        convert.finite(tensors[""], "its tensor", str(directory / WORDS)), np.float32
+    )
     try:
         names = pickles.load((directory / NAMES).read_bytes())
     except Exception as error:  # garbled pickles raise whatever their opcodes run into

@@ -113,7 +113,8 @@ def load_adapter(path: str | Path, owner: Owner) -> tuple[dict[str, Any], LoraCo
                 f"{path}: {name} is for no module of {owner.weights_id}. Use the model the adapter "
                 f"was trained on ({about.get('base_model_name_or_path')})."
             )
-        halves.setdefault(match[1], {})[match[2]] = np.asarray(tensor, np.float32)
+        half = np.asarray(convert.finite(tensor, name, str(path)), np.float32)
+        halves.setdefault(match[1], {})[match[2]] = half
     rank, alpha = about["r"], float(about["lora_alpha"])
     scale = alpha / (math.sqrt(rank) if about.get("use_rslora") else rank)
     flat: dict[str, np.ndarray] = {}

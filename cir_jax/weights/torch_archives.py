@@ -19,7 +19,7 @@ import numpy as np
 
 from cir_jax.input import pickles
 
-PICKLE = 32 * 2**20
+PICKLE = 8 * 2**20
 """Bytes of pickles that are read: the names of a model of 1000 tensors take 150,000."""
 
 Read = Callable[[np.dtype], np.ndarray]

@@ -10,6 +10,7 @@ import struct
 import tracemalloc
 import zipfile
 
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -18,6 +19,7 @@ from safetensors.numpy import save_file
 
 from cir_jax import weights
 from cir_jax.errors import WeightsError
+from cir_jax.models import lora
 from cir_jax.weights import convert, files, kinds, shards, torch_archives, torch_files
 from tests.weights import worlds
 
@@ -679,3 +681,17 @@ def test_a_clip_that_is_damaged(published, tmp_path):
     finally:
         (published / "model.safetensors").write_bytes(content)
     assert kinds.of(published / "model.safetensors") == kinds.SAFETENSORS
+
+
+def test_an_adapter_with_nan(tmp_path):
+    backbone, params = worlds.make()
+    config = lora.LoraConfig(r"text/.*/query/kernel", 2)
+    adapter = lora.init(jax.random.key(0), params, config.pattern, config.rank)
+    weights.save_adapter(tmp_path / "adapter", adapter, config, backbone)
+    path = tmp_path / "adapter" / "adapter_model.safetensors"
+    tensors = read_all(path, files.read_tensors)
+    name = min(tensors)
+    tensors[name][0] = np.inf
+    save_file(tensors, path)
+    with pytest.raises(WeightsError, match=f"adapter: {name} holds 64 of 128 values that are NaN"):
+        weights.load_adapter(tmp_path / "adapter", backbone)
