@@ -22,6 +22,8 @@ from cir_jax.input import pickles
 PICKLE = 8 * 2**20
 """Bytes of pickles that are read: the names of a model of 1000 tensors take 150,000."""
 
+SAVE_WEIGHTS = "Save the weights alone: `torch.save(model.state_dict(), FILE)`."
+
 Read = Callable[[np.dtype], np.ndarray]
 """The elements of a storage as a flat array of a type, in this machine's byte order."""
 
@@ -29,22 +31,27 @@ Read = Callable[[np.dtype], np.ndarray]
 class DamagedError(ValueError):
     """What is wrong with a file, and what to do; its name is added where it is known."""
 
+    def __init__(self, what: str, remedy: str = "Download or copy it again."):
+        super().__init__(f"{what} {remedy}")
+
 
 class Zip:
     """A zip archive of `torch.save` or `torch.jit.save`."""
 
     def __init__(self, path: Path):
         if not zipfile.is_zipfile(path):
-            raise DamagedError("the end of the archive is missing. Download or copy it again.")
+            raise DamagedError("the end of the archive is missing.")
         self._zip = zipfile.ZipFile(path)
         self._members = {member.filename: member for member in self._zip.infolist()}
         if len(self._members) < len(self._zip.infolist()):
-            raise DamagedError("two members have one name. Save the weights again.")
+            raise DamagedError("two members have one name.", "Save the weights again.")
         roots = [n for n in self._members if n.count("/") == 1 and n.endswith("/data.pkl")]
         if not roots:
             raise DamagedError("a zip archive, but not one of PyTorch (no data.pkl).")
         if len(roots) > 1:
-            raise DamagedError(f"several models in one archive: {', '.join(roots[:3])}.")
+            raise DamagedError(
+                f"several models in one archive: {', '.join(roots[:3])}.", "Save them one by one."
+            )
         self._root = roots[0].removesuffix("/data.pkl")
         data = [m for name, m in self._members.items() if name.startswith(f"{self._root}/data/")]
         for member in data:
@@ -65,7 +72,7 @@ class Zip:
         """Of the storage `key`, which is said to have `size` bytes."""
         name = f"{self._root}/data/{key}"
         if name not in self._members:
-            raise DamagedError(f"its member {name} is missing. Download or copy it again.")
+            raise DamagedError(f"its member {name} is missing.")
         stored = self._members[name].file_size
         if not 0 <= stored - size < 16:  # a storage may end with a part of an element
             raise DamagedError(f"{name} is declared as {size} bytes, but has {stored}.")
@@ -73,7 +80,7 @@ class Zip:
 
     def _small(self, name: str, limit: int) -> bytes:
         if (size := self._members[name].file_size) > limit:
-            raise DamagedError(f"{name} has {size} bytes, more than {limit}. {_SAVE_WEIGHTS}")
+            raise DamagedError(f"{name} has {size} bytes, more than {limit}.", SAVE_WEIGHTS)
         return self._read(name)
 
     def _read(self, name: str) -> bytes:
@@ -86,9 +93,7 @@ class Zip:
             if self._members[name].CRC == 0:
                 why += "; where it was saved after torch.serialization.set_crc32_options(False), "
                 why += "save it again without that"
-            raise DamagedError(
-                f"{name} cannot be read ({why}). Download or copy it again."
-            ) from error
+            raise DamagedError(f"{name} cannot be read ({why}).") from error
 
 
 class Legacy:
@@ -125,7 +130,7 @@ class Legacy:
         if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
             raise DamagedError("no list of tensor storages.")
         if lost := set(self._sizes) - set(keys):
-            raise DamagedError(f"storage {min(lost)} is missing. Download or copy it again.")
+            raise DamagedError(f"storage {min(lost)} is missing.")
         for key in keys:
             size, itemsize = self._sizes.get(key, (0, 1))
             order = "big" if self._big_endian else "little"
@@ -135,7 +140,7 @@ class Legacy:
             if key not in self._sizes or stored != size or at > len(self._map):
                 raise DamagedError(
                     f"storage {key} is declared as {size} bytes, but says {stored}, and ends at "
-                    f"{at} of {len(self._map)}. Download or copy it again."
+                    f"{at} of {len(self._map)}."
                 )
         return at
 
@@ -144,8 +149,8 @@ def _check_stored(member: zipfile.ZipInfo) -> None:
     name = member.filename
     if member.compress_type != zipfile.ZIP_STORED:
         raise DamagedError(
-            f"{name} is compressed, which PyTorch never does. If it is from a source that you "
-            "trust, unpack it, and zip it again with `zip -0`."
+            f"{name} is compressed, which PyTorch never does.",
+            "If it is from a source that you trust, unpack it, and zip it again with `zip -0`.",
         )
     if member.compress_size != member.file_size:
         raise DamagedError(f"{name} has {member.compress_size} bytes of {member.file_size}.")
@@ -154,6 +159,3 @@ def _check_stored(member: zipfile.ZipInfo) -> None:
 def _array(data: Any, dtype: np.dtype, size: int, at: int, big_endian: bool) -> np.ndarray:
     flat = np.frombuffer(data, dtype, size // dtype.itemsize, at)
     return flat.byteswap() if big_endian == (sys.byteorder == "little") else flat
-
-
-_SAVE_WEIGHTS = "Save the weights alone: `torch.save(model.state_dict(), FILE)`."

@@ -23,7 +23,7 @@ from cir_jax.errors import WeightsError
 from cir_jax.input import pickles
 from cir_jax.input.pickles import Global, Object
 from cir_jax.weights import kinds
-from cir_jax.weights.torch_archives import DamagedError, Legacy, Read, Zip
+from cir_jax.weights.torch_archives import SAVE_WEIGHTS, DamagedError, Legacy, Read, Zip
 
 VIEWS = 4
 """Weights are dense: tied ones share a storage, nothing is repeated many times."""
@@ -144,7 +144,7 @@ def _tree(path: Path) -> Any:
         raise WeightsError(problem)
     kind = kinds.of(path)
     if not kind:
-        raise DamagedError("not a PyTorch file, or damaged. Download or copy it again.")
+        raise DamagedError("not a PyTorch file, or damaged.")
     archive = Zip(path) if kind == kinds.ZIP else Legacy(path)
     return archive.tree(lambda file: _Reader(file, archive))
 
@@ -179,8 +179,8 @@ class _Foreign:
 
     def read(self) -> np.ndarray:
         raise DamagedError(
-            f"is {self.kind}, expected a dense tensor of numbers. Save the model's original "
-            "weights, not quantised, sparse or on the meta device."
+            f"is {self.kind}, expected a dense tensor of numbers.",
+            "Save the model's original weights, not quantised, sparse or on the meta device.",
         )
 
 
@@ -304,14 +304,14 @@ class _Reader(pickles.Reader):
             return about[0]
         kind, key, _, count, *view = about
         if what != "storage" or any(part is not None for part in view):
-            raise DamagedError(f"unknown reference to {what!r}. Save it with a newer PyTorch.")
+            raise DamagedError(f"unknown reference to {what!r}.", "Save it with a newer PyTorch.")
         if not (isinstance(key, str) and type(count) is int and count >= 0):
             raise DamagedError(f"a storage of {count!r} elements.")
         name = _STORAGES.get(kind.name, kind.name)
         if name not in _DTYPES and isinstance(self._archive, Zip):
             return _Storage(name, 0, None)  # of another part of a checkpoint, perhaps
         if name not in _DTYPES:  # where it ends, and the next begins, is not known
-            raise DamagedError(f"holds tensors of {name}. Save the model's original weights.")
+            raise DamagedError(f"holds tensors of {name}.", "Save the model's original weights.")
         itemsize = np.dtype(_DTYPES[name]).itemsize
         read = self._archive.storage(key, count * itemsize, itemsize)
         return _Storage(name, count * itemsize, read)
@@ -341,7 +341,8 @@ def _flatten(tree: Any, prefix: str = "") -> dict[str, _Tensor | _Foreign]:
         if depth > _DEPTH or len(prefix) > _NAME or nodes > _NODES:  # it may hold itself
             raise DamagedError(
                 f"more than {_DEPTH} levels, {_NAME} characters of a name, or {_NODES} entries: no "
-                "state dict. Save the weights alone: `torch.save(model.state_dict(), FILE)`."
+                "state dict.",
+                SAVE_WEIGHTS,
             )
         if isinstance(node, _Tensor | _Foreign):
             found[prefix[:-1]] = node
@@ -350,7 +351,8 @@ def _flatten(tree: Any, prefix: str = "") -> dict[str, _Tensor | _Foreign]:
         if isinstance(node, Object) and {"_parameters", "_modules"} <= items.keys():
             raise DamagedError(
                 f"holds a whole model ({getattr(node.made_by, 'name', 'of some class')}), not its "
-                "weights. Where that class is installed: `torch.save(model.state_dict(), FILE)`."
+                "weights.",
+                "Where that class is installed: `torch.save(model.state_dict(), FILE)`.",
             )
         for key, value in items.items():
             if _holds(value) or isinstance(value, _Tensor | _Foreign):
@@ -367,6 +369,6 @@ def _check_size(tensors: Mapping[str, _Tensor | _Foreign], path: Path) -> None:
         name = max(tensors, key=lambda name: tensors[name].nbytes)
         raise DamagedError(
             f"its tensors would take {total} bytes, more than {VIEWS} times the file's {size}; the "
-            f"largest is {name}, {tensors[name].shape}. Views that repeat values are refused: save "
-            "dense weights (`{k: v.contiguous() for k, v in model.state_dict().items()}`)."
+            f"largest is {name}, {tensors[name].shape}. Views that repeat values are refused.",
+            "Save dense weights: `{k: v.clone() for k, v in model.state_dict().items()}`.",
         )

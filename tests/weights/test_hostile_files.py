@@ -220,6 +220,50 @@ def test_numbers_written_by_a_big_endian_machine(tmp_path):
         np.testing.assert_array_equal(array.astype(complex), values)
 
 
+def old_file(path, tensors, keys=("0",), count=6, data=bytes(24), version=1001, little=True):
+    """A file in the layout of PyTorch before 1.6."""
+    parts = [0x1950A86A20F9469CFC6C, version, {"little_endian": little}]
+    pickles = b"".join(pickle.dumps(part, 2) for part in parts)
+    pickles += state(tensors) + pickle.dumps(list(keys), 2)
+    path.write_bytes(pickles + count.to_bytes(8, "little" if little else "big") + data)
+    return path
+
+
+GOOD_OLD = {"x": tensor(6, (6,), (1,))}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"count": 2**40}, "declared as 24 bytes, but says 4398046511104, and ends at"),
+        ({"data": bytes(23)}, "declared as 24 bytes, but says 24, and ends at .* of "),
+        ({"data": bytes(25)}, "bytes; its tensors end at .*Download or copy it again"),
+        ({"keys": ["1"]}, "storage 0 is missing"),
+        ({"keys": ["0", "1"], "data": bytes(32)}, "storage 1 is declared as 0 bytes"),
+        ({"keys": [1]}, "no list of tensor storages"),
+        ({"version": 1000}, "unknown version 1000 of old PyTorch files"),
+        ({"tensors": {"x": tensor(2**40, (6,), (1,))}}, "declared as 4398046511104 bytes, but"),
+        (
+            {"tensors": {"x": tensor(6, (6,), (1,)), "y": tensor(5, (5,), (1,))}},
+            "storage 0 has two sizes",
+        ),
+        ({"tensors": {"x": tensor(6, (6,), (1,), kind="QInt8Storage")}}, "tensors of QInt8Storage"),
+        ({"tensors": {"x": tensor(6, (10**5, 10**5), (0, 0))}}, "would take 40000000000 bytes"),
+        ({"tensors": {"x" * 2000: tensor(6, (6,), (1,))}}, "1000 characters of a name"),
+    ],
+)
+def test_what_an_old_file_declares_takes_no_memory(tmp_path, change, message):
+    path = old_file(tmp_path / "x.pth", **{"tensors": GOOD_OLD} | change)
+    with pytest.raises(WeightsError, match=f"x.pth: .*{message}"), memory(4 * MB):
+        read_all(path)
+
+
+def test_an_old_file_of_a_big_endian_machine(tmp_path):
+    values = np.arange(6, dtype=">f4")
+    path = old_file(tmp_path / "x.pth", GOOD_OLD, data=values.tobytes(), little=False)
+    np.testing.assert_array_equal(read_all(path)["x"], np.arange(6))
+
+
 # --- damage
 
 
