@@ -6,7 +6,7 @@ Dimension names: see CONTRIBUTING.md. All functions take the parameter tree of `
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -122,7 +122,9 @@ class Attention(nn.Module):
     causal: bool = False
 
     @nn.compact
-    def __call__(self, x: jax.Array, mask: jax.Array | None) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, mask: jax.Array | None, at: jax.Array | None = None
+    ) -> jax.Array:
         width, heads = self.config.hidden_size, self.config.num_attention_heads
         std = width**-0.5
         out_std = std * (2 * self.config.num_hidden_layers) ** -0.5
@@ -132,24 +134,35 @@ class Attention(nn.Module):
                 width, dtype=self.dtype, kernel_init=nn.initializers.normal(std), name=name
             )
 
+        asking = x if at is None else take_position(x, at)
         # [batch, length, width] -> [batch, length, heads, head_dim]
-        split = (*x.shape[:-1], heads, width // heads)
         query, key, value = (
-            dense(name, std)(x).reshape(split) for name in ("query", "key", "value")
+            dense(name, std)(of).reshape(*of.shape[:-1], heads, width // heads)
+            for name, of in (("query", asking), ("key", x), ("value", x))
         )
-        mixed = attend(query, key, value, mask, causal=self.causal)
-        return dense("out", out_std)(mixed.reshape(x.shape))
+        causal = self.causal
+        if causal and at is not None:
+            seen = (jnp.arange(x.shape[1])[None] <= at[:, None])[:, None, None]
+            mask, causal = seen if mask is None else mask & seen, False
+        mixed = attend(query, key, value, mask, causal=causal)
+        return dense("out", out_std)(mixed.reshape(asking.shape))
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block: attention, then MLP."""
+    """Pre-norm transformer block: attention, then MLP.
+
+    at: int32[batch], the position of each row whose output alone is wanted, [batch, 1, width]:
+    where a tower ends in one, the rest of its last block needs no computing but keys and values.
+    """
 
     config: TowerConfig
     dtype: Any = jnp.float32
     causal: bool = False
 
     @nn.compact
-    def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, mask: jax.Array | None = None, at: jax.Array | None = None
+    ) -> jax.Array:
         config = self.config
         width = config.hidden_size
 
@@ -157,7 +170,8 @@ class Block(nn.Module):
             return nn.LayerNorm(config.layer_norm_eps, dtype=self.dtype, name=name)
 
         attention = Attention(config, self.dtype, self.causal, name="attention")
-        x = x + attention(norm("norm1")(x), mask)
+        mixed = attention(norm("norm1")(x), mask, at)
+        x = (x if at is None else take_position(x, at)) + mixed
         hidden = nn.Dense(
             config.intermediate_size,
             dtype=self.dtype,
@@ -180,6 +194,23 @@ def blocks(config: TowerConfig, dtype: Any, remat: bool, causal: bool = False) -
     """
     block = nn.remat(Block) if remat else Block
     return [block(config, dtype, causal) for _ in range(config.num_hidden_layers)]
+
+
+def run_blocks(
+    layers: Sequence[nn.Module],
+    x: jax.Array,
+    mask: jax.Array | None = None,
+    at: jax.Array | None = None,
+) -> jax.Array:
+    """float[batch, length, width] -> the same, or [batch, 1, width] of the positions `at`."""
+    for layer in layers[:-1]:
+        x = layer(x, mask)
+    return layers[-1](x, mask, at)
+
+
+def take_position(x: jax.Array, at: jax.Array) -> jax.Array:
+    """float[batch, length, width], int32[batch] -> float[batch, 1, width]."""
+    return jnp.take_along_axis(x, at[:, None, None], axis=1)
 
 
 class PatchEmbedding(nn.Module):
@@ -225,15 +256,20 @@ class VisionTower(nn.Module):
 
     def __call__(self, images: jax.Array) -> jax.Array:
         """Normalised float[batch, height, width, 3] -> float[batch, tokens, width]."""
+        return run_blocks(self.layers, self._embed(images))
+
+    def pooled(self, images: jax.Array) -> jax.Array:
+        """`pool` of the tokens, of which the last block computes the class token alone."""
+        first = jnp.zeros(images.shape[0], jnp.int32)
+        return self.pool(run_blocks(self.layers, self._embed(images), at=first))
+
+    def _embed(self, images: jax.Array) -> jax.Array:
         patches = self.patch_embedding(images.astype(self.dtype))
         first = jnp.broadcast_to(
             self.class_embedding.astype(self.dtype), (patches.shape[0], 1, patches.shape[-1])
         )
         x = jnp.concatenate([first, patches], axis=1)
-        x = self.pre_norm(x + self.position_embedding.astype(self.dtype)[None])
-        for layer in self.layers:
-            x = layer(x)
-        return x
+        return self.pre_norm(x + self.position_embedding.astype(self.dtype)[None])
 
     def pool(self, tokens: jax.Array) -> jax.Array:
         """float[batch, tokens, width] -> float[batch, width] of the class token."""
@@ -267,10 +303,16 @@ class TextTower(nn.Module):
         """int32[batch, length] -> float[batch, length, token_dim], before position embeddings."""
         return self.token_embedding(token_ids)
 
-    def __call__(self, embeddings: jax.Array, attention_mask: jax.Array | None = None) -> jax.Array:
+    def __call__(
+        self,
+        embeddings: jax.Array,
+        attention_mask: jax.Array | None = None,
+        at: jax.Array | None = None,
+    ) -> jax.Array:
         """Hidden states after the final norm: float[batch, length, token_dim] of the same shape.
 
         attention_mask: bool[batch, length], True where a key may be attended to; None = all.
+        at: int32[batch], the one position of each row that is wanted: float[batch, 1, token_dim].
         """
         length = embeddings.shape[1]
         if length > self.config.max_position_embeddings:
@@ -285,9 +327,7 @@ class TextTower(nn.Module):
             embeddings.astype(self.dtype)
             + self.position_embedding.astype(self.dtype)[None, :length]
         )
-        for layer in self.layers:
-            x = layer(x, mask)
-        return self.final_norm(x)
+        return self.final_norm(run_blocks(self.layers, x, mask, at))
 
 
 class Clip(nn.Module):
@@ -326,6 +366,10 @@ class Clip(nn.Module):
 
         ViT: class token first, before the post-norm. ResNet: the cells of the last map.
         """
+        self._check_images(images)
+        return self.vision(images)
+
+    def _check_images(self, images: jax.Array) -> None:
         size = self.config.vision.image_size
         if images.ndim != 4 or images.shape[1:] != (size, size, 3):
             raise DataError(
@@ -333,15 +377,14 @@ class Clip(nn.Module):
                 "Use the image transform that comes with the weights."
             )
         check_batch(images, "images")
-        return self.vision(images)
 
     def encode_image(self, images: jax.Array) -> jax.Array:
         """float[batch, height, width, 3] normalised -> float[batch, dim], projected."""
-        pooled = self.vision.pool(self.visual_tokens(images))
+        self._check_images(images)
         # the attention pool of a ResNet ends in the joint dimension
         if isinstance(self.config.vision, ResNetConfig):
-            return pooled
-        return self.visual_projection(pooled)
+            return self.vision.pool(self.vision(images))
+        return self.visual_projection(self.vision.pooled(images))
 
     def embed_tokens(self, token_ids: jax.Array) -> jax.Array:
         """int32[batch, length] -> float[batch, length, token_dim]."""
@@ -363,10 +406,8 @@ class Clip(nn.Module):
         check_batch(token_ids, "texts")
         if embeddings is None:
             embeddings = self.embed_tokens(token_ids)
-        hidden = self.text(embeddings)
         end = end_positions(token_ids, self.config.text.eos_token_id)
-        pooled = jnp.take_along_axis(hidden, end[:, None, None], axis=1)[:, 0]
-        return self.text_projection(pooled)
+        return self.text_projection(self.text(embeddings, at=end)[:, 0])
 
     def __call__(self, images: jax.Array, token_ids: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Image and text features; used to create all parameters."""
