@@ -5,6 +5,7 @@ tree of the wrapped Flax module.
 """
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -14,8 +15,10 @@ import numpy as np
 from cir_jax.errors import ConfigError, DataError, unknown
 from cir_jax.input.images import PREPROCESSING, ImageTransform
 from cir_jax.input.text import Tokenizer
+from cir_jax.models import chunks
 from cir_jax.models.blip import Blip, BlipConfig, with_enc_token
-from cir_jax.models.clip import Clip, ClipConfig
+from cir_jax.models.clip import Clip, ClipConfig, check_token_ids
+from cir_jax.models.resnet import ResNetConfig
 from cir_jax.models.siglip import Siglip, SiglipConfig
 
 FAMILIES = {Clip: "clip", Blip: "blip", Siglip: "siglip"}
@@ -96,11 +99,11 @@ class Backbone:
 
     def encode_image(self, params: Any, images: jax.Array) -> jax.Array:
         """uint8 or normalised float images -> float32[batch, dim], un-normalised."""
-        return self._apply(params, self._pixels(images), method="encode_image").astype(jnp.float32)
+        return self._see(params, images, "encode_image").astype(jnp.float32)
 
     def visual_tokens(self, params: Any, images: jax.Array) -> jax.Array:
         """uint8 or normalised float images -> float[batch, tokens, vision width]."""
-        return self._apply(params, self._pixels(images), method="visual_tokens")
+        return self._see(params, images, "visual_tokens")
 
     def embed_tokens(self, params: Any, token_ids: jax.Array) -> jax.Array:
         """int32[batch, length] -> float[batch, length, token_dim]."""
@@ -114,7 +117,10 @@ class Backbone:
         embeddings: token embeddings with pseudo-words put in, in place of the embedded ids.
         """
         self._check_length(token_ids)
-        return self._apply(params, token_ids, embeddings, method="encode_text").astype(jnp.float32)
+        if embeddings is None:
+            # the whole batch, so that the error names its row
+            check_token_ids(token_ids, self.config.text.vocab_size)
+        return self._read(params, token_ids, embeddings, method="encode_text").astype(jnp.float32)
 
     def text_hidden_states(
         self, params: Any, token_ids: jax.Array, attention_mask: jax.Array | None = None
@@ -128,7 +134,7 @@ class Backbone:
         if attention_mask is None and self.family == "blip":
             attention_mask = token_ids != self.config.text.pad_token_id
         embeddings = self.embed_tokens(params, token_ids)
-        return self._apply(params, embeddings, attention_mask, method="text_hidden_states")
+        return self._read(params, embeddings, attention_mask, method="text_hidden_states")
 
     def match(
         self,
@@ -153,8 +159,32 @@ class Backbone:
         if embeddings is not None:
             first = self.embed_tokens(params, token_ids[:, :1])
             embeddings = jnp.concatenate([first.astype(embeddings.dtype), embeddings[:, 1:]], 1)
-        logits = self._apply(params, token_ids, visual_tokens, embeddings, method="match")
+        logits = self._read(params, token_ids, visual_tokens, embeddings, method="match")
         return logits.astype(jnp.float32)
+
+    def _see(self, params: Any, images: jax.Array, method: str) -> jax.Array:
+        vision = self.config.vision
+
+        def see(params: Any, images: jax.Array) -> jax.Array:
+            return self._apply(params, self._pixels(images), method=method)
+
+        if isinstance(vision, ResNetConfig):
+            return see(params, images)
+        tokens = math.prod(images.shape[1:3]) // vision.patch_size**2 + 1
+        return self._in_chunks(see, params, (images,), tokens, vision.intermediate_size)
+
+    def _read(self, params: Any, *rows: Any, method: str) -> jax.Array:
+        def read(params: Any, *rows: Any) -> jax.Array:
+            return self._apply(params, *rows, method=method)
+
+        return self._in_chunks(
+            read, params, rows, rows[0].shape[1], self.config.text.intermediate_size
+        )
+
+    def _in_chunks(self, encode: Any, params: Any, rows: Any, tokens: int, hidden: int) -> Any:
+        if self.model.dtype != jnp.float32:
+            return encode(params, *rows)
+        return chunks.over_rows(encode, params, rows, chunks.activation_bytes(tokens, hidden))
 
     def _apply(self, params: Any, *args: Any, method: str) -> jax.Array:
         return self.model.apply({"params": params}, *args, method=method)

@@ -6,7 +6,7 @@ Dimension names: see CONTRIBUTING.md. All functions take the parameter tree of `
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -160,7 +160,11 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, mask: jax.Array | None, source: jax.Array | None = None
+        self,
+        x: jax.Array,
+        mask: jax.Array | None,
+        source: jax.Array | None = None,
+        at: jax.Array | None = None,
     ) -> jax.Array:
         width, heads = self.config.hidden_size, self.config.num_attention_heads
         source = x if source is None else source
@@ -172,31 +176,43 @@ class Attention(nn.Module):
                 width, dtype=self.dtype, kernel_init=nn.initializers.normal(std), name=name
             )
 
+        asking = x if at is None else take_position(x, at)
         # [batch, length, width] -> [batch, length, heads, head_dim]
         query, key, value = (
-            dense(name, std)(inputs).reshape(*inputs.shape[:-1], heads, width // heads)
-            for name, inputs in (("query", x), ("key", source), ("value", source))
+            dense(name, std)(of).reshape(*of.shape[:-1], heads, width // heads)
+            for name, of in (("query", asking), ("key", source), ("value", source))
         )
-        mixed = attend(query, key, value, mask, causal=self.causal)
-        return dense("out", out_std)(mixed.reshape(x.shape))
+        causal = self.causal
+        if causal and at is not None:
+            seen = (jnp.arange(x.shape[1])[None] <= at[:, None])[:, None, None]
+            mask, causal = seen if mask is None else mask & seen, False
+        mixed = attend(query, key, value, mask, causal=causal)
+        return dense("out", out_std)(mixed.reshape(asking.shape))
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block: attention, then MLP."""
+    """Pre-norm transformer block: attention, then MLP.
+
+    at: int32[batch], the position of each row whose output alone is wanted, [batch, 1, width]:
+    where a tower ends in one, the rest of its last block needs no computing but keys and values.
+    """
 
     config: TowerConfig
     dtype: Any = jnp.float32
     causal: bool = False
 
     @nn.compact
-    def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, mask: jax.Array | None = None, at: jax.Array | None = None
+    ) -> jax.Array:
         config = self.config
 
         def norm(name: str) -> nn.LayerNorm:
             return nn.LayerNorm(config.layer_norm_eps, dtype=self.dtype, name=name)
 
         attention = Attention(config, self.dtype, self.causal, name="attention")
-        x = x + attention(norm("norm1")(x), mask)
+        mixed = attention(norm("norm1")(x), mask, at=at)
+        x = (x if at is None else take_position(x, at)) + mixed
         return x + mlp(config, self.dtype, norm("norm2")(x))
 
 
@@ -225,6 +241,23 @@ def blocks(config: TowerConfig, dtype: Any, remat: bool, causal: bool = False) -
     """
     block = nn.remat(Block) if remat else Block
     return [block(config, dtype, causal) for _ in range(config.num_hidden_layers)]
+
+
+def run_blocks(
+    layers: Sequence[nn.Module],
+    x: jax.Array,
+    mask: jax.Array | None = None,
+    at: jax.Array | None = None,
+) -> jax.Array:
+    """float[batch, length, width] -> the same, or [batch, 1, width] of the positions `at`."""
+    for layer in layers[:-1]:
+        x = layer(x, mask)
+    return layers[-1](x, mask, at)
+
+
+def take_position(x: jax.Array, at: jax.Array) -> jax.Array:
+    """float[batch, length, width], int32[batch] -> float[batch, 1, width]."""
+    return jnp.take_along_axis(x, at[:, None, None], axis=1)
 
 
 class PatchEmbedding(nn.Module):
@@ -275,15 +308,20 @@ class VisionTower(nn.Module):
 
     def __call__(self, images: jax.Array) -> jax.Array:
         """Normalised float[batch, height, width, 3] -> float[batch, tokens, width]."""
+        return run_blocks(self.layers, self._embed(images))
+
+    def pooled(self, images: jax.Array) -> jax.Array:
+        """`pool` of the tokens, of which the last block computes the class token alone."""
+        first = jnp.zeros(images.shape[0], jnp.int32)
+        return self.pool(run_blocks(self.layers, self._embed(images), at=first))
+
+    def _embed(self, images: jax.Array) -> jax.Array:
         patches = self.patch_embedding(images.astype(self.dtype))
         first = jnp.broadcast_to(
             self.class_embedding.astype(self.dtype), (patches.shape[0], 1, patches.shape[-1])
         )
         x = jnp.concatenate([first, patches], axis=1)
-        x = self.pre_norm(x + self.position_embedding.astype(self.dtype)[None])
-        for layer in self.layers:
-            x = layer(x)
-        return x
+        return self.pre_norm(x + self.position_embedding.astype(self.dtype)[None])
 
     def pool(self, tokens: jax.Array) -> jax.Array:
         """float[batch, tokens, width] -> float[batch, width] of the class token."""
@@ -319,10 +357,16 @@ class TextTower(nn.Module):
         """int32[batch, length] -> float[batch, length, token_dim], before position embeddings."""
         return self.token_embedding(token_ids)
 
-    def __call__(self, embeddings: jax.Array, attention_mask: jax.Array | None = None) -> jax.Array:
+    def __call__(
+        self,
+        embeddings: jax.Array,
+        attention_mask: jax.Array | None = None,
+        at: jax.Array | None = None,
+    ) -> jax.Array:
         """Hidden states after the final norm: float[batch, length, token_dim] of the same shape.
 
         attention_mask: bool[batch, length], True where a key may be attended to; None = all.
+        at: int32[batch], the one position of each row that is wanted: float[batch, 1, token_dim].
         """
         length = embeddings.shape[1]
         if length > self.config.max_position_embeddings:
@@ -337,9 +381,7 @@ class TextTower(nn.Module):
             embeddings.astype(self.dtype)
             + self.position_embedding.astype(self.dtype)[None, :length]
         )
-        for layer in self.layers:
-            x = layer(x, mask)
-        return self.final_norm(x)
+        return self.final_norm(run_blocks(self.layers, x, mask, at))
 
 
 class Clip(nn.Module):
@@ -383,11 +425,11 @@ class Clip(nn.Module):
 
     def encode_image(self, images: jax.Array) -> jax.Array:
         """float[batch, height, width, 3] normalised -> float[batch, dim], projected."""
-        pooled = self.vision.pool(self.visual_tokens(images))
+        check_images(images, self.config.vision.image_size)
         # the attention pool of a ResNet ends in the joint dimension
         if isinstance(self.config.vision, ResNetConfig):
-            return pooled
-        return self.visual_projection(pooled)
+            return self.vision.pool(self.vision(images))
+        return self.visual_projection(self.vision.pooled(images))
 
     def embed_tokens(self, token_ids: jax.Array) -> jax.Array:
         """int32[batch, length] -> float[batch, length, token_dim]."""
@@ -409,10 +451,8 @@ class Clip(nn.Module):
         check_batch(token_ids, "texts")
         if embeddings is None:
             embeddings = self.embed_tokens(token_ids)
-        hidden = self.text(embeddings)
         end = end_positions(token_ids, self.config.text.eos_token_id)
-        pooled = jnp.take_along_axis(hidden, end[:, None, None], axis=1)[:, 0]
-        return self.text_projection(pooled)
+        return self.text_projection(self.text(embeddings, at=end)[:, 0])
 
     def __call__(self, images: jax.Array, token_ids: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Image and text features; used to create all parameters."""

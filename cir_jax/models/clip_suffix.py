@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from cir_jax.models.attention import attend
 from cir_jax.models.clip import ACTIVATIONS, ClipConfig, end_positions
 
 
@@ -40,7 +41,7 @@ def read_prefixes(
         query, key, value = _heads(config, layer, x)
         keys.append(key)
         values.append(value)
-        x = _block(config, layer, x, jax.nn.dot_product_attention(query, key, value, mask=mask))
+        x = _block(config, layer, x, attend(query, key, value, mask))
     return Past(tuple(keys), tuple(values), lengths)
 
 
@@ -76,7 +77,7 @@ def encode(
         if i == len(layers) - 1:  # of the last block the pooled row alone counts
             query, x = _row(query, end), _row(x, end)
             mask = jnp.take_along_axis(mask, end[:, None, None, None], axis=2)
-        x = _block(config, layer, x, jax.nn.dot_product_attention(query, key, value, mask=mask))
+        x = _block(config, layer, x, attend(query, key, value, mask))
     pooled = _norm(config, text["final_norm"], x[:, 0])
     return (pooled @ params["text_projection"]["kernel"].astype(dtype)).astype(jnp.float32)
 

@@ -35,6 +35,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from cir_jax.errors import ConfigError, WeightsError
+from cir_jax.models.chunks import whole
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,7 +153,8 @@ def attached(
         a, b = (part.astype(y.dtype) for part in adapted[path])
         return y + scale * ((x.astype(y.dtype) @ a) @ b)
 
-    with nn.intercept_methods(add):
+    # a chunk of the batch would be a call with the masks of the others
+    with nn.intercept_methods(add), whole():
         yield
     if adapted and not found:
         raise WeightsError(

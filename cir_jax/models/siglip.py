@@ -206,7 +206,8 @@ class Siglip(nn.Module):
         check_batch(token_ids, "texts")
         if embeddings is None:
             embeddings = self.embed_tokens(token_ids)
-        return self.text_projection(self.text(embeddings)[:, -1])
+        last = jnp.full(len(token_ids), token_ids.shape[1] - 1)
+        return self.text_projection(self.text(embeddings, at=last)[:, 0])
 
     def __call__(self, images: jax.Array, token_ids: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Image and text features; used to create all parameters."""

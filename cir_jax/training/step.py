@@ -10,6 +10,7 @@ import optax
 from jax.sharding import Mesh
 
 from cir_jax.composers.base import Composer
+from cir_jax.models import chunks
 from cir_jax.training import mesh as meshes
 
 Batch = dict[str, jax.Array]
@@ -45,7 +46,8 @@ def train_step(
     """One update on the global batch. Randomness depends on the step only: resumed runs repeat."""
     rng = jax.random.fold_in(state.rng, state.step)
     grad_fn = jax.value_and_grad(composer.loss, has_aux=True)
-    (loss, metrics), grads = grad_fn(state.params, frozen, batch, rng, microbatches)
+    with chunks.whole():
+        (loss, metrics), grads = grad_fn(state.params, frozen, batch, rng, microbatches)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     ema = (

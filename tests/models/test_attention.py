@@ -20,6 +20,30 @@ def test_causal_is_the_triangular_mask_and_masks_add_to_it():
     np.testing.assert_allclose(causal[:, 0], value[:, 0], rtol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_on_cpu_it_is_the_attention_of_jax(dtype):
+    """Values and gradients, with fewer queries than keys and a row that sees none, too."""
+    rng = np.random.default_rng(0)
+    query, key, value = (
+        jnp.asarray(rng.normal(size=(2, length, 3, 8)), dtype) for length in (4, 6, 6)
+    )
+    mask = jnp.asarray(rng.random((2, 1, 4, 6)) < 0.5).at[0, 0, 1].set(False)
+
+    def run(attend):
+        def total(*args):
+            mixed = attend(*args, mask=mask)
+            return jnp.sum(jnp.sin(mixed.astype(jnp.float32))), mixed
+
+        return jax.jit(jax.value_and_grad(total, (0, 1, 2), has_aux=True))(query, key, value)
+
+    ours, theirs = run(attention.attend), run(jax.nn.dot_product_attention)
+    near = {"float32": 1e-6, "bfloat16": 2e-2}[dtype]
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        assert a.dtype == b.dtype and a.shape == b.shape
+        a, b = (np.asarray(x, np.float32) for x in (a, b))
+        np.testing.assert_allclose(a, b, rtol=0, atol=near * max(1, np.abs(b).max()))
+
+
 @pytest.fixture
 def asked(monkeypatch):
     """As if on a CUDA device: the implementations that were asked for, first to last."""
@@ -29,6 +53,7 @@ def asked(monkeypatch):
         calls.append(implementation)
         return real(*args, **kwargs)
 
+    monkeypatch.setattr(attention, "_on_cpu", lambda: False)
     monkeypatch.setattr(attention, "_on_cuda", lambda: True)
     monkeypatch.setattr(jax.nn, "dot_product_attention", recorded)
     attention.fused_kernel.cache_clear()
@@ -44,12 +69,13 @@ def test_the_fused_kernel_is_for_half_precision_without_a_mask(asked):
     assert asked[2:] == ["cudnn"]
     attention.attend(full, full, full)
     attention.attend(half, half, half, jnp.ones((1, 1, 4, 4), bool))
-    attention.attend(half[:, :1], half, half)  # other lengths were not tried
+    attention.attend(half[:, :1], half, half)  # the kernel was asked about self-attention
     assert asked[3:] == ["xla", "xla", "xla"]
 
 
 def test_a_card_without_the_kernel_gets_the_other_and_says_so(monkeypatch, caplog):
     """This machine's own JAX refuses the kernel: there is no such card."""
+    monkeypatch.setattr(attention, "_on_cpu", lambda: False)
     monkeypatch.setattr(attention, "_on_cuda", lambda: True)
     attention.fused_kernel.cache_clear()
     x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 4, 2, 8)), jnp.bfloat16)

@@ -123,6 +123,32 @@ def test_a_pseudo_word_that_is_the_token_changes_nothing(tiny):
     assert np.abs(backbone.encode_text(params, ids, other) - features).max() > 1e-3
 
 
+def test_the_pooled_position_alone_is_what_it_is_among_all(tiny):
+    """The last block computes one position: features and gradients of all parameters."""
+    backbone, params = tiny
+    ids = backbone.tokenizer(TEXTS)
+    size = backbone.config.vision.image_size
+    images = jax.random.normal(jax.random.key(0), (4, size, size, 3))
+    end = end_positions(ids, backbone.config.text.eos_token_id)
+
+    def whole(model, images, ids):
+        pooled = model.vision.pool(model.visual_tokens(images))
+        hidden = model.text_hidden_states(model.embed_tokens(ids))[np.arange(4), end]
+        return model.visual_projection(pooled), model.text_projection(hidden)
+
+    def run(method):
+        def loss(params):
+            features = backbone.model.apply({"params": params}, images, ids, method=method)
+            return sum(jnp.sum(jnp.sin(x)) for x in features), features
+
+        return jax.jit(jax.grad(loss, has_aux=True))(params)
+
+    for ours, expected in zip(run(None), run(whole), strict=True):
+        largest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(expected))
+        for a, b in zip(*map(jax.tree.leaves, (ours, expected)), strict=True):
+            np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * largest)
+
+
 # --- images
 
 
@@ -171,7 +197,7 @@ TINY_RESNET = ResNetConfig((3, 1, 1, 1), width=4, num_attention_heads=8, image_s
 
 # the stem of a ResNet is not computed again, and holds much of a small one's memory
 @pytest.mark.parametrize(
-    ("vision", "share"), [(TINY_VIT, 0.75), (TINY_RESNET, 0.95)], ids=["vit", "resnet"]
+    ("vision", "share"), [(TINY_VIT, 0.75), (TINY_RESNET, 0.97)], ids=["vit", "resnet"]
 )
 def test_remat_is_the_same_in_less_memory(vision, share):
     config, rng = ClipConfig(TINY_TEXT, vision, 12), np.random.default_rng(0)

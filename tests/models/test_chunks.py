@@ -1,0 +1,127 @@
+"""Chunks of a batch on CPU: the features of the whole batch, and where there are none."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cir_jax.errors import DataError
+from cir_jax.models import chunks, lora
+
+
+@pytest.fixture
+def one_device(monkeypatch):
+    """As if this process, with eight devices for the other tests, had one, of 16 KiB a core."""
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    monkeypatch.setattr(chunks, "CACHE_PER_CORE", 2**14)
+    monkeypatch.setattr(chunks.os, "sched_getaffinity", lambda _: {0, 1}, raising=False)
+
+
+@pytest.fixture
+def counted(tiny):
+    """(backbone, params, batches): `batches` gets the number of rows of each pass of the model."""
+    batches = []
+
+    class Counting(type(tiny[0])):
+        def _apply(self, params, *args, method):
+            batches.append((method, len(args[0])))
+            return super()._apply(params, *args, method=method)
+
+    fields = {f.name: getattr(tiny[0], f.name) for f in dataclasses.fields(tiny[0])}
+    return Counting(**fields), tiny[1], batches
+
+
+def test_chunks_are_even_and_fit_the_cache(monkeypatch):
+    monkeypatch.setattr(chunks.os, "sched_getaffinity", lambda _: {0, 1}, raising=False)
+    b32, l14 = chunks.activation_bytes(50, 3072), chunks.activation_bytes(257, 4096)
+    assert chunks.chunk_size(256, b32) == 6 and chunks.chunk_size(32, b32) == 4
+    assert chunks.chunk_size(11, b32) == 11  # less than two chunks of 6
+    assert chunks.chunk_size(256, l14) == 1
+    monkeypatch.setattr(chunks.os, "sched_getaffinity", lambda _: set(range(64)), raising=False)
+    assert chunks.chunk_size(256, b32) == 256
+    for batch in (1, 31, 37, 257, 1000):
+        size = chunks.chunk_size(batch, 2**24)
+        assert size == batch or (size <= 16 and -batch % size <= max(3, batch // 50))
+
+
+@pytest.mark.parametrize("batch", [32, 37])
+def test_images_and_texts_are_those_of_the_whole_batch(counted, one_device, batch):
+    backbone, params, batches = counted
+    rng = np.random.default_rng(0)
+    size = backbone.config.vision.image_size
+    images = rng.integers(0, 256, (batch, size, size, 3), np.uint8)
+    ids = rng.integers(5, 12, (batch, 6))
+    ids[:, -1] = backbone.config.text.eos_token_id
+    embeddings = backbone.embed_tokens(params, ids)
+    mask = np.arange(6)[None] <= rng.integers(0, 6, (batch, 1))
+    calls = (
+        lambda: (backbone.encode_image, (images,)),
+        lambda: (backbone.visual_tokens, (images,)),
+        lambda: (backbone.encode_text, (ids,)),
+        lambda: (backbone.encode_text, (ids, embeddings + 1)),
+        lambda: (backbone.text_hidden_states, (ids, mask)),
+    )
+    for call in calls:
+        method, rows = call()
+        with chunks.whole():
+            expected = jax.jit(method)(params, *rows)
+        batches.clear()
+        features = jax.jit(lambda *args, method=method: method(*args))(params, *rows)
+        seen = [n for name, n in batches if name != "embed_tokens"]
+        assert len(seen) == 1 and seen[0] < batch / 2, batches  # one chunk is traced
+        assert features.shape == expected.shape and features.dtype == expected.dtype
+        np.testing.assert_allclose(features, expected, rtol=1e-5, atol=1e-6)
+    batches.clear()
+    eager = backbone.encode_text(params, ids)
+    assert sum(n for _, n in batches) >= batch and len(batches) > 1
+    np.testing.assert_allclose(eager, jax.jit(backbone.encode_text)(params, ids), atol=1e-6)
+
+
+def test_gradients_are_those_of_the_whole_batch(tiny, one_device):
+    backbone, params = tiny
+    ids = np.full((32, 6), 7)
+    ids[:, -1] = backbone.config.text.eos_token_id
+    words = jnp.asarray(np.random.default_rng(0).normal(size=(32, 6, backbone.token_dim)))
+
+    def gradient(words):
+        return jax.grad(lambda w: jnp.sin(backbone.encode_text(params, ids, w)).sum())(words)
+
+    with chunks.whole():
+        expected = jax.jit(gradient)(words)
+    cut = jax.jit(lambda words: gradient(words))(words)
+    np.testing.assert_allclose(cut, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_where_batches_stay_whole(counted, one_device, monkeypatch):
+    backbone, params, batches = counted
+    ids = np.full((64, 6), backbone.config.text.eos_token_id)
+
+    def rows(params=params):
+        batches.clear()
+        jax.eval_shape(lambda p: backbone.encode_text(p, ids), params)
+        return batches[-1][1]
+
+    assert rows() < 64
+    assert rows(jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)) == 64
+    # LoRA's dropout gives each call of a layer one mask: a chunk must not be a call
+    with chunks.whole():
+        assert rows() == 64
+    with pytest.raises(ZeroDivisionError), lora.attached({}, 1.0):
+        assert rows() == 64
+        raise ZeroDivisionError
+    assert rows() < 64
+    monkeypatch.setattr(jax, "device_count", lambda: 8)
+    assert rows() == 64
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert rows() == 64
+
+
+def test_an_error_names_the_row_of_the_batch(tiny, one_device):
+    backbone, params = tiny
+    ids = np.full((64, 6), backbone.config.text.eos_token_id)
+    ids[60, 2] = 10**6
+    with pytest.raises(DataError, match="row 60, position 2: token id 1000000"):
+        backbone.encode_text(params, ids)
