@@ -51,7 +51,7 @@ def limit(megapixels: float) -> None:
 
 @contextlib.contextmanager
 def limited(megapixels: float | None) -> Iterator[None]:
-    """`limit` for a while; None leaves it as it is."""
+    """`limit` for a while, in all threads; None leaves it as it is."""
     before = _limit
     limit(before if megapixels is None else megapixels)
     try:

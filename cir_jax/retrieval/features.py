@@ -207,6 +207,7 @@ def open_image(record: Mapping[str, Any], field: str, what: str) -> Image.Image:
         )
     part = image.crop(box).convert("RGB")
     side = max(part.size)
+    images.check_size((side, side), f"{what}: its part as a square")
     square = Image.new("RGB", (side, side))
     square.paste(part, ((side - part.width) // 2, (side - part.height) // 2))
     return square

@@ -310,6 +310,9 @@ def test_a_part_is_cut_out_and_padded_to_a_black_square():
     np.testing.assert_array_equal(np.asarray(whole), pixels)
     with pytest.raises(DataError, match=r"record 3: crop \(3, 2, 30, 6\) is not inside"):
         features.open_image(part(picture, (3, 2, 30, 6)), "image", "record 3")
+    said = "record 3: its part as a square has 20 x 20 pixels, 0.0004 megapixels"
+    with images.limited(0.0003), pytest.raises(DataError, match=said):
+        features.open_image(part(picture, (0, 0, 20, 1)), "image", "record 3")
 
 
 def test_two_parts_of_one_image_are_two_images_for_the_cache(tiny, tmp_path):
