@@ -27,6 +27,7 @@ from cir_jax.retrieval import ranking
 from cir_jax.retrieval.features import unit
 from cir_jax.weights import clip as clip_weights
 from cir_jax.weights import convert, open_clip
+from tests import peers
 
 Outputs = dict[str, Any]
 
@@ -177,7 +178,7 @@ def installed_clip_merges() -> list[tuple[str, str]] | None:
     """
     for package, pattern in (("open_clip", "bpe_simple_vocab_*.txt.gz"), (INSTANT, "*.so")):
         spec = importlib.util.find_spec(package)
-        folders = (spec and spec.submodule_search_locations) or ()
+        folders = [peers.APART / package, *((spec and spec.submodule_search_locations) or ())]
         for file in (f for folder in folders for f in Path(folder).glob(pattern)):
             data = file.read_bytes()
             data = gzip.decompress(data) if file.suffix == ".gz" else data

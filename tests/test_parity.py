@@ -1,6 +1,8 @@
 """`tests/parity.py` on tests/golden, and the tool itself."""
 
 import dataclasses
+import gzip
+import importlib.util
 import os
 from pathlib import Path
 
@@ -81,6 +83,20 @@ def test_the_rule_for_generated_parameters():
     assert abs(parity.rule_v1("n.weight", (1000,), 0, 1.0).mean() - 1) < 0.02
     assert (parity.rule_v1("n.running_var", (1000,), 0, 1.0) >= 0.5).all()
     assert abs(parity.rule_v1("class_embedding", (1000,), 0, 1.0).std() - 0.5) < 0.05
+
+
+def test_the_vocabulary_is_found_where_ci_has_it(tmp_path, monkeypatch):
+    """Beside the other packages, not on the path; and nothing else is taken for it."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(peers, "APART", tmp_path)
+    assert parity.parity_core.installed_clip_merges() is None
+    (tmp_path / "open_clip").mkdir()
+    text = '"bpe_simple_vocab_16e6.txt#version: 0.2\ni n\nt h\na n\nr e\n'
+    packed = tmp_path / "open_clip" / "bpe_simple_vocab_16e6.txt.gz"
+    monkeypatch.setattr(parity.parity_core, "CLIP_MERGES", 4)
+    packed.write_bytes(gzip.compress(text.encode()))
+    merges = [("i", "n"), ("t", "h"), ("a", "n"), ("r", "e")]
+    assert parity.parity_core.installed_clip_merges() == merges
 
 
 def test_what_is_skipped_is_said_and_fails_where_it_must(tmp_path, monkeypatch, capsys):
@@ -233,8 +249,7 @@ def test_phis_of_other_widths_and_inputs():
 
 
 def mobilevit(multiplier):
-    peers.torchvision()
-    pytest.importorskip("timm")
+    peers.timm()
     from timm.models import byobnet, mobilevit
 
     return byobnet.ByobNet(mobilevit._mobilevitv2_cfg(multiplier), num_classes=0).eval()
