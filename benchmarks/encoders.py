@@ -1,18 +1,20 @@
-"""Speed and memory of the CLIP towers against PyTorch's transformers, in one run on one machine.
+"""Speed and memory of the CLIP towers against PyTorch and onnxruntime, in one run on one machine.
 
-    python benchmarks/encoders.py                    # CPU or CUDA GPU, whatever both sides see
+    python benchmarks/encoders.py                    # CPU or CUDA GPU, whatever all sides see
     python benchmarks/encoders.py --quick            # rougher, and without the large batches
     python benchmarks/encoders.py --models=ViT-B/32 --batches=1,32 --output=mine.json
 
 Random weights of the published shapes: a transformers.CLIPModel is built from its config, its
-state_dict converted by cir_jax.weights, and the outputs compared before anything is timed. Each
+state_dict converted by cir_jax.weights, and the features compared before anything is timed. Each
 side lives in its own process (encoders_worker.py) and they take turns, so that what else the
-machine does hits both. PyTorch is eager, in inference mode, with its default attention; JAX is
-compiled, and the time that takes stands apart. Writes benchmarks/encoders.json.
+machine does hits all. Compilation stands apart. A side that is not installed, fails or dies is
+missing with the reason, and the rest goes on. benchmarks/encoders.json is written after each cell.
 """
 
 import argparse
+import contextlib
 import datetime
+import itertools
 import json
 import os
 import platform
@@ -21,7 +23,8 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -30,13 +33,20 @@ import numpy as np
 import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
-SIDES = ("jax", "torch")
+SIDES = ("jax", "torch", "compile", "onnxruntime")
+"""This library; PyTorch as it is, by torch.compile; what torch.onnx.export makes of it."""
+REFERENCE = "torch"
 KINDS = ("image", "text", "text77")
 TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2}
 """Relative error, ||ours - theirs|| / ||theirs||, above which nothing is timed."""
 
+PATIENCE = 900.0
+"""Seconds to wait for one answer; a side that takes longer is ended."""
+
 FULL_LENGTH = 77
 BUCKET = 8
+PACKAGES = ("jax", "jaxlib", "flax", "torch", "transformers", "onnx", "onnxruntime", "numpy")
+BAR = "{desc}{percentage:.0f}%|{bar}| {elapsed} so far, {remaining} to go"
 BUSY = 0.25  # load per core before the start that is worth a word
 CAPTION_TOKENS = (9, 14, 11, 12, 10, 16, 13, 11, 12, 15, 10, 12, 18, 11, 13, 12)
 """Tokens of usual captions, both ends included ("a man riding a wave on a surfboard": 10)."""
@@ -85,12 +95,15 @@ class Worker:
     """One side in its own process: requests and answers are lines of JSON."""
 
     def __init__(self, side: str, threads: int, directory: Path):
-        self.side = side
-        # the GPU is shared by both processes: JAX must not take all of its memory at once
+        self.side, self.arguments = side, [side, str(threads), str(directory)]
+        self.start()
+
+    def start(self) -> None:
+        # the GPU is shared by all processes: JAX must not take all of its memory at once
         environment = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
         script = Path(__file__).with_name("encoders_worker.py")
         self.process = subprocess.Popen(
-            [sys.executable, str(script), side, str(threads), str(directory)],
+            [sys.executable, str(script), *self.arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -98,18 +111,53 @@ class Worker:
         )
 
     def __call__(self, do: str, **request: Any) -> Any:
+        """Raises SideMissing with the reason."""
         assert self.process.stdin and self.process.stdout
-        self.process.stdin.write(json.dumps({"do": do, **request}) + "\n")
-        self.process.stdin.flush()
-        line = self.process.stdout.readline()
+        timer = threading.Timer(PATIENCE, self.process.kill)
+        timer.start()
+        try:
+            self.process.stdin.write(json.dumps({"do": do, **request}) + "\n")
+            self.process.stdin.flush()
+            line = self.process.stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        finally:
+            timer.cancel()
         if not line:
-            raise SystemExit(f"the {self.side} process died at {do} {request}; its error is above")
-        return json.loads(line)
+            status = self.process.wait()
+            raise SideMissing(f"its process ended with status {status} at {do}")
+        answer = json.loads(line)
+        if "missing" in answer:
+            raise SideMissing(answer["missing"])
+        return answer["value"]
+
+    def revive(self) -> None:
+        if self.process.poll() is not None:
+            self.start()
 
     def close(self) -> None:
         assert self.process.stdin
-        self.process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.close()
         self.process.wait()
+
+
+class SideMissing(Exception):
+    """Why a side has no number."""
+
+
+def ask(
+    workers: Mapping[str, Worker], missing: dict[str, str], do: str, **request: Any
+) -> dict[str, Any]:
+    """The answers of the sides that are not `missing`; whoever has none becomes so."""
+    answers = {}
+    for side, worker in workers.items():
+        if side not in missing:
+            try:
+                answers[side] = worker(do, **request)
+            except SideMissing as reason:
+                missing[side] = str(reason)
+    return answers
 
 
 def flops(config: Mapping[str, Any], kind: str, length: int) -> float:
@@ -147,37 +195,52 @@ def inputs(config: Mapping[str, Any], kind: str, batch: int) -> np.ndarray:
 
 
 def measure(
-    workers: Mapping[str, Worker], request: Mapping[str, Any], directory: Path, seconds: float
+    workers: Mapping[str, Worker],
+    missing: Mapping[str, str],
+    request: Mapping[str, Any],
+    directory: Path,
+    seconds: float,
+    limit: float,
 ) -> dict[str, Any]:
-    """One cell: agreement, compile time, memory, then both sides in turns for about `seconds`."""
-    sides: dict[str, dict[str, Any]] = {}
-    for side, worker in workers.items():
-        # one pass, after JAX has compiled it: for the features, the memory, and to warm up
-        sides[side] = worker("prepare", **request)
-    ours, theirs = (np.load(directory / f"{side}.npy") for side in SIDES)
-    error = float(np.linalg.norm(ours - theirs) / np.linalg.norm(theirs))
-    if not error < TOLERANCE[request["dtype"]]:
-        raise SystemExit(f"{dict(request)}: the outputs differ by {error:.1e}; nothing was timed.")
-    once = {side: max(sides[side].pop("pass_s"), 1e-6) for side in workers}
+    """One cell: agreement, compile time, memory, then all sides in turns for about `seconds`.
+
+    Where one more pass of all sides would take over a quarter of `limit`, the first is what counts.
+    """
+    lost = dict(missing)
+    sides = ask(workers, lost, "prepare", **request)
+    features = {side: np.load(directory / f"{side}.npy") for side in sides}
+    against = REFERENCE if REFERENCE in features else next(iter(features), REFERENCE)
+    for side in list(sides):
+        error = float(
+            np.linalg.norm(features[side] - features[against]) / np.linalg.norm(features[against])
+        )
+        sides[side]["error"] = error
+        if not error < TOLERANCE[request["dtype"]]:
+            lost[side] = f"its features differ by {error:.1e}"
+            del sides[side]
+    once = {side: max(sides[side].pop("pass_s"), 1e-6) for side in sides}
     # a sample is at least 50 ms of passes
-    passes = {side: max(1, round(0.05 / once[side])) for side in workers}
-    rounds = int(seconds / sum(once[side] * passes[side] for side in workers))
-    rounds = min(max(rounds, 1), 25)
-    samples: dict[str, list[float]] = {side: [] for side in workers}
+    passes = {side: max(1, round(0.05 / once[side])) for side in sides}
+    turn = sum(once[side] * passes[side] for side in sides)
+    rounds = min(max(int(seconds / max(turn, 1e-6)), 1), 25) if turn < limit / 4 else 0
+    samples: dict[str, list[float]] = {side: [] for side in sides}
     for number in range(rounds):
         # who goes first changes, too
-        for side in SIDES if number % 2 else SIDES[::-1]:
-            samples[side].append(workers[side]("time", passes=passes[side]))
-    for side in workers:
-        middle = statistics.median(samples[side])
-        sides[side] |= {"seconds": middle, "fastest_s": min(samples[side])}
+        for side in list(samples)[:: 1 if number % 2 else -1]:
+            taken = ask({side: workers[side]}, lost, "time", passes=passes[side])
+            samples[side] += taken.values()
+    for side in sides:
+        times = samples[side] or [once[side]]
+        middle = statistics.median(times)
+        sides[side] |= {"seconds": middle, "fastest_s": min(times)}
         sides[side]["per_second"] = request["batch"] / middle
-    ours, theirs = (sides[side] for side in SIDES)
-    ratios = {
-        "ratio": theirs["seconds"] / ours["seconds"],
-        "ratio_fastest": theirs["fastest_s"] / ours["fastest_s"],
-    }
-    return {**sides, **ratios, "error": error, "rounds": rounds}
+    cell: dict[str, Any] = {**sides, "rounds": rounds}
+    others = [side for side in sides if side != "jax"]
+    if "jax" in sides:
+        for name, field in (("ratio", "seconds"), ("ratio_fastest", "fastest_s")):
+            cell[name] = {side: sides[side][field] / sides["jax"][field] for side in others}
+    # a side may have been lost after its first pass, which stands
+    return cell | {"missing": {side: why for side, why in lost.items() if side not in sides}}
 
 
 def run(
@@ -188,8 +251,9 @@ def run(
     threads: int,
     seconds: float,
     limit: float,
+    write: Callable[[dict[str, Any]], None],
 ) -> dict[str, Any]:
-    """All cells, each for about `seconds`.
+    """All cells, each for about `seconds`; `write` gets what there is after each.
 
     Those that would take more than `limit` seconds are there with the reason. threads: of each
     side; 0 = as many as there are cores.
@@ -200,71 +264,106 @@ def run(
         print(f"Other programs keep {load:.1f} cores busy: expect noise, which the file will tell.")
     directory = Path(tempfile.mkdtemp(prefix="encoders"))
     workers = {side: Worker(side, threads, directory) for side in SIDES}
-    cells: list[dict[str, Any]] = []
     try:
-        about = {side: worker("about", dtypes=dtypes) for side, worker in workers.items()}
-        platforms = {side: about[side]["platform"] for side in SIDES}
+        absent: dict[str, str] = {}
+        about = ask(workers, absent, "about", dtypes=dtypes)
+        if REFERENCE not in about or "jax" not in about:
+            raise SystemExit(f"needs both jax and {REFERENCE}, which makes the weights: {absent}")
+        platforms = {side: about[side]["platform"] for side in about}
         if len(set(platforms.values())) > 1:
-            raise SystemExit(f"the sides see different devices: {platforms}. Install both for one.")
-        matrix = {
-            dtype: {side: workers[side]("matrix", dtype=dtype) for side in SIDES}
-            for dtype in dtypes
+            raise SystemExit(f"the sides see different devices: {platforms}. Install all for one.")
+        both = {side: workers[side] for side in ("jax", REFERENCE)}
+        matrix = {dtype: ask(both, {}, "matrix", dtype=dtype) for dtype in dtypes}
+        measured: dict[str, Any] = {
+            "date": datetime.date.today().isoformat(),
+            "command": "python benchmarks/encoders.py " + " ".join(sys.argv[1:]),
+            "machine": {
+                "device": about["jax"]["device"],
+                "platform": platforms["jax"],
+                "cpu": cpu_name(),
+                "threads": threads,
+                "load_before": load,
+            },
+            "versions": {"python": platform.python_version(), **versions()},
+            "settings": {
+                "XLA_FLAGS": os.environ.get("XLA_FLAGS", ""),
+                **about[REFERENCE]["settings"],
+            },
+            "matrix_rate": matrix,
+            "cells": [],
         }
-        total = len(names) * len(dtypes) * len(KINDS) * len(batches)
-        with tqdm.tqdm(total=total, unit="cell") as bar:
-            for model, dtype, kind in (
-                (model, dtype, kind) for model in names for dtype in dtypes for kind in KINDS
-            ):
-                if kind == KINDS[0]:
-                    bar.set_description(f"{model} {dtype} loading")
-                    # the PyTorch side makes the weights that both load
-                    config = workers["torch"]("make", model=model, config=MODELS[model])
-                    for side in SIDES:
-                        workers[side]("load", model=model, dtype=dtype)
-                slowest = 0.0  # seconds per row of both sides, of the batch before
-                for batch in batches:
-                    bar.set_description(f"{model} {dtype} {kind} x{batch}")
-                    cell = {"model": model, "dtype": dtype, "kind": kind, "batch": batch}
-                    length = 0 if kind == "image" else text_length(kind, batch)
-                    if length:
-                        cell["length"] = length
-                    if (expected := 2 * slowest * batch) > limit:
-                        cell["skipped"] = (
-                            f"expected {expected:.0f} s for two passes of both sides, over the "
-                            f"limit of {limit:.0f} s"
-                        )
-                    else:
-                        np.save(directory / "input.npy", inputs(config, kind, batch))
-                        cell |= measure(workers, cell, directory, seconds)
-                        slowest = sum(cell[side]["seconds"] for side in SIDES) / batch
-                        for side in SIDES:
-                            rate = flops(config, kind, length) * cell[side]["per_second"]
+        plan = list(itertools.product(names, dtypes, KINDS))
+        # on CPU the other types are for warning of them only
+        cpu = platforms["jax"] == "cpu"
+        limits = {d: limit / 8 if cpu and d != "float32" else limit for d in dtypes}
+        # the bar counts expected seconds, so that its time to go is right
+        work = {}
+        for model, dtype, kind in plan:
+            most = limits[dtype]
+            for batch in batches:
+                count = flops(complete(MODELS[model]), kind, text_length(kind, batch)) * batch
+                passes = len(about) * count / matrix[dtype]["jax"]
+                more = max(seconds, passes) if passes < most / 4 else 0
+                work[model, dtype, kind, batch] = passes + more if passes < most else 0.0
+        bar = tqdm.tqdm(total=sum(work.values()), bar_format=BAR)
+        loaded: tuple[str, str] | None = None
+        for model, dtype, kind in plan:
+            if loaded != (model, dtype):
+                bar.set_description(f"{model} {dtype} loading")
+                loaded, missing = (model, dtype), dict(absent)
+                for worker in workers.values():
+                    worker.revive()
+                # the PyTorch side makes the weights that all load
+                config = workers[REFERENCE]("make", model=model, config=MODELS[model])
+                ask(workers, missing, "load", model=model, dtype=dtype)
+            slowest = 0.0  # seconds per row of all sides, of the batch before
+            for batch in batches:
+                bar.set_description(f"{model} {dtype} {kind} x{batch}")
+                cell = {"model": model, "dtype": dtype, "kind": kind, "batch": batch}
+                length = 0 if kind == "image" else text_length(kind, batch)
+                if length:
+                    cell["length"] = length
+                most = limits[dtype]
+                if (expected := slowest * batch) > most:
+                    cell["skipped"] = (
+                        f"expected {expected:.0f} s for a pass of all sides, over the limit of "
+                        f"{most:.0f} s"
+                    )
+                else:
+                    np.save(directory / "input.npy", inputs(config, kind, batch))
+                    cell |= measure(workers, missing, cell, directory, seconds, most)
+                    present = [side for side in SIDES if side in cell]
+                    slowest = sum(cell[side]["seconds"] for side in present) / batch
+                    for side in present:
+                        rate = flops(config, kind, length) * cell[side]["per_second"]
+                        cell[side]["rate"] = rate
+                        if side in matrix[dtype]:
                             cell[side]["share"] = rate / matrix[dtype][side]
-                    cells.append(cell)
-                    bar.update()
+                measured["cells"].append(cell)
+                write(measured)
+                bar.update(work[model, dtype, kind, batch])
+        bar.close()
     finally:
         for worker in workers.values():
             worker.close()
         shutil.rmtree(directory)
-    packages = ("jax", "jaxlib", "flax", "torch", "transformers", "numpy")
-    return {
-        "date": datetime.date.today().isoformat(),
-        "command": "python benchmarks/encoders.py " + " ".join(sys.argv[1:]),
-        "machine": {
-            "device": about["jax"]["device"],
-            "platform": platforms["jax"],
-            "cpu": cpu_name(),
-            "threads": threads,
-            "load_before": load,
-        },
-        "versions": {
-            "python": platform.python_version(),
-            **{package: metadata.version(package) for package in packages},
-        },
-        "settings": {"XLA_FLAGS": os.environ.get("XLA_FLAGS", ""), **about["torch"]["settings"]},
-        "matrix_rate": matrix,
-        "cells": cells,
-    }
+    return measured
+
+
+def complete(config: Mapping[str, Any]) -> dict[str, Any]:
+    """With the defaults in place of what `MODELS` does not say."""
+    sys.path.insert(0, str(ROOT))
+    from cir_jax.models.clip import ClipConfig
+
+    return ClipConfig.from_dict(config).to_dict()
+
+
+def versions() -> dict[str, str]:
+    found = {}
+    for package in PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[package] = metadata.version(package)
+    return found
 
 
 def cpu_name() -> str:
@@ -275,24 +374,35 @@ def cpu_name() -> str:
 
 
 def table(measured: Mapping[str, Any]) -> Iterator[str]:
-    """Markdown, one row per cell; what was skipped says so."""
+    """Markdown, one row per cell; what was skipped or is missing says so below."""
     head = (
-        *("model", "dtype", "input", "batch", "JAX /s", "PyTorch /s", "ratio"),
-        *("share of matrix rate, JAX / PyTorch", "MB, JAX / PyTorch", "compile s"),
+        *("model", "dtype", "input", "batch", "JAX /s", "PyTorch /s", "torch.compile /s"),
+        *("onnxruntime /s", "times PyTorch", "times the fastest other", "share of matrix rate"),
+        *("MB, JAX / PyTorch", "compile s"),
     )
     yield "| " + " | ".join(head) + " |"
     yield "|" + " --- |" * len(head)
+    reasons: dict[str, None] = {}
     for cell in measured["cells"]:
         what = "image" if cell["kind"] == "image" else f"text, {cell['length']}"
         row = [cell["model"], cell["dtype"], what, str(cell["batch"])]
         if "skipped" in cell:
             row += [f"skipped: {cell['skipped']}", *[""] * (len(head) - 5)]
         else:
-            ours, theirs = cell["jax"], cell["torch"]
-            row += [f"{side['per_second']:,.1f}" for side in (ours, theirs)]
-            row += [f"**{cell['ratio']:.2f}**", f"{ours['share']:.0%} / {theirs['share']:.0%}"]
-            row += [f"{_mb(ours)} / {_mb(theirs)}", f"{ours['compile_s']:.1f}"]
+            row += [f"{cell[x]['per_second']:,.1f}" if x in cell else "missing" for x in SIDES]
+            ratios = cell.get("ratio", {})
+            row += [f"{ratios[REFERENCE]:.2f}" if REFERENCE in ratios else "-"]
+            row += [f"**{min(ratios.values()):.2f}**" if ratios else "-"]
+            ours = cell.get("jax", {})
+            row += [f"{ours['share']:.0%}" if ours else "-"]
+            row += [" / ".join(_mb(cell[x]) if x in cell else "-" for x in ("jax", REFERENCE))]
+            row += [f"{ours['compile_s']:.1f}" if ours else "-"]
+            for side, why in cell["missing"].items():
+                reasons[f"{side}, {cell['model']} {cell['dtype']}: {why}"] = None
         yield "| " + " | ".join(row) + " |"
+    if reasons:
+        yield ""
+        yield from (f"* missing: {reason}" for reason in reasons)
 
 
 def _short(value: Any) -> Any:
@@ -326,16 +436,20 @@ def main() -> None:
     parser.add_argument("--limit", type=float, help="skip cells expected to take more seconds")
     parser.add_argument("--quick", action="store_true", help="rough, and without the large batches")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "encoders.json")
+    parser.add_argument("--show", type=Path, help="only print the table of this file")
     args = parser.parse_args()
+    if args.show:
+        print(*table(json.loads(args.show.read_text())), sep="\n")
+        return
     measured = run(
         args.models,
         args.dtypes,
         sorted(int(batch) for batch in args.batches.split(",")),
         threads=args.threads,
-        seconds=0.5 if args.quick else 8.0,
-        limit=args.limit or (10.0 if args.quick else 110.0),
+        seconds=0.5 if args.quick else 6.0,
+        limit=args.limit or (20.0 if args.quick else 240.0),
+        write=lambda so_far: args.output.write_text(json.dumps(_short(so_far), indent=1) + "\n"),
     )
-    args.output.write_text(json.dumps(_short(measured), indent=1) + "\n")
     for line in table(measured):
         print(line)
 

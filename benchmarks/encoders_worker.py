@@ -1,6 +1,7 @@
 """One side of encoders.py, which starts it: `encoders_worker.py SIDE THREADS DIRECTORY`.
 
-Reads requests from the standard input, one line of JSON each, and answers on the standard output.
+Reads requests from the standard input, one line of JSON each, and answers on the standard output:
+{"value": ...}, or {"missing": why} where the side cannot do what it is asked.
 """
 
 import gc
@@ -8,6 +9,7 @@ import json
 import os
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,8 +22,14 @@ MATRIX = {"cpu": 2048, "gpu": 8192}
 """Rows and columns of the matrices whose product gives the device's matrix rate."""
 
 
+class Cannot(Exception):
+    """Why a side does not measure something, in words for the table."""
+
+
 class Side:
-    """What both sides share: timing and the process's memory."""
+    """What all sides share: timing and the process's memory."""
+
+    name: str
 
     def __init__(self, threads: int, directory: Path):
         self.directory = directory
@@ -57,6 +65,8 @@ class Side:
 
 
 class Jax(Side):
+    name = "jax"
+
     def __init__(self, threads: int, directory: Path):
         super().__init__(threads, directory)
         import jax
@@ -85,6 +95,7 @@ class Jax(Side):
         import jax.numpy as jnp
         from safetensors.numpy import load_file
 
+        from cir_jax.models.backbone import Backbone
         from cir_jax.models.clip import Clip, ClipConfig
         from cir_jax.weights import clip, convert
 
@@ -97,23 +108,21 @@ class Jax(Side):
             dtype=jnp.dtype(dtype),
         )
         self.params = self.jax.device_put(params, self.device)
-        self.model = Clip(config, jnp.dtype(dtype))
+        # ids and normalised pixels come in: neither tokenizer nor preprocessing is asked for
+        self.backbone = Backbone(Clip(config, jnp.dtype(dtype)), None, None, "")
 
     def prepare(self, kind: str, dtype: str, **_: Any) -> dict[str, Any]:
         self.precision(dtype)
-        method = "encode_image" if kind == "image" else "encode_text"
+        encode = self.backbone.encode_image if kind == "image" else self.backbone.encode_text
         x = np.load(self.directory / "input.npy")
         x = self.jax.device_put(x.astype(dtype) if kind == "image" else x, self.device)
-
-        def encode(params: Any, x: Any) -> Any:
-            return self.model.apply({"params": params}, x, method=method)
 
         start = time.perf_counter()
         compiled = self.jax.jit(encode).lower(self.params, x).compile()
         seconds = time.perf_counter() - start
         self.run = lambda: compiled(self.params, x)
         features, about = self.first_pass()
-        np.save(self.directory / "jax.npy", np.asarray(features).astype(np.float32))
+        np.save(self.directory / f"{self.name}.npy", np.asarray(features).astype(np.float32))
         if self.platform == "gpu":
             # what XLA allots before it starts; it asks for nothing more while it runs
             planned = compiled.memory_analysis()
@@ -123,11 +132,16 @@ class Jax(Side):
 
 
 class Torch(Side):
+    name = "torch"
+
     def __init__(self, threads: int, directory: Path):
         super().__init__(threads, directory)
         import torch
 
         self.torch = torch
+        import transformers
+
+        transformers.utils.logging.disable_progress_bar()
         torch.set_num_threads(threads)
         torch.set_grad_enabled(False)
         self.platform = "gpu" if torch.cuda.is_available() else "cpu"
@@ -163,27 +177,49 @@ class Torch(Side):
         from transformers import CLIPModel
 
         self.model = self.run = None
+        self.towers: dict[str, Callable[..., Any]] = {}
         dtype = getattr(self.torch, dtype)
         self.model = CLIPModel.from_pretrained(self.directory, dtype=dtype).to(self.device).eval()
         for parameter in self.model.parameters():
             # pages of the file that are read later would count as memory of the first pass
             parameter.data = parameter.data.clone()
 
+    def input(self, kind: str, dtype: str) -> Any:
+        x = self.torch.from_numpy(np.load(self.directory / "input.npy")).to(self.device)
+        if kind != "image":
+            return x.long()
+        # as its preprocessing gives them: channels first
+        return x.permute(0, 3, 1, 2).contiguous().to(getattr(self.torch, dtype))
+
+    def encode(self, tower: str) -> Callable[..., Any]:
+        name = "get_image_features" if tower == "image" else "get_text_features"
+        method = getattr(self.model, name)
+
+        def encode(x: Any) -> Any:
+            features = method(x)
+            return getattr(features, "pooler_output", features)
+
+        return encode
+
+    def compiled(self, encode: Callable[..., Any]) -> Callable[..., Any]:
+        return encode
+
     def prepare(self, kind: str, dtype: str, **_: Any) -> dict[str, Any]:
-        torch = self.torch
-        x = torch.from_numpy(np.load(self.directory / "input.npy")).to(self.device)
-        if kind == "image":
-            # as its preprocessing gives them: channels first
-            x = x.permute(0, 3, 1, 2).contiguous().to(getattr(torch, dtype))
-            encode = self.model.get_image_features
-        else:
-            x, encode = x.long(), self.model.get_text_features
+        torch, x, compiled = self.torch, self.input(kind, dtype), {}
+        tower = "image" if kind == "image" else "text"
+        if tower not in self.towers:
+            self.towers[tower] = self.compiled(self.encode(tower))
+        encode = self.towers[tower]
 
         def run() -> Any:
             with torch.inference_mode():
                 return encode(x)
 
         self.run, before = run, 0
+        if type(self) is not Torch:
+            start = time.perf_counter()
+            self.wait(run())
+            compiled = {"compile_s": time.perf_counter() - start}
         if self.platform == "gpu":
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
@@ -191,9 +227,87 @@ class Torch(Side):
         features, about = self.first_pass()
         if self.platform == "gpu":
             about["extra_mb"] = (torch.cuda.max_memory_allocated() - before) / 2**20
-        features = getattr(features, "pooler_output", features)
-        np.save(self.directory / "torch.npy", features.float().cpu().numpy())
-        return about
+        np.save(self.directory / f"{self.name}.npy", features.float().cpu().numpy())
+        return {**compiled, **about}
+
+
+class Compile(Torch):
+    """torch.compile with its defaults: a shape is compiled for itself, later ones for any size."""
+
+    name = "compile"
+
+    def load(self, model: str, dtype: str) -> None:
+        if dtype != "float32" and self.platform == "cpu":
+            raise Cannot("measured in float32 only")
+        super().load(model, dtype)
+
+    def compiled(self, encode: Callable[..., Any]) -> Callable[..., Any]:
+        return self.torch.compile(encode)
+
+
+class Onnx(Torch):
+    """onnxruntime with its defaults, on what torch.onnx.export makes of the same model."""
+
+    name = "onnxruntime"
+
+    def __init__(self, threads: int, directory: Path):
+        super().__init__(threads, directory)
+        import onnxruntime
+        import onnxscript  # noqa: F401, torch.onnx.export needs it
+
+        self.runtime, self.threads = onnxruntime, threads
+        wanted = "CUDAExecutionProvider" if self.platform == "gpu" else "CPUExecutionProvider"
+        if wanted not in onnxruntime.get_available_providers():
+            raise Cannot(f"this onnxruntime has no {wanted}")
+        self.providers = [wanted]
+
+    def load(self, model: str, dtype: str) -> None:
+        if dtype != "float32":
+            raise Cannot("measured in float32 only")
+        super().load(model, dtype)
+        self.sessions: dict[str, Any] = {}
+
+    def prepare(self, kind: str, dtype: str, **_: Any) -> dict[str, Any]:
+        tower = "image" if kind == "image" else "text"
+        x, start = self.input(kind, dtype), time.perf_counter()
+        if tower not in self.sessions:
+            self.sessions[tower] = self.session(tower, x)
+        seconds = time.perf_counter() - start
+        session, feed = self.sessions[tower], {"x": x.cpu().numpy()}
+        self.run = lambda: session.run(None, feed)[0]
+        features, about = self.first_pass()
+        np.save(self.directory / f"{self.name}.npy", features)
+        return {"compile_s": seconds, **about}
+
+    def session(self, tower: str, x: Any) -> Any:
+        """Exported for any batch and length, the first of which must not be 1."""
+        torch, path = self.torch, self.directory / f"{tower}.onnx"
+        x = torch.cat([x, x])
+        axes = {0: torch.export.Dim("batch")}
+        if tower == "text":
+            axes[1] = torch.export.Dim("length", max=77)
+        encode = self.encode(tower)
+
+        class Module(torch.nn.Module):
+            def __init__(self, model: Any):
+                super().__init__()
+                self.model = model
+
+            def forward(self, x: Any) -> Any:
+                return encode(x)
+
+        torch.onnx.export(
+            Module(self.model).eval(),
+            (x,),
+            path,
+            input_names=["x"],
+            dynamic_shapes=(axes,),
+            dynamo=True,
+            verbose=False,
+        )
+        options = self.runtime.SessionOptions()
+        options.intra_op_num_threads = self.threads
+        return self.runtime.InferenceSession(path, options, providers=self.providers)
 
 
 def _reset_peak() -> bool:
@@ -223,12 +337,39 @@ def main() -> None:
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever a library prints is no answer
-    side = {"jax": Jax, "torch": Torch}[name](threads, directory)
+    sides = {side.name: side for side in (Jax, Torch, Compile, Onnx)}
+    try:
+        side: Any = sides[name](threads, directory)
+    except Exception as error:
+        side = Missing(error)
     for line in sys.stdin:
         request = json.loads(line)
-        answer = getattr(side, request.pop("do"))(**request)
+        try:
+            answer = {"value": getattr(side, request.pop("do"))(**request)}
+        except Exception as error:
+            if not isinstance(side, Missing) and not isinstance(error, Cannot):
+                traceback.print_exc()
+            answer = {"missing": reason(error)}
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
+
+
+class Missing:
+    """A side that could not even start: every request is answered with the reason."""
+
+    def __init__(self, error: Exception):
+        self.error = error
+
+    def __getattr__(self, name: str) -> Any:
+        raise self.error
+
+
+def reason(error: Exception) -> str:
+    """One line, which goes into the file and the table."""
+    if isinstance(error, Cannot):
+        return str(error)
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else ''}".strip()[:200]
 
 
 if __name__ == "__main__":

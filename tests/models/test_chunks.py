@@ -46,37 +46,36 @@ def test_chunks_are_even_and_fit_the_cache(monkeypatch):
         assert size == batch or (size <= 16 and -batch % size <= max(3, batch // 50))
 
 
-@pytest.mark.parametrize("batch", [32, 37])
-def test_images_and_texts_are_those_of_the_whole_batch(counted, one_device, batch):
+def test_features_are_those_of_the_whole_batch(counted, one_device):
     backbone, params, batches = counted
-    rng = np.random.default_rng(0)
-    size = backbone.config.vision.image_size
+    rng, batch, size = np.random.default_rng(0), 37, backbone.config.vision.image_size
     images = rng.integers(0, 256, (batch, size, size, 3), np.uint8)
     ids = rng.integers(5, 12, (batch, 6))
     ids[:, -1] = backbone.config.text.eos_token_id
     embeddings = backbone.embed_tokens(params, ids)
     mask = np.arange(6)[None] <= rng.integers(0, 6, (batch, 1))
-    calls = (
-        lambda: (backbone.encode_image, (images,)),
-        lambda: (backbone.visual_tokens, (images,)),
-        lambda: (backbone.encode_text, (ids,)),
-        lambda: (backbone.encode_text, (ids, embeddings + 1)),
-        lambda: (backbone.text_hidden_states, (ids, mask)),
-    )
-    for call in calls:
-        method, rows = call()
-        with chunks.whole():
-            expected = jax.jit(method)(params, *rows)
-        batches.clear()
-        features = jax.jit(lambda *args, method=method: method(*args))(params, *rows)
-        seen = [n for name, n in batches if name != "embed_tokens"]
-        assert len(seen) == 1 and seen[0] < batch / 2, batches  # one chunk is traced
-        assert features.shape == expected.shape and features.dtype == expected.dtype
-        np.testing.assert_allclose(features, expected, rtol=1e-5, atol=1e-6)
+
+    def features(params):
+        return {
+            "encode_image": backbone.encode_image(params, images),
+            "encode_text": backbone.encode_text(params, ids, embeddings[::-1]),
+            "text_hidden_states": backbone.text_hidden_states(params, ids, mask),
+        }
+
+    with chunks.whole():
+        expected = jax.jit(features)(params)
     batches.clear()
-    eager = backbone.encode_text(params, ids)
-    assert sum(n for _, n in batches) >= batch and len(batches) > 1
-    np.testing.assert_allclose(eager, jax.jit(backbone.encode_text)(params, ids), atol=1e-6)
+    ours = jax.jit(lambda params: features(params))(params)
+    traced = [(name, rows) for name, rows in batches if name != "embed_tokens"]
+    assert [name for name, _ in traced] == list(expected)  # one chunk of each
+    assert all(1 < rows <= batch / 2 for _, rows in traced)
+    for name, x in expected.items():
+        assert ours[name].dtype == x.dtype
+        np.testing.assert_allclose(ours[name], x, rtol=1e-5, atol=2e-6, err_msg=name)
+    batches.clear()
+    eager = backbone.encode_text(params, ids, embeddings[::-1])
+    assert len(batches) > 1 and sum(rows for _, rows in batches) >= batch
+    np.testing.assert_allclose(eager, expected["encode_text"], rtol=1e-5, atol=2e-6)
 
 
 def test_gradients_are_those_of_the_whole_batch(tiny, one_device):
