@@ -1,4 +1,4 @@
-"""PyTorch files made by hand, opcode by opcode, and a bound of the memory that reading takes."""
+"""Files for the tests of what is damaged, made to do harm, or not what it seems."""
 
 import contextlib
 import pickle
