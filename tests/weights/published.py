@@ -9,6 +9,11 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+import pytest
+
+from tests import peers
+
 START, END = "<|startoftext|>", "<|endoftext|>"
 
 # what every config of older transformers says of generation, labels and output; nothing here
@@ -432,3 +437,29 @@ def place(model: str, file: str) -> str:
     """Where a row lies in a copy of its repository: versions and marks of copies left out."""
     folder = model.split("__")[2:]
     return "/".join([*folder, re.match(r"\w+", file)[0] + ".json"])  # type: ignore[index]
+
+
+def transformers() -> Any:
+    """The library; its image processors import torchvision where there is one."""
+    peers.torchvision()
+    return pytest.importorskip("transformers")
+
+
+def random_tensors(model: Any, dtype: Any = None) -> dict[str, Any]:
+    """The state dict of a PyTorch model, random: what a config does not reach would show."""
+    import torch
+
+    rng = torch.Generator().manual_seed(0)
+    return {
+        name: torch.randn(tensor.shape, generator=rng).mul_(0.3).to(dtype or tensor.dtype)
+        for name, tensor in model.state_dict().items()
+        if tensor.is_floating_point()
+    }
+
+
+def near(ours: Any, theirs: Any, tolerance: float = 1e-5) -> None:
+    """Equal, relative to the largest value."""
+    ours, theirs = np.asarray(ours), np.asarray(theirs)
+    assert ours.shape == theirs.shape
+    error = np.abs(ours - theirs).max() / np.abs(theirs).max()
+    assert error < tolerance, error

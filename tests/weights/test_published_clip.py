@@ -4,7 +4,6 @@ Every row of `published.CLIP` is written to disk with its fields and quirks, sma
 weights that transformers makes of that very config; then a string and a PNG go through both.
 """
 
-import importlib.util
 import json
 import re
 from pathlib import Path
@@ -16,7 +15,7 @@ from PIL import Image
 from cir_jax import weights
 from cir_jax.errors import WeightsError
 from cir_jax.input import images
-from cir_jax.input.text import read_merges
+from cir_jax.input.text import OPENAI_VOCABULARY, read_merges
 from cir_jax.models.backbone import pixels
 from tests import peers
 from tests.weights import published
@@ -118,17 +117,13 @@ def test_every_row_is_in_a_case():
 
 @pytest.fixture(scope="module")
 def transformers():
-    peers.torchvision()
-    return pytest.importorskip("transformers")
+    return published.transformers()
 
 
 @pytest.fixture(scope="module")
 def merges():
     """CLIP's own, which only open_clip's package has."""
-    spec = importlib.util.find_spec("open_clip")
-    if spec is None:
-        pytest.skip("open_clip is not installed")
-    return read_merges(Path(spec.origin).with_name("bpe_simple_vocab_16e6.txt.gz"))
+    return read_merges(Path(peers.open_clip().__file__).with_name(OPENAI_VOCABULARY))
 
 
 @pytest.fixture(scope="module")
@@ -214,19 +209,14 @@ def write(words, merges):
     return run
 
 
-def model_of(transformers, path: Path, seed: int = 0):
+def model_of(transformers, path: Path):
     """The model that transformers makes of a config.json, with random weights saved beside it."""
     import torch
     from safetensors.torch import save_file
 
     config = transformers.AutoConfig.from_pretrained(path)
     kind = getattr(transformers, config.architectures[0])
-    model, rng = kind(config), torch.Generator().manual_seed(seed)
-    tensors = {
-        name: torch.randn(tensor.shape, generator=rng).mul_(0.3).to(config.dtype or torch.float32)
-        for name, tensor in model.state_dict().items()
-        if tensor.is_floating_point()
-    }
+    tensors = published.random_tensors(kind(config), config.dtype or torch.float32)
     if kind is transformers.CLIPTextModel:  # as it was saved before transformers 5
         tensors = {f"text_model.{name}": tensor for name, tensor in tensors.items()}
     save_file(tensors, path / "model.safetensors", {"format": "pt"})
@@ -234,12 +224,6 @@ def model_of(transformers, path: Path, seed: int = 0):
 
 
 # --- comparing
-
-
-def near(ours, theirs, tolerance=1e-5):
-    theirs = np.asarray(theirs)
-    assert ours.shape == theirs.shape
-    assert np.abs(np.asarray(ours) - theirs).max() < tolerance * np.abs(theirs).max()
 
 
 def same_ids(backbone, theirs) -> np.ndarray:
@@ -259,7 +243,7 @@ def same_pixels(transformers, backbone, path: Path, picture: Path):
     theirs = processor(Image.open(picture), return_tensors="pt")["pixel_values"]
     transform = backbone.image_transform
     ours = transform(images.read(picture, rgb=not transform.rgb_last))[None]
-    near(pixels(ours, transform), theirs.permute(0, 2, 3, 1), 1e-6)
+    published.near(pixels(ours, transform), theirs.permute(0, 2, 3, 1), 1e-6)
     return ours, theirs
 
 
@@ -276,9 +260,9 @@ def test_two_towers(transformers, write, picture, tmp_path, case):
         text = model.get_text_features(torch.tensor(ids).long())
         image = model.get_image_features(theirs)
     hidden = backbone.text_hidden_states(params, ids)
-    near(hidden, text.last_hidden_state)
-    near(backbone.encode_text(params, ids), text.pooler_output)
-    near(backbone.encode_image(params, ours), image.pooler_output)
+    published.near(hidden, text.last_hidden_state)
+    published.near(backbone.encode_text(params, ids), text.pooler_output)
+    published.near(backbone.encode_image(params, ours), image.pooler_output)
 
 
 @pytest.fixture(scope="module")
@@ -311,7 +295,7 @@ def test_text_towers(transformers, write, image_half, tmp_path, case):
     ids = same_ids(pair, theirs)
     with torch.no_grad():
         hidden = model(torch.tensor(ids).long()).last_hidden_state
-    near(pair.text_hidden_states(params, ids), hidden)
+    published.near(pair.text_hidden_states(params, ids), hidden)
     assert theirs.pad_token_id == pair.tokenizer.pad_id
 
 
@@ -333,8 +317,8 @@ def test_image_towers(transformers, write, text_half, picture, tmp_path, case):
     ours, theirs = same_pixels(transformers, pair, path / processor, picture)
     with torch.no_grad():
         expected = model(theirs)
-    near(pair.encode_image(params, ours), expected.image_embeds)
-    near(pair.visual_tokens(params, ours), expected.last_hidden_state)
+    published.near(pair.encode_image(params, ours), expected.image_embeds)
+    published.near(pair.visual_tokens(params, ours), expected.last_hidden_state)
 
 
 def test_exclamation_marks_are_text(write, tmp_path, image_half, transformers):
