@@ -4,6 +4,7 @@ import gzip
 import html
 import json
 import re
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,9 @@ CLIP_MERGES = 49152 - 256 - 2
 """Merges of CLIP's vocabulary; OpenAI's file holds more than are used."""
 
 _SPECIAL = ("<|startoftext|>", "<|endoftext|>")
+
+_USUAL = {"bos_token": _SPECIAL[0], "eos_token": _SPECIAL[1], "pad_token": _SPECIAL[1]}
+"""CLIP's, where no file names them."""
 _END_OF_WORD = "</w>"
 
 
@@ -100,26 +104,55 @@ class Tokenizer:
         )
 
     @classmethod
-    def from_directory(cls, path: Path, **kwargs: Any) -> "Tokenizer":
-        """From what lies beside weights: tokenizer.json, merges.txt, or OpenAI's vocabulary file.
+    def from_directory(
+        cls, path: Path, *, context_length: int, pad_id: int | None = None
+    ) -> "Tokenizer":
+        """CLIP's, from what lies beside weights: tokenizer.json, merges.txt, or OpenAI's file.
 
-        pad_id is overruled by the padding token of tokenizer_config.json, where it names one.
+        Start, end and padding are the tokens that the tokenizer's own files name, see
+        `special_tokens`, whatever ids a model's config says: published ones say 0 and 2.
+        pad_id overrules the padding. Raises WeightsError for tokens that are not in the vocabulary.
         """
         file = path / "tokenizer.json"
         merges = [f for f in (path / "merges.txt", path / OPENAI_VOCABULARY) if f.is_file()]
         if file.is_file() or not merges:
-            tokenizer = cls.from_file(file, **kwargs)
+            tokenizer = read_tokenizer(file)
         else:
-            tokenizer = cls(clip_bpe(read_merges(merges[0])), **kwargs)
-        config = path / "tokenizer_config.json"
-        token = _read_config(config).get("pad_token") if config.is_file() else None
-        token = token.get("content") if isinstance(token, dict) else token
-        pad_id = None if token is None else tokenizer._tokenizer.token_to_id(token)
-        tokenizer.pad_id = tokenizer.pad_id if pad_id is None else pad_id
-        return tokenizer
+            file = merges[0]
+            tokenizer = clip_bpe(read_merges(file))
+        named = special_tokens(path)
+        tokens = [named.get(name) or usual for name, usual in _USUAL.items()]
+        ids = [tokenizer.token_to_id(token) for token in tokens]
+        if pad_id is not None:
+            ids[2] = pad_id
+        if unknown := [token for token, found in zip(tokens, ids, strict=True) if found is None]:
+            raise WeightsError(
+                f"{file}: no token {', '.join(unknown)}, which start, end or pad a text. Copy "
+                "tokenizer.json and tokenizer_config.json from where the weights come from."
+            )
+        return cls(
+            tokenizer, context_length=context_length, bos_id=ids[0], eos_id=ids[1], pad_id=ids[2]
+        )
 
     def save(self, path: Path) -> None:
-        self._tokenizer.save(str(path))
+        """A `tokenizer.json` with which transformers makes the same ids, start and end included."""
+        saved = tokenizers.Tokenizer.from_str(self._tokenizer.to_str())
+        around = [i for i in (self.bos_id, self.eos_id) if i is not None]
+        if saved.encode("").ids != around:
+            names = [saved.id_to_token(i) for i in around]
+            start = "".join(f"{name} " for name in names[:-1])
+            saved.post_processor = tokenizers.processors.TemplateProcessing(
+                single=f"{start}$A {names[-1]}",
+                special_tokens=list(zip(names, around, strict=True)),
+            )
+        saved.save(str(path))
+
+    @property
+    def identity(self) -> tuple[Any, ...]:
+        """What ids depend on: the tokens around a text, the cleaning, the words (a checksum)."""
+        words = sorted(self._tokenizer.get_vocab().items(), key=lambda item: item[1])
+        checksum = zlib.crc32(json.dumps(words).encode())
+        return self.bos_id, self.eos_id, self.pad_id, self.cleaned, checksum
 
     @property
     def vocab_size(self) -> int:
@@ -152,7 +185,12 @@ class Tokenizer:
         """int32[batch, length], truncated keeping the end token.
 
         length: None pads to the longest text, rounded up to a multiple of BUCKET.
+        Raises DataError for anything but a list of strings.
         """
+        if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
+            raise DataError(
+                f"tokenizer({texts!r:.60}): expected a list of strings, tokenizer(['a red car'])."
+            )
         limit = min(length or self.context_length, self.context_length)
         start = [] if self.bos_id is None else [self.bos_id]
         room = limit - len(start) - 1
@@ -198,6 +236,40 @@ def read_tokenizer(
         raise WeightsError(
             f"{path}: not a tokenizer ({error}). Download or copy it again."
         ) from error
+
+
+def special_tokens(directory: Path) -> dict[str, str]:
+    """{"bos_token": "<|startoftext|>", ...} as the files beside a tokenizer name them.
+
+    As in transformers: special_tokens_map.json outweighs tokenizer_config.json, unless that lists
+    its tokens itself (added_tokens_decoder). Raises WeightsError for settings that change ids and
+    are not built here.
+    """
+    config, legacy = (
+        _read_config(directory / name) if (directory / name).is_file() else {}
+        for name in ("tokenizer_config.json", "special_tokens_map.json")
+    )
+    other = {
+        name: config[name]
+        for name, usual in _ONE_VALUE.items()
+        if config.get(name, usual) not in (None, usual)
+    }
+    if other:
+        raise WeightsError(
+            f"{directory / 'tokenizer_config.json'}: {other}: only {_ONE_VALUE} is built here. "
+            "Correct the file, or give another model."
+        )
+    found = config if "added_tokens_decoder" in config else config | legacy
+    named = {}
+    for name in _USUAL:
+        token = found.get(name)
+        named[name] = token.get("content") if isinstance(token, dict) else token
+        if not isinstance(named[name], str | None):
+            raise WeightsError(f"{directory}: {name} {token!r}: expected a string. Copy it again.")
+    return {name: token for name, token in named.items() if token}
+
+
+_ONE_VALUE = {"padding_side": "right", "truncation_side": "right", "do_lower_case": True}
 
 
 def _read_config(path: Path) -> dict[str, Any]:

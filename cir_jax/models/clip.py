@@ -21,6 +21,9 @@ from cir_jax.models.resnet import ResNetConfig, ResNetTower
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    # the same function under two names, one per code base
+    "gelu_new": lambda x: jax.nn.gelu(x, approximate=True),
+    "gelu_pytorch_tanh": lambda x: jax.nn.gelu(x, approximate=True),
 }
 
 
@@ -37,7 +40,8 @@ class TowerConfig:
 
     def __post_init__(self) -> None:
         if self.hidden_act not in ACTIVATIONS:
-            raise WeightsError(unknown("activation", self.hidden_act, ACTIVATIONS))
+            raise WeightsError(unknown("activation", str(self.hidden_act), ACTIVATIONS))
+        check_numbers(self)
         if self.hidden_size % self.num_attention_heads:
             raise WeightsError(
                 f"hidden_size={self.hidden_size} is not divisible by "
@@ -46,8 +50,36 @@ class TowerConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "TowerConfig":
-        known = {field.name for field in dataclasses.fields(cls)}
-        return cls(**{key: value for key, value in values.items() if key in known})
+        """From a tower's part of a Hugging Face `config.json`; other fields are not looked at.
+
+        Token ids that are null are the default's; images and patches [n, n] are n.
+        """
+        known = {}
+        for field in dataclasses.fields(cls):
+            value = values.get(field.name, field.default)
+            if field.name.endswith("_token_id"):
+                value = value[0] if isinstance(value, list) and value else value
+                value = field.default if value is None else value
+            elif isinstance(value, list) and len(set(value)) == 1:
+                value = value[0]
+            known[field.name] = value
+        return cls(**known)
+
+
+def check_numbers(config: Any) -> None:
+    """Raises WeightsError for fields of a dataclass that are no sizes, as of a damaged config."""
+    for field in dataclasses.fields(config):
+        value, low = getattr(config, field.name), 0 if field.name.endswith("_token_id") else 1
+        if field.type is int and not (type(value) is int and value >= low):
+            expected = f"a whole number, {low} or more"
+        elif field.type is float and not (isinstance(value, int | float) and 0 < value < 1):
+            expected = "a number between 0 and 1"
+        else:
+            continue
+        raise WeightsError(
+            f"{field.name}={value!r}: expected {expected}. Correct the checkpoint's config, or "
+            "copy it again from where the weights come from."
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,14 +114,19 @@ class ClipConfig:
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> "ClipConfig":
         """From the dictionary of a Hugging Face CLIP `config.json`."""
-        # some early configs say it in text_config_dict, which goes first; as transformers reads it
+        # some early configs say it in text_config_dict; as transformers reads it, that replaces
+        # every field of text_config, by the class's default where it does not name the field
         text, vision = (
-            {**(config.get(name) or {}), **(config.get(f"{name}_dict") or {})}
-            for name in ("text_config", "vision_config")
+            tower.from_dict(
+                (config.get(name) or {})
+                if config.get(f"{name}_dict") is None
+                else config[f"{name}_dict"]
+            )
+            for tower, name in ((TextConfig, "text_config"), (VisionConfig, "vision_config"))
         )
         return cls(
-            text=TextConfig.from_dict(text),
-            vision=VisionConfig.from_dict(vision),
+            text=text,
+            vision=vision,
             projection_dim=config.get("projection_dim", 512),
             logit_scale_init_value=config.get("logit_scale_init_value", 2.6592),
         )

@@ -14,8 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cir_jax.errors import WeightsError
-from cir_jax.models.clip import check_batch, check_token_ids
+from cir_jax.errors import WeightsError, unknown
+from cir_jax.models.clip import ACTIVATIONS, check_batch, check_numbers, check_token_ids
+
+_ACTIVATIONS = ACTIVATIONS | {"relu": jax.nn.relu, "silu": jax.nn.silu}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,23 +33,34 @@ class T5Config:
     relative_attention_num_buckets: int = 32
     relative_attention_max_distance: int = 128
     layer_norm_epsilon: float = 1e-6
-    feed_forward_proj: str = "relu"
+    dense_act_fn: str = "relu"
+    is_gated_act: bool = False
+
+    def __post_init__(self) -> None:
+        check_numbers(self)
+        if self.dense_act_fn not in _ACTIVATIONS:
+            raise WeightsError(unknown("activation of a T5", str(self.dense_act_fn), _ACTIVATIONS))
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "T5Config":
-        """From the dictionary of a Hugging Face T5 `config.json`."""
-        known = {field.name for field in dataclasses.fields(cls)}
-        config = cls(**{key: value for key, value in values.items() if key in known})
-        if config.feed_forward_proj not in ("relu", "gated-gelu"):
-            raise WeightsError(
-                f"T5 feed_forward_proj {config.feed_forward_proj!r}: known are 'relu' and "
-                "'gated-gelu'. Correct the checkpoint's config, or use another T5."
-            )
-        return config
+        """From the dictionary of a Hugging Face T5 `config.json`.
 
-    @property
-    def gated(self) -> bool:
-        return self.feed_forward_proj == "gated-gelu"
+        dense_act_fn and is_gated_act, where they are there, outweigh feed_forward_proj, which says
+        both in one word ("gated-gelu", where the gelu is the tanh one); as in transformers.
+        """
+        known = {field.name for field in dataclasses.fields(cls)}
+        proj = str(values.get("feed_forward_proj", "relu"))
+        gate, _, act = proj.rpartition("-")
+        if gate not in ("", "gated"):
+            raise WeightsError(
+                f"T5 feed_forward_proj {proj!r}: expected an activation, or gated-ACTIVATION. "
+                "Correct the checkpoint's config, or copy it from where the weights come from."
+            )
+        said = {
+            "dense_act_fn": "gelu_new" if proj == "gated-gelu" else act,
+            "is_gated_act": gate == "gated",
+        }
+        return cls(**said | {key: value for key, value in values.items() if key in known})
 
 
 def relative_buckets(length: int, buckets: int, max_distance: int) -> np.ndarray:
@@ -112,10 +125,11 @@ class Block(nn.Module):
 
         x = x + Attention(config, self.dtype, name="attention")(norm("norm1", x), bias, mask)
         y = norm("norm2", x)
-        if config.gated:
-            hidden = jax.nn.gelu(wide("gate", y), approximate=True) * wide("fc1", y)
+        act = _ACTIVATIONS[config.dense_act_fn]
+        if config.is_gated_act:
+            hidden = act(wide("gate", y)) * wide("fc1", y)
         else:
-            hidden = jax.nn.relu(wide("fc1", y))
+            hidden = act(wide("fc1", y))
         return x + linear(config.d_model, "fc2", config.d_ff**-0.5, self.dtype)(hidden)
 
 

@@ -29,7 +29,7 @@ def load(
         source, family = _find(name_or_path)
         return family.read(source, dtype, params_dtype)
     halves = {
-        half: clip.read(_find_clip(name), dtype, params_dtype, keep=TOWERS[half])
+        half: clip.read(_find_half(name, half), dtype, params_dtype, half)
         for half, name in zip(TOWERS, names, strict=True)
     }
     return (
@@ -44,7 +44,8 @@ def load_architecture(name_or_path: str | Path, dtype: Any = jnp.float32) -> Bac
     if len(names) == 1:
         source, family = _find(name_or_path)
         return family.architecture(source, dtype)
-    return _pair(*(clip.architecture(_find_clip(name), dtype) for name in names))
+    halves = zip(TOWERS, names, strict=True)
+    return _pair(*(clip.architecture(_find_half(name, half), dtype, half) for half, name in halves))
 
 
 def save(path: Path, backbone: Backbone, params: Any, dtype: Any = np.float32) -> None:
@@ -81,6 +82,11 @@ def _find(name_or_path: str | Path) -> tuple[files.Source, ModuleType]:
                 "or BLIP file, or the directory of a model with its config. "
                 "`weights.load_encoder` loads encoders of images or texts alone."
             )
+    if family in clip.TOWER_TYPES.values():
+        raise WeightsError(
+            f"{source.directory / source.kind}: model_type {family!r}, one tower of a CLIP. Give "
+            "the whole model, or name the directories of both towers, IMAGES+TEXTS."
+        )
     if family not in FAMILIES:
         raise WeightsError(
             f"{source.directory / source.kind}: model_type {family!r}, expected "
@@ -90,7 +96,16 @@ def _find(name_or_path: str | Path) -> tuple[files.Source, ModuleType]:
     return source, FAMILIES[family]
 
 
-def _find_clip(name_or_path: str | Path) -> files.Source:
+def _find_half(name_or_path: str | Path, half: str) -> files.Source:
+    """The source of a pair's half: a CLIP, or a directory that holds this tower alone."""
+    source = files.find(name_or_path)
+    if source.model_type == clip.TOWER_TYPES[half]:
+        return source
+    if source.model_type in clip.TOWER_TYPES.values():
+        raise WeightsError(
+            f"{source.directory / source.kind}: model_type {source.model_type!r}, expected the "
+            f"{half} tower of a CLIP here: IMAGES+TEXTS."
+        )
     source, family = _find(name_or_path)
     if family is not clip:
         raise WeightsError(

@@ -16,20 +16,41 @@ from cir_jax.weights import files
 PREPROCESSING = "preprocessor_config.json"
 
 
-def settings(config: Any) -> list[Any]:
-    """What changes the features of a CLIP or BLIP and is not a shape; part of its weights_id."""
+def settings(config: Any, tokenizer: Tokenizer | None) -> list[Any]:
+    """What changes features and is neither a shape nor a value; part of the weights_id.
+
+    The tokens as well: what was stored under the wrong start token must not be taken for right.
+    """
     names = ("hidden_act", "num_attention_heads", "layer_norm_eps")
-    return [getattr(tower, name, None) for tower in (config.text, config.vision) for name in names]
+    values = [
+        getattr(tower, name, None) for tower in (config.text, config.vision) for name in names
+    ]
+    return [*values, tokenizer.identity if tokenizer else None]
 
 
-def check(directory: Path, tokenizer: Tokenizer, transform: ImageTransform, config: Any) -> None:
+def directory_of(directory: Path, model: str, part: str) -> Path:
+    """Where tokenizer or preprocessing lie: beside the weights, or in a sibling as in diffusers.
+
+    model: "text_encoder", what its directories begin with; part: "tokenizer". `text_encoder_2` has
+    its tokenizer in `tokenizer_2`.
+    """
+    sibling = directory.with_name(directory.name.replace(model, part, 1))
+    own = any(directory.glob(f"{part}*")) or any(directory.glob("*processor_config.json"))
+    return (
+        sibling if not own and directory.name.startswith(model) and sibling.is_dir() else directory
+    )
+
+
+def check(
+    directory: Path, tokenizer: Tokenizer | None, transform: ImageTransform, config: Any
+) -> None:
     """Raises WeightsError when tokenizer or preprocessing in `directory` are another model's."""
     if transform.crop != config.vision.image_size:
         raise WeightsError(
             f"{directory / PREPROCESSING}: images of {transform.crop} pixels, but the model takes "
             f"{config.vision.image_size}. Correct crop_size (or size)."
         )
-    if tokenizer.vocab_size > config.text.vocab_size:
+    if tokenizer and tokenizer.vocab_size > config.text.vocab_size:
         raise WeightsError(
             f"{directory}: the tokenizer has {tokenizer.vocab_size} tokens, the model only "
             f"{config.text.vocab_size}. Use the tokenizer that comes with the weights."

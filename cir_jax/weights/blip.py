@@ -17,7 +17,7 @@ from cir_jax.input.text import Tokenizer
 from cir_jax.models.backbone import Backbone
 from cir_jax.models.bert import BertConfig
 from cir_jax.models.blip import Blip, BlipConfig, BlipVisionConfig, interpolate_positions
-from cir_jax.weights import beside, convert, families, files
+from cir_jax.weights import beside, configs, convert, families, files
 
 IGNORE = (
     r"(.*\.)?position_ids",  # a constant
@@ -26,6 +26,8 @@ IGNORE = (
     r"text_decoder\..*",  # captioning
     r"temp|logit_scale",  # temperature of the contrastive loss
 )
+
+_FIELDS = frozenset({"projection_dim", "image_text_hidden_size", "text_config", "vision_config"})
 
 CONTEXT_LENGTH = 35
 """Tokens of a text in salesforce's pre-training and retrieval; the tower itself takes 512."""
@@ -48,7 +50,7 @@ def read(source: files.Source, dtype: Any, params_dtype: Any) -> tuple[Backbone,
     config = _config(source, tensors, what)
     backbone = _backbone(source, config, dtype)
     params = to_params(tensors, config, what, params_dtype)
-    weights_id = files.content_id(source.name, params, beside.settings(config))
+    weights_id = files.content_id(source.name, params, beside.settings(config, backbone.tokenizer))
     return dataclasses.replace(backbone, weights_id=weights_id), params
 
 
@@ -69,7 +71,17 @@ def write(path: Path, backbone: Backbone, params: Any, dtype: Any) -> None:
 
 
 def _config(source: files.Source, tensors: Mapping[str, Any], what: str) -> BlipConfig:
-    return BlipConfig.from_dict(source.config) if source.kind else config_of(tensors, what)
+    if not source.kind:
+        return config_of(tensors, what)
+    values, file = source.config, source.directory / source.kind
+    configs.check(values, _FIELDS, file)
+    for part, tower in (("text_config", BertConfig), ("vision_config", BlipVisionConfig)):
+        read = {"projection_dim", *(field.name for field in dataclasses.fields(tower))}
+        configs.check(values.get(part) or {}, frozenset(read), f"{file}: {part}")
+    config = BlipConfig.from_dict(values)
+    projection = tensors.get("vision_proj.weight")  # not believed: configs say 512, 768 and 256
+    dim = config.projection_dim if projection is None else len(projection)
+    return dataclasses.replace(config, projection_dim=dim)
 
 
 def _backbone(source: files.Source, config: BlipConfig, dtype: Any) -> Backbone:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Container, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +10,28 @@ import jax
 import numpy as np
 
 from cir_jax.errors import WeightsError
+from cir_jax.input import images
 from cir_jax.input.images import ImageTransform
 from cir_jax.input.text import Tokenizer
-from cir_jax.models.backbone import Backbone
-from cir_jax.models.clip import Clip, ClipConfig, TowerConfig
+from cir_jax.models.backbone import TOWERS, Backbone
+from cir_jax.models.clip import Clip, ClipConfig, TextConfig, TowerConfig, VisionConfig
 from cir_jax.models.resnet import ResNetConfig
-from cir_jax.weights import beside, convert, families, files, open_clip
+from cir_jax.weights import beside, configs, convert, families, files, open_clip
 
 IGNORE = (r"(text|vision)_model\.embeddings\.position_ids",)
+
+TOWER_TYPES = {"image": "clip_vision_model", "text": "clip_text_model"}
+"""Half of a pair -> the model_type of a directory that holds this tower alone."""
+
+_PREFIXES = {"image": "vision", "text": "text"}
+_PROJECTIONS = {
+    "": ("visual_projection.weight", "text_projection.weight"),
+    "image": ("visual_projection.weight",),
+    "text": (),
+}
+"""Half -> tensors of the joint dimension; the text half of a pair has none."""
+
+_SCALE = "logit_scale"
 
 
 def hf_names(config: ClipConfig) -> convert.Names:
@@ -59,17 +73,18 @@ def hf_names(config: ClipConfig) -> convert.Names:
 
 
 def read(
-    source: files.Source, dtype: Any, params_dtype: Any, keep: Container[str] | None = None
+    source: files.Source, dtype: Any, params_dtype: Any, half: str = ""
 ) -> tuple[Backbone, dict[str, Any]]:
     """Backbone and parameters; see `backbones.load`.
 
-    keep: the top-level names of the parameters that are wanted (`backbone.TOWERS`); None = all.
-    Other tensors are not read.
+    half: "image" or "text", where only the parameters of `backbone.TOWERS` are wanted; then other
+    tensors are not read, and the directory may hold that tower alone.
     """
-    tensors, what = source.tensors(), source.what()
-    config, openai = _config(source, tensors, what)
+    tensors, what = _prefixed(source.tensors(), source.model_type), source.what()
+    config, openai = _config(source, tensors, what, half)
     if source.kind == files.HUGGING_FACE and not openai:
-        table, ignore, marker = hf_names(config), IGNORE, "text_model."
+        table, ignore = hf_names(config), IGNORE
+        marker = "vision_model." if source.model_type == TOWER_TYPES["image"] else "text_model."
         expected = "CLIP (Hugging Face names)"
     else:
         table, ignore, marker = open_clip.names(config), open_clip.IGNORE, "token_embedding."
@@ -78,24 +93,40 @@ def read(
         raise WeightsError(f"{what}: tensors of {families.describe(tensors)}, expected {expected}.")
     if openai:
         ignore = (*ignore, *open_clip.OPENAI_CONSTANTS)
-    backbone = _backbone(source, config, dtype, openai)
+    backbone = _backbone(source, config, dtype, openai, half)
     shapes = jax.eval_shape(backbone.init, jax.random.key(0))
-    if keep is not None:
-        other = {name for name, (path, _) in table.items() if path[0] not in keep}
+    if half:
+        other = {name for name, (path, _) in table.items() if path[0] not in TOWERS[half]}
         table = {name: target for name, target in table.items() if name not in other}
         tensors = files.without(tensors, other)
-        shapes = {name: tree for name, tree in shapes.items() if name in keep}
+        shapes = {name: tree for name, tree in shapes.items() if name in TOWERS[half]}
+    if alone := source.model_type in TOWER_TYPES.values():
+        del table[_SCALE], shapes[_SCALE]
     params = convert.to_ours(tensors, table, ignore=ignore, what=what, dtype=params_dtype)
     convert.check_shapes(params, shapes, what)
-    weights_id = files.content_id(source.name, params, beside.settings(config))
+    if alone:  # a parameter of the whole model, which no half of a pair uses
+        params[_SCALE] = np.float32(config.logit_scale_init_value)
+    settings = beside.settings(config, backbone.tokenizer)
+    weights_id = files.content_id(source.name, params, settings)
     return dataclasses.replace(backbone, weights_id=weights_id), params
 
 
-def architecture(source: files.Source, dtype: Any) -> Backbone:
+def _prefixed(tensors: Mapping[str, np.ndarray], model_type: str) -> Mapping[str, np.ndarray]:
+    """Tensors of a tower alone under the names they have in the whole model.
+
+    transformers 5 leaves the prefix out where the tower has no projection.
+    """
+    prefix = {TOWER_TYPES[half]: f"{name}_model." for half, name in _PREFIXES.items()}
+    if model_type not in prefix or not any(name.startswith("embeddings.") for name in tensors):
+        return tensors
+    return files.renamed(tensors, lambda name: prefix[model_type] + name)
+
+
+def architecture(source: files.Source, dtype: Any, half: str = "") -> Backbone:
     """Backbone without its weights, which need not be there unless the config is read off them."""
     tensors = {} if source.kind else source.tensors()
-    config, openai = _config(source, tensors, str(source.file or source.directory))
-    return _backbone(source, config, dtype, openai)
+    config, openai = _config(source, tensors, str(source.file or source.directory), half)
+    return _backbone(source, config, dtype, openai, half)
 
 
 def write(path: Path, backbone: Backbone, params: Any, dtype: Any) -> None:
@@ -119,7 +150,7 @@ def write(path: Path, backbone: Backbone, params: Any, dtype: Any) -> None:
 
 
 def _config(
-    source: files.Source, tensors: Mapping[str, np.ndarray], what: str
+    source: files.Source, tensors: Mapping[str, np.ndarray], what: str, half: str
 ) -> tuple[ClipConfig, bool]:
     """The config, and whether the weights are an archive of OpenAI's own."""
     openai = set(open_clip.OPENAI_CONSTANTS) <= set(tensors)
@@ -139,7 +170,7 @@ def _config(
             )
         return config, openai
     if source.kind == files.HUGGING_FACE:
-        return ClipConfig.from_dict(source.config), openai
+        return _hugging_face(source, tensors, half), openai
     try:
         return open_clip.from_open_clip(source.config["model_cfg"], what), openai
     except KeyError as error:
@@ -148,28 +179,65 @@ def _config(
         ) from error
 
 
-def _backbone(source: files.Source, config: ClipConfig, dtype: Any, openai: bool) -> Backbone:
+def _hugging_face(source: files.Source, tensors: Mapping[str, np.ndarray], half: str) -> ClipConfig:
+    values, file = source.config, source.directory / source.kind
+    towers = {"text": TextConfig, "image": VisionConfig}
+    if source.model_type in TOWER_TYPES.values():
+        configs.check(values, _fields(towers[half]), file)
+        config = ClipConfig(**{_PREFIXES[half]: towers[half].from_dict(values)})
+    else:
+        parts = {f"{_PREFIXES[half]}_config": tower for half, tower in towers.items()}
+        configs.check(
+            values, frozenset({"projection_dim", *parts, *(f"{p}_dict" for p in parts)}), file
+        )
+        for part, tower in parts.items():
+            for name in (part, f"{part}_dict"):
+                configs.check(values.get(name) or {}, _fields(tower), f"{file}: {name}")
+        config = ClipConfig.from_dict(values)
+    # configs say it in four places, and some of them are wrong
+    dims = {len(tensors[name]) for name in _PROJECTIONS[half] if name in tensors}
+    return dataclasses.replace(config, projection_dim=dims.pop()) if len(dims) == 1 else config
+
+
+def _fields(tower: type[TowerConfig]) -> frozenset[str]:
+    return frozenset({"projection_dim", *(field.name for field in dataclasses.fields(tower))})
+
+
+def _backbone(
+    source: files.Source, config: ClipConfig, dtype: Any, openai: bool, half: str
+) -> Backbone:
+    """half: whose tokenizer or preprocessing alone must be there."""
     directory = source.directory
     hugging_face = source.kind == files.HUGGING_FACE and not openai
+    if half == "text":
+        transform = images.clip(config.vision.image_size)  # not used
+    else:
+        transform = _transform(source, config, hugging_face)
+    tokenizer = None
+    if half != "image":
+        text = config.text
+        tokenizer = Tokenizer.from_directory(
+            beside.directory_of(directory, "text_encoder", "tokenizer"),
+            context_length=text.max_position_embeddings,
+            # OpenAI's and OpenCLIP's tokenizers have none, and fill up with zeros
+            pad_id=None if hugging_face else 0,
+        )
+        tokens = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "pad": tokenizer.pad_id}
+        largest = tokenizer.eos_id == text.vocab_size - 1
+        if text.eos_token_id == open_clip.ARGMAX and (hugging_face or largest):
+            del tokens["eos"]
+        text = dataclasses.replace(text, **{f"{name}_token_id": i for name, i in tokens.items()})
+        config = dataclasses.replace(config, text=text)
+    beside.check(directory, tokenizer, transform, config)
+    return Backbone(Clip(config, dtype), tokenizer, transform, f"{source.name}@untrained")
+
+
+def _transform(source: files.Source, config: ClipConfig, hugging_face: bool) -> ImageTransform:
+    directory = beside.directory_of(source.directory, "image_encoder", "feature_extractor")
     preprocessing = directory / beside.PREPROCESSING
     stored = files.read_json(preprocessing) if hugging_face or preprocessing.is_file() else {}
     # beside OpenCLIP weights only our own says more than open_clip_config.json
     if hugging_face or "cir_jax" in stored:
-        transform = ImageTransform.from_dict(stored, preprocessing)
-    else:
-        size = config.vision.image_size
-        transform = ImageTransform.from_open_clip(source.config.get("preprocess_cfg", {}), size)
-    text = config.text
-    last = text.vocab_size - 1
-    # OpenAI's published configs carry eos 2, which is no token; the end token is the last word
-    eos = last if text.eos_token_id == open_clip.ARGMAX else text.eos_token_id
-    tokenizer = Tokenizer.from_directory(
-        directory,
-        context_length=text.max_position_embeddings,
-        bos_id=text.bos_token_id,
-        eos_id=eos,
-        # the tokenizer's own padding token where it names one: the config's is often wrong
-        pad_id=eos if hugging_face else 0,
-    )
-    beside.check(directory, tokenizer, transform, config)
-    return Backbone(Clip(config, dtype), tokenizer, transform, f"{source.name}@untrained")
+        return ImageTransform.from_dict(stored, preprocessing)
+    preprocess = source.config.get("preprocess_cfg", {})
+    return ImageTransform.from_open_clip(preprocess, config.vision.image_size)

@@ -10,7 +10,7 @@ from cir_jax.input.text import Tokenizer
 from cir_jax.models import light
 from cir_jax.models.encoders import ImageEncoder, TextEncoder
 from cir_jax.models.t5 import T5Config, T5Encoder
-from cir_jax.weights import families, files, t5, timm
+from cir_jax.weights import configs, families, files, t5, timm
 
 
 def load_encoder(
@@ -49,6 +49,7 @@ def load_encoder(
 
 
 def _t5(source: files.Source, dtype: Any, params_dtype: Any) -> tuple[TextEncoder, dict[str, Any]]:
+    configs.check(source.config, t5.FIELDS, source.directory / source.kind)
     config = T5Config.from_dict(source.config)
     tokenizer = Tokenizer.by_tokens(
         source.directory,
@@ -64,7 +65,10 @@ def _t5(source: files.Source, dtype: Any, params_dtype: Any) -> tuple[TextEncode
             f"{config.vocab_size}. Use the tokenizer that comes with the weights."
         )
     params = t5.to_params(source.tensors(), config, source.what(), params_dtype)
-    about = (config.feed_forward_proj, config.num_heads, config.layer_norm_epsilon)
+    about = (
+        *(config.dense_act_fn, config.is_gated_act, config.num_heads, config.layer_norm_epsilon),
+        tokenizer.identity,
+    )
     weights_id = files.content_id(source.name, params, about)
     return TextEncoder(T5Encoder(config, dtype), tokenizer, weights_id), params
 

@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +111,13 @@ def _reader(tensors: Mapping[str, np.ndarray], name: str) -> Any:
 def without(tensors: Mapping[str, np.ndarray], names: Container[str]) -> Mapping[str, np.ndarray]:
     """The other tensors, not read yet."""
     return Lazy({name: _reader(tensors, name) for name in tensors if name not in names})
+
+
+def renamed(
+    tensors: Mapping[str, np.ndarray], rename: Callable[[str], str]
+) -> Mapping[str, np.ndarray]:
+    """The same under other names, not read yet."""
+    return Lazy({rename(name): _reader(tensors, name) for name in tensors})
 
 
 def places(name_or_path: str | Path) -> tuple[Path, Path]:

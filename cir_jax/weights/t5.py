@@ -1,5 +1,6 @@
 """T5 encoders in Hugging Face format: names of their tensors."""
 
+import dataclasses
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -16,6 +17,11 @@ IGNORE = (
     r"decoder\..*",  # of the whole T5 the encoder is enough
     r"lm_head\.weight",
 )
+FIELDS = frozenset(
+    {"feed_forward_proj", "n_positions", *(field.name for field in dataclasses.fields(T5Config))}
+)
+"""Of a config.json; the encoder has no positions of its own."""
+
 CONTEXT_LENGTH = 512
 """Tokens of T5's own training texts (`n_positions` of its config)."""
 
@@ -39,9 +45,8 @@ def names(config: T5Config) -> dict[str, convert.Target]:
         "encoder.final_layer_norm.weight": (("final_norm", "scale"), "same"),
     }
     attention = {"q": "query", "k": "key", "v": "value", "o": "out"}
-    mlp = (
-        {"wi_0": "gate", "wi_1": "fc1", "wo": "fc2"} if config.gated else {"wi": "fc1", "wo": "fc2"}
-    )
+    gated = {"wi_0": "gate", "wi_1": "fc1", "wo": "fc2"}
+    mlp = gated if config.is_gated_act else {"wi": "fc1", "wo": "fc2"}
     for i in range(config.num_layers):
         old, new = f"encoder.block.{i}.layer", f"layers_{i}"
         for theirs, ours in attention.items():

@@ -67,31 +67,62 @@ def test_the_stored_forms_give_the_same_ids(bpe, tmp_path):
         path = tmp_path / name
         path.write_bytes(content)
         assert read_merges(path) == MERGES
-        assert Tokenizer.from_directory(tmp_path, **IDS)(texts).tolist() == expected
+        loaded = Tokenizer.from_directory(tmp_path, context_length=12, pad_id=0)
+        assert loaded(texts).tolist() == expected and loaded.identity == bpe.identity
         path.unlink()
     bpe.save(tmp_path / "tokenizer.json")
-    assert Tokenizer.from_directory(tmp_path, **IDS)(texts).tolist() == expected
+    loaded = Tokenizer.from_directory(tmp_path, context_length=12, pad_id=0)
+    assert loaded(texts).tolist() == expected and loaded.identity == bpe.identity
 
 
 def test_the_padding_token_that_the_tokenizer_names(bpe, tmp_path):
     bpe.save(tmp_path / "tokenizer.json")
-    for token in ("<|endoftext|>", {"content": "<|endoftext|>"}):
-        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"pad_token": token}))
-        assert Tokenizer.from_directory(tmp_path, **IDS).pad_id == 517
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"pad_token": "!"}))
-    assert Tokenizer.from_directory(tmp_path, **(IDS | {"pad_id": 517})).pad_id == 0
+    config, legacy = tmp_path / "tokenizer_config.json", tmp_path / "special_tokens_map.json"
+
+    def pad():
+        return Tokenizer.from_directory(tmp_path, context_length=12).pad_id
+
+    assert pad() == 517
+    for token, i in (("!", 0), ({"content": "$"}, 3), (None, 517)):
+        config.write_text(json.dumps({"pad_token": token}))
+        assert pad() == i
+    # as transformers: the older file outweighs the newer, unless that lists its tokens
+    legacy.write_text(json.dumps({"pad_token": "!"}))
+    config.write_text(json.dumps({"pad_token": "$"}))
+    assert pad() == 0
+    config.write_text(json.dumps({"pad_token": "$", "added_tokens_decoder": {}}))
+    assert pad() == 3
+    legacy.unlink()
+    for content, message in (
+        (
+            {"pad_token": "[PAD]"},
+            r"tokenizer.json: no token \[PAD\], which start, end or pad a text",
+        ),
+        ({"bos_token": 7}, "bos_token 7: expected a string"),
+        ({"padding_side": "left"}, "tokenizer_config.json: {'padding_side': 'left'}: only"),
+        ({"do_lower_case": False}, "'do_lower_case': False"),
+    ):
+        config.write_text(json.dumps(content))
+        with pytest.raises(WeightsError, match=message):
+            pad()
+
+
+def test_a_text_is_not_a_list_of_texts(bpe):
+    for given in ("a red cat", ["a", None]):
+        with pytest.raises(DataError, match=r"expected a list of strings, tokenizer\(\['a red car"):
+            bpe(given)
 
 
 def test_missing_and_broken_tokenizers(tmp_path):
     with pytest.raises(WeightsError, match="tokenizer.json is missing"):
-        Tokenizer.from_directory(tmp_path, **IDS)
+        Tokenizer.from_directory(tmp_path, context_length=12)
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(WeightsError, match="tokenizer.json: not a tokenizer"):
-        Tokenizer.from_directory(tmp_path, **IDS)
+        Tokenizer.from_directory(tmp_path, context_length=12)
     (tmp_path / "tokenizer.json").unlink()
     (tmp_path / "merges.txt").write_text("#version\nonly-one\n")
     with pytest.raises(WeightsError, match="merges.txt: not a list of merges"):
-        Tokenizer.from_directory(tmp_path, **IDS)
+        Tokenizer.from_directory(tmp_path, context_length=12)
 
 
 def test_placeholders_are_found():

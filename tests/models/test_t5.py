@@ -81,5 +81,26 @@ def test_parameters_come_back_as_tensors():
 
 
 def test_unknown_activation_is_told():
-    with pytest.raises(ValueError, match="gated-silu"):
-        T5Config.from_dict({"feed_forward_proj": "gated-silu"})
+    for proj, message in (
+        ("gated-tanh", "unknown activation of a T5 'tanh'"),
+        ("a-b", "'a-b': exp"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            T5Config.from_dict({"feed_forward_proj": proj})
+    with pytest.raises(ValueError, match="num_heads=0: expected a whole number, 1 or more"):
+        T5Config.from_dict({"num_heads": 0})
+
+
+def test_the_activation_as_transformers_reads_it():
+    """FLUX's copies say it in two fields, and leave feed_forward_proj out."""
+    configuration = pytest.importorskip("transformers.models.t5.configuration_t5")
+    for values in (
+        {},
+        {"feed_forward_proj": "gated-gelu"},
+        {"feed_forward_proj": "gated-silu"},
+        {"feed_forward_proj": "gelu"},
+        {"dense_act_fn": "gelu_new", "is_gated_act": True},
+        {"feed_forward_proj": "relu", "dense_act_fn": "gelu_pytorch_tanh", "is_gated_act": True},
+    ):
+        ours, theirs = T5Config.from_dict(values), configuration.T5Config(**values)
+        assert (ours.dense_act_fn, ours.is_gated_act) == (theirs.dense_act_fn, theirs.is_gated_act)

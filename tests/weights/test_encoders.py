@@ -128,7 +128,11 @@ def test_t5_that_does_not_fit(t5_directory):
     with pytest.raises(WeightsError, match=r"relative_bias \(32, 4\), expected \(32, 8\)"):
         weights.load_encoder(path)
     edit(path / "config.json", num_heads=4, feed_forward_proj="gated-silu")
-    with pytest.raises(WeightsError, match="'gated-silu': known are 'relu' and 'gated-gelu'"):
+    edit(path / "config.json", feed_forward_proj="gated-gelu", use_rms_norm=False)
+    with pytest.raises(WeightsError, match="config.json: use_rms_norm=False: fields that are not"):
+        weights.load_encoder(path)
+    edit(path / "config.json", use_rms_norm=None, feed_forward_proj="gated-tanh")
+    with pytest.raises(WeightsError, match="unknown activation of a T5 'tanh'"):
         weights.load_encoder(path)
     edit(path / "config.json", feed_forward_proj="gated-gelu")
     save_file(
