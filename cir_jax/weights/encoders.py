@@ -10,7 +10,7 @@ from cir_jax.input.text import Tokenizer
 from cir_jax.models import light
 from cir_jax.models.encoders import ImageEncoder, TextEncoder
 from cir_jax.models.t5 import T5Config, T5Encoder
-from cir_jax.weights import configs, families, files, t5, timm
+from cir_jax.weights import beside, configs, families, files, t5, timm
 
 
 def load_encoder(
@@ -52,7 +52,7 @@ def _t5(source: files.Source, dtype: Any, params_dtype: Any) -> tuple[TextEncode
     configs.check(source.config, t5.FIELDS, source.directory / source.kind)
     config = T5Config.from_dict(source.config)
     tokenizer = Tokenizer.by_tokens(
-        source.directory,
+        beside.directory_of(source.directory, "text_encoder", "tokenizer"),
         context_length=t5.CONTEXT_LENGTH,
         bos=None,
         eos="</s>",

@@ -239,7 +239,8 @@ def same_ids(backbone, theirs) -> np.ndarray:
 
 def same_pixels(transformers, backbone, path: Path, picture: Path):
     """Pixels of the PNG as the model gets them: float[1, 224, 224, 3]."""
-    processor = transformers.AutoImageProcessor.from_pretrained(path, backend="pil")
+    # not the Auto class: it does not know the old name CLIPFeatureExtractor
+    processor = transformers.CLIPImageProcessorPil.from_pretrained(path)
     theirs = processor(Image.open(picture), return_tensors="pt")["pixel_values"]
     transform = backbone.image_transform
     ours = transform(images.read(picture, rgb=not transform.rgb_last))[None]
@@ -344,7 +345,7 @@ def test_refused(transformers, write, tmp_path):
 
     names = ("concept_embeds", "vision_model.vision_model.embeddings.class_embedding")
     save_file({name: np.zeros((2, 2), np.float32) for name in names}, path / "model.safetensors")
-    with pytest.raises(WeightsError, match="StableDiffusionSafetyChecker"):
+    with pytest.raises(WeightsError, match="Stable Diffusion's safety checker, expected CLIP"):
         weights.load(path)
 
 
