@@ -8,6 +8,7 @@ import json
 import re
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -298,6 +299,18 @@ def test_text_towers(transformers, write, image_half, tmp_path, case):
         hidden = model(torch.tensor(ids).long()).last_hidden_state
     published.near(pair.text_hidden_states(params, ids), hidden)
     assert theirs.pad_token_id == pair.tokenizer.pad_id
+
+
+def test_a_tower_that_transformers_5_saves(transformers, write, image_half, text_half, tmp_path):
+    """Its names have no prefix, and its config the fields of today."""
+    model = transformers.CLIPTextModel.from_pretrained(text_half)
+    path = write(tmp_path / "now", TOKENS)
+    model.save_pretrained(path)
+    (_, before), (pair, after) = (
+        weights.load(f"{image_half}+{texts}") for texts in (text_half, path)
+    )
+    jax.tree.map(np.testing.assert_array_equal, before, after)
+    assert pair.tokenizer.pad_id == 49407
 
 
 @pytest.mark.parametrize("case", IMAGES)
