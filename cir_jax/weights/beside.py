@@ -35,10 +35,10 @@ def directory_of(directory: Path, model: str, part: str) -> Path:
     its tokenizer in `tokenizer_2`.
     """
     sibling = directory.with_name(directory.name.replace(model, part, 1))
-    own = any(directory.glob(f"{part}*")) or any(directory.glob("*processor_config.json"))
-    return (
-        sibling if not own and directory.name.startswith(model) and sibling.is_dir() else directory
-    )
+    names = ("tokenizer.json", "merges.txt", "spiece.model", "*processor_config.json")
+    own = any(any(directory.glob(name)) for name in names)
+    apart = directory.name.startswith(model) and sibling.is_dir() and not own
+    return sibling if apart else directory
 
 
 def check(

@@ -90,7 +90,11 @@ def read(
         table, ignore, marker = open_clip.names(config), open_clip.IGNORE, "token_embedding."
         expected = "CLIP (OpenAI or OpenCLIP names)"
     if not any(name.startswith(marker) for name in tensors):
-        raise WeightsError(f"{what}: tensors of {families.describe(tensors)}, expected {expected}.")
+        named = ", ".join(source.config.get("architectures") or ["no architecture"])
+        raise WeightsError(
+            f"{what}: tensors of {families.describe(tensors)} (the config says {named}), expected "
+            f"{expected}."
+        )
     if openai:
         ignore = (*ignore, *open_clip.OPENAI_CONSTANTS)
     backbone = _backbone(source, config, dtype, openai, half)
