@@ -13,7 +13,6 @@ SIGNATURES = {
         "text_decoder.cls.predictions.bias",
     ),
     "T5": ("encoder.block.0.layer.0.SelfAttention.q.weight",),
-    "Stable Diffusion's safety checker": ("concept_embeds",),
     "CompoDiff's denoiser": ("net.to_text_embeds.0.weight",),
     "an EfficientNet or MobileNetV2 of timm": ("conv_stem.weight",),
     "an EfficientViT of timm": ("patch_embed.conv1.conv.weight",),
