@@ -239,7 +239,7 @@ def compare(model, backbone, params, path, picture):
     processor = transformers.AutoImageProcessor.from_pretrained(path, backend="pil")
     theirs = processor(Image.open(picture), return_tensors="pt")["pixel_values"]
     transform = backbone.image_transform
-    ours = transform(images.read(picture, rgb=not transform.rgb_last))[None]
+    ours = transform(images.read(picture))[None]
     near(pixels(ours, transform), theirs.permute(0, 2, 3, 1), 1e-6)
     each = theirs.repeat(len(CAPTIONS), 1, 1, 1)
     with torch.no_grad():

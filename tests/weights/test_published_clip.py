@@ -244,7 +244,7 @@ def same_pixels(transformers, backbone, path: Path, picture: Path):
     processor = transformers.CLIPImageProcessorPil.from_pretrained(path)
     theirs = processor(Image.open(picture), return_tensors="pt")["pixel_values"]
     transform = backbone.image_transform
-    ours = transform(images.read(picture, rgb=not transform.rgb_last))[None]
+    ours = transform(images.read(picture))[None]
     published.near(pixels(ours, transform), theirs.permute(0, 2, 3, 1), 1e-6)
     return ours, theirs
 
