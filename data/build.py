@@ -39,9 +39,9 @@ from typing import Any
 
 import tensorflow_datasets as tfds
 from absl import logging
-from PIL import Image
 
 from cir_jax.errors import DataError, unknown
+from cir_jax.input import images
 from cir_jax.input.tables import default_data_dir
 from data import progress, shards
 from data.source import MAX_LISTED, Options, SourceBuilder, Split, Survey
@@ -417,6 +417,6 @@ def _check_split(
             seen.add(number)
             for field in IMAGE_FIELDS:
                 if isinstance(record.get(field), bytes):
-                    Image.open(io.BytesIO(record[field])).load()
+                    images.decode(record[field], field)
         except Exception as error:  # as above; PIL raises a dozen types for bad files
             yield f"{label} record {i}: {error}"

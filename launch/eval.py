@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from absl import flags  # noqa: E402
 
-from launch import common  # noqa: E402
+from launch import common, pixel_limit  # noqa: E402
 
 BENCHMARKS = flags.DEFINE_list(
     "benchmarks", None, "Benchmarks, separated by commas; default config.evaluation.benchmarks"
@@ -47,6 +47,7 @@ def main() -> None:
         return
     from cir_jax.training import distributed
 
+    pixel_limit.apply()
     common.join(distributed)
     from cir_jax.evaluation import runner
     from cir_jax.training import experiment as experiments

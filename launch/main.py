@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from absl import flags  # noqa: E402
 
-from launch import common  # noqa: E402
+from launch import common, pixel_limit  # noqa: E402
 
 DRY_RUN = flags.DEFINE_bool(
     "dry_run", False, "Print shapes, shardings and bytes per device of every stage; compute nothing"
@@ -23,6 +23,7 @@ DRY_RUN = flags.DEFINE_bool(
 def main() -> None:
     from cir_jax.training import distributed
 
+    pixel_limit.apply()
     common.join(distributed)
     from cir_jax.evaluation import runner
     from cir_jax.training import experiment as experiments

@@ -15,6 +15,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from absl import app, flags  # noqa: E402
 
+from launch import pixel_limit  # noqa: E402
+
 _DATASET = flags.DEFINE_string("dataset", "shapes", "Name of the dataset.")
 _SOURCE = flags.DEFINE_string("source", None, "Folder of the files it is made of.")
 _TABLES = flags.DEFINE_list("tables", None, "Tables to build, separated by commas; default all.")
@@ -46,6 +48,7 @@ def main(argv: list[str]) -> None:
     from cir_jax.errors import CirError
 
     try:
+        pixel_limit.apply()
         if not _CHECK.value:
             _build()
         elif _SOURCE.value is None:

@@ -2,7 +2,8 @@
 
 A fixture (.npz, .json) holds the inputs, parameters and outputs of an original implementation, and
 its own tolerance; what to compute from it follows from `meta["family"]` alone. Prints one line per
-fixture; the exit status is not 0 when one falls short or its family is unknown.
+fixture; the exit status is not 0 when one falls short or its family is unknown, and with --strict
+when one is skipped.
 """
 
 import argparse
@@ -142,7 +143,11 @@ class Result:
 
     @property
     def passed(self) -> bool:
-        return self.verdict == "ok" or self.verdict.startswith("skipped")
+        return self.verdict == "ok"
+
+    @property
+    def skipped(self) -> bool:
+        return self.verdict.startswith("skipped")
 
 
 def check(fixture: Fixture, handlers: Mapping[str, Handler]) -> Result:
@@ -217,6 +222,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("directory", type=Path)
     parser.add_argument("--only", default="*", help="pattern of file names")
+    parser.add_argument("--strict", action="store_true", help="what is skipped is a failure")
     arguments = parser.parse_args()
     if not arguments.directory.is_dir():
         parser.error(f"{arguments.directory} is no directory")
@@ -235,11 +241,10 @@ def main() -> int:
             flush=True,
         )
         results.append(r)
-    failed = [r for r in results if not r.passed]
-    skipped = sum(r.verdict.startswith("skipped") for r in results)
-    passed = len(results) - len(failed) - skipped
-    print(f"{passed} passed, {skipped} skipped, {len(failed)} failed")
-    return 1 if failed else 0
+    passed, skipped = (sum(getattr(r, kind) for r in results) for kind in ("passed", "skipped"))
+    failed = len(results) - passed - skipped
+    print(f"{passed} passed, {skipped} skipped, {failed} failed")
+    return 1 if failed or (arguments.strict and skipped) else 0
 
 
 if __name__ == "__main__":

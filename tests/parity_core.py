@@ -4,6 +4,7 @@ A handler takes a `parity.Fixture` and gives our outputs under the fixture's nam
 the fixture's config only.
 """
 
+import gzip
 import importlib.util
 from collections.abc import Callable
 from pathlib import Path
@@ -34,6 +35,7 @@ class Skip(Exception):
     """Something that is not part of the project is not installed."""
 
 
+INSTANT = "instant_clip_tokenizer"
 DOLLAR = 259  # SEARLE and LinCIR mark the pseudo-word by it
 
 
@@ -168,20 +170,22 @@ def preprocess(fixture: Any) -> Outputs:
 
 
 def installed_clip_merges() -> list[tuple[str, str]] | None:
-    """CLIP's merges out of the package instant-clip-tokenizer; None where it is not installed.
+    """CLIP's merges out of a package that carries them; None where none is installed.
 
-    The vocabulary is not ours to ship. The package compiles it in, as the text it was published as.
+    The vocabulary is not ours to ship. open_clip_torch has it as a file, instant-clip-tokenizer
+    compiled in, both as the text it was published as. Neither is imported.
     """
-    spec = importlib.util.find_spec("instant_clip_tokenizer")
-    if spec is None or not spec.submodule_search_locations:
-        return None
-    for library in Path(spec.submodule_search_locations[0]).glob("*.so"):
-        data = library.read_bytes()
-        start = data.find(b"i n\nt h\na n\n")
-        if start >= 0:
-            lines = data[start : start + 1_500_000].split(b"\n", CLIP_MERGES)[:CLIP_MERGES]
-            first_second = (line.decode().split() for line in lines)
-            return [(first, second) for first, second in first_second]
+    for package, pattern in (("open_clip", "bpe_simple_vocab_*.txt.gz"), (INSTANT, "*.so")):
+        spec = importlib.util.find_spec(package)
+        folders = (spec and spec.submodule_search_locations) or ()
+        for file in (f for folder in folders for f in Path(folder).glob(pattern)):
+            data = file.read_bytes()
+            data = gzip.decompress(data) if file.suffix == ".gz" else data
+            start = data.find(b"i n\nt h\na n\n")
+            if start >= 0:
+                lines = data[start : start + 1_500_000].split(b"\n", CLIP_MERGES)[:CLIP_MERGES]
+                first_second = (line.decode().split() for line in lines)
+                return [(first, second) for first, second in first_second]
     return None
 
 
@@ -189,7 +193,7 @@ def clip_tokens(fixture: Any) -> Outputs:
     """Token ids of CLIP's own vocabulary."""
     merges = installed_clip_merges()
     if merges is None:
-        raise Skip("CLIP's vocabulary is not here: pip install instant-clip-tokenizer")
+        raise Skip("CLIP's vocabulary is not here: pip install --no-deps open_clip_torch")
     meta = fixture.meta
     tokenizer = Tokenizer(
         clip_bpe(merges),

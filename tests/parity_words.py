@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cir_jax.composers import losses, phi, pic2word
+from cir_jax.composers.base import normalise
 from cir_jax.composers.lincir import LinCir
 from cir_jax.composers.pic2word import Pic2Word
 from cir_jax.input.images import ImageTransform
@@ -26,17 +27,22 @@ def part(tensors: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarray
 
 
 def phi_network(fixture: Any) -> Outputs:
-    """SEARLE's and LinCIR's phi."""
+    """SEARLE's and LinCIR's phi; LinCIR's trainer may normalise what goes in."""
+    config, x = fixture.config, fixture.inputs["x"]
     params = convert.to_ours(fixture.params, phi.PHI_NAMES, what=fixture.path.name)
-    network = phi.Phi(fixture.config["output_dim"])
-    return {"y": network.apply({"params": params}, fixture.inputs["x"])}
+    network = phi.Phi(config["output_dim"], hidden_dim=config.get("hidden_dim"))
+    x = normalise(x) if config.get("l2_normalize") else x
+    return {"y": network.apply({"params": params}, x)}
 
 
 def im2text(fixture: Any) -> Outputs:
     """Pic2Word's mapping network."""
     config = fixture.config
-    params = convert.to_ours(fixture.params, pic2word.NAMES, what=fixture.path.name)
-    network = pic2word.Im2Text(config["output_dim"], config["middle_dim"], config["dropout"])
+    network = pic2word.Im2Text(
+        config["output_dim"], config["middle_dim"], n_layer=config.get("n_layer", 2)
+    )
+    names = pic2word.names(network.n_layer)
+    params = convert.to_ours(fixture.params, names, what=fixture.path.name)
     return {"y": network.apply({"params": params}, fixture.inputs["x"])}
 
 
@@ -86,7 +92,7 @@ def lincir_loss(fixture: Any) -> Outputs:
         def draw(self, rng: jax.Array) -> tuple[jax.Array, jax.Array]:
             return noise[rng], rng
 
-    composer = Stored(of_ids(config))
+    composer = Stored(of_ids(config), l2_normalize=fixture.config.get("l2_normalize", False))
     composer.placeholder_id = 259
     batch = {"token_ids": inputs["original_ids"], "masked_token_ids": inputs["replaced_ids"]}
     rows = jnp.arange(len(noise))
@@ -99,7 +105,8 @@ def lincir_loss(fixture: Any) -> Outputs:
     def run(params: Any) -> tuple[Outputs, Any]:
         value, grads = jax.value_and_grad(loss)(params)
         text = composer.backbone.encode_text(backbone, batch["token_ids"])
-        words = composer.words(params, text + noise)
+        network_input = composer.network_input(text + noise)
+        words = composer.words(params, network_input)
         ids = batch["masked_token_ids"]
         embeddings = composer.backbone.embed_tokens(backbone, ids)
         embeddings = jnp.where((ids == 259)[..., None], words[:, None], embeddings)
@@ -108,7 +115,7 @@ def lincir_loss(fixture: Any) -> Outputs:
         )
         return {
             "original_text_embeds": text,
-            "phi_input": text + noise,
+            "phi_input": network_input,
             "estimated_token_embeddings": words,
             "replaced_text_embeds": composer.text_features(backbone, ids, words),
             "replaced_last_hidden_state": hidden,
@@ -125,9 +132,10 @@ def pic2word_clip(fixture: Any) -> Outputs:
     config, inputs = open_clip.from_openai(fixture.config["clip"]), fixture.inputs
     tensors = part(fixture.params, "clip.")
     backbone = convert.to_ours(tensors, open_clip.names(config), ignore=open_clip.IGNORE)
-    params = convert.to_ours(part(fixture.params, "img2text."), pic2word.NAMES)
     network = fixture.config["img2text"]
-    composer = Pic2Word(of_ids(config), hidden_dim=network["middle_dim"], dropout=0.0)
+    sizes = {"hidden_dim": network["middle_dim"], "n_layer": network.get("n_layer", 2)}
+    composer = Pic2Word(of_ids(config), dropout=0.0, **sizes)
+    params = convert.to_ours(part(fixture.params, "img2text."), composer.names)
     star = composer.placeholder_id = fixture.config["split_ind"]
     # the word before the end token is the prompt with the placeholder in that place
     prompt = inputs["prompt_ids"][0]
@@ -165,7 +173,7 @@ def pic2word_clip(fixture: Any) -> Outputs:
         }, grads
 
     outputs, grads = run(params)
-    grads = convert.to_source(grads, pic2word.NAMES)
+    grads = convert.to_source(grads, composer.names)
     return outputs | {f"grad/img2text.{name}": grad for name, grad in grads.items()}
 
 

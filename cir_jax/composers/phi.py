@@ -30,19 +30,20 @@ def linear(fan_in: int, width: int, name: str | None = None, bias: bool = True) 
 
 
 class Phi(nn.Module):
-    """Two hidden layers of 4 x dim, exact GELU and dropout; linear output. No normalisation.
+    """Two hidden layers of 4 x dim (or `hidden_dim`), exact GELU and dropout; linear output.
 
-    SEARLE's text says that each of the three layers is followed by GELU and dropout; the released
-    code and the paper's Table 5 have neither after the last.
+    Nothing is normalised. SEARLE's text says that each of the three layers is followed by GELU and
+    dropout; the released code and the paper's Table 5 have neither after the last.
     """
 
     token_dim: int
     dropout: float = 0.5
+    hidden_dim: int | None = None
 
     @nn.compact
     def __call__(self, features: jax.Array, train: bool = False) -> jax.Array:
         """float32[..., dim] un-normalised features -> float32[..., token_dim] words."""
-        x, hidden = features, 4 * features.shape[-1]
+        x, hidden = features, self.hidden_dim or 4 * features.shape[-1]
         for name in ("fc1", "fc2"):
             x = nn.gelu(linear(x.shape[-1], hidden, name)(x), approximate=False)
             x = nn.Dropout(self.dropout, deterministic=not train)(x)

@@ -13,7 +13,8 @@ Paper and released code (google-research/composed_image_retrieval), which decide
 * On FashionIQ the release joins the two captions in one order only, "{second} and {first}"; here
   the benchmark's protocol averages both orders, as papers that re-evaluate Pic2Word do.
 
-Defaults are the released ones: two hidden layers, 512 wide on every backbone, dropout 0.1.
+Defaults are the released ones: two hidden layers (`n_layer`), 512 wide on every backbone, dropout
+0.1.
 """
 
 from pathlib import Path
@@ -30,7 +31,6 @@ from cir_jax.errors import ConfigError, WeightsError
 from cir_jax.models.backbone import Backbone
 from cir_jax.weights import convert, official, open_clip
 
-HIDDEN = ("fc1", "fc2")
 SAME_WEIGHTS = 1e-2  # relative: Hugging Face's and OpenAI's files may have been rounded to fp16
 
 
@@ -40,21 +40,25 @@ class Im2Text(nn.Module):
     token_dim: int
     hidden_dim: int = 512
     dropout: float = 0.1
+    n_layer: int = 2
 
     @nn.compact
     def __call__(self, features: jax.Array, train: bool = False) -> jax.Array:
         """float32[..., dim] un-normalised features -> float32[..., token_dim] words."""
         x = features
-        for name in HIDDEN:
-            x = linear(x.shape[-1], self.hidden_dim, name)(x)
+        for i in range(self.n_layer):
+            x = linear(x.shape[-1], self.hidden_dim, f"fc{i + 1}")(x)
             x = nn.relu(nn.Dropout(self.dropout, deterministic=not train)(x))
         return linear(self.hidden_dim, self.token_dim, "out")(x)
 
 
-NAMES = convert.Names()
-for _i, _name in enumerate(HIDDEN):
-    NAMES.linear(f"layers.{_i}.0", _name)
-NAMES.linear("fc_out", "out")
+def names(n_layer: int) -> convert.Names:
+    """Name table of the released network with so many hidden layers."""
+    table = convert.Names()
+    for i in range(n_layer):
+        table.linear(f"layers.{i}.0", f"fc{i + 1}")
+    table.linear("fc_out", "out")
+    return table
 
 
 class Pic2Word(LearnedWord):
@@ -70,23 +74,27 @@ class Pic2Word(LearnedWord):
         dropout: float = 0.1,
         scale: float = 0.0,
         link: str = ",",
+        n_layer: int = 2,
     ):
-        """scale: of the logits; 0 = exp(logit_scale) of the backbone.
+        """scale: of the logits; 0 = exp(logit_scale) of the backbone. n_layer: hidden layers.
 
         link: between `*` and the text of a query; "that" makes it SEARLE's prompt, with which later
         papers evaluate Pic2Word.
         """
         check_share("dropout", dropout)
-        if hidden_dim < 1 or scale < 0:
+        if hidden_dim < 1 or n_layer < 1 or scale < 0:
             raise ConfigError(
-                f"hidden_dim={hidden_dim}, scale={scale}: expected 1 or more, 0 or more"
+                f"hidden_dim={hidden_dim}, n_layer={n_layer}, scale={scale}: expected 1 or more, "
+                "1 or more, 0 or more"
             )
         if not scale and backbone.family != "clip":
             raise ConfigError(
                 f"scale=0: backbone {backbone.weights_id} has no scale of its own. Give one, such "
                 "as --config.composer.scale=100."
             )
-        super().__init__(backbone, Im2Text(backbone.token_dim, hidden_dim, float(dropout)))
+        network = Im2Text(backbone.token_dim, hidden_dim, float(dropout), n_layer)
+        super().__init__(backbone, network)
+        self.names = names(n_layer)
         self.scale, self.link = float(scale), link
         if backbone.family != "clip":
             self.official_format = ""  # the file holds a CLIP
@@ -116,8 +124,14 @@ class Pic2Word(LearnedWord):
     def read_official(self, path: Path, frozen: Params) -> Params:
         """The file holds the whole CLIP beside the network: it must be the backbone's."""
         tensors = official.read(path, "state_dict_img2text", ("state_dict", "optimizer"))
+        layers = sum(name.endswith(".0.weight") for name in tensors)
+        if layers != self.network.n_layer:
+            raise WeightsError(
+                f"{path}: a network of {layers} hidden layers, this one has "
+                f"{self.network.n_layer}. Set --config.composer.n_layer={layers}."
+            )
         self._check_clip(path, frozen)
-        return convert.to_ours(tensors, NAMES, what=str(path), dtype=np.float32)
+        return convert.to_ours(tensors, self.names, what=str(path), dtype=np.float32)
 
     def write_official(self, path: Path, params: Params, frozen: Params) -> None:
         """With the CLIP and the prefix of DataParallel, which the released code wants."""
@@ -125,7 +139,7 @@ class Pic2Word(LearnedWord):
             "state_dict": convert.to_source(
                 frozen["backbone"], open_clip.names(self.backbone.config)
             ),
-            "state_dict_img2text": convert.to_source(params, NAMES),
+            "state_dict_img2text": convert.to_source(params, self.names),
         }
         prefixed = {
             key: {f"module.{name}": tensor for name, tensor in tensors.items()}
@@ -134,10 +148,10 @@ class Pic2Word(LearnedWord):
         official.write(path, {"epoch": 0, "name": "cir_jax", **prefixed})
 
     def _check_clip(self, path: Path, frozen: Params) -> None:
-        names = open_clip.names(self.backbone.config)
+        table = open_clip.names(self.backbone.config)
         theirs = official.read(path, "state_dict", ("state_dict_img2text", "optimizer"))
         what = f"{path}, state_dict"
-        tree = convert.to_ours(theirs, names, ignore=open_clip.IGNORE, what=what, dtype=np.float32)
+        tree = convert.to_ours(theirs, table, ignore=open_clip.IGNORE, what=what, dtype=np.float32)
         convert.check_shapes(tree, frozen["backbone"], what)
         ours = convert.flatten(frozen["backbone"])
         for name, tensor in convert.flatten(tree).items():

@@ -10,6 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from cir_jax.evaluation.queries import Benchmark
 from cir_jax.evaluation.result import Result
+from cir_jax.input.images import to_rgb
 from cir_jax.retrieval.cache import write_atomically
 from cir_jax.retrieval.features import open_image
 
@@ -143,7 +144,7 @@ def _tile(
     y: int,
     colour: tuple[int, int, int] | None,
 ) -> None:
-    image = open_image(record, "image", what)
+    image = to_rgb(open_image(record, "image", what))
     scale = TILE / max(image.size)
     size = tuple(max(1, round(side * scale)) for side in image.size)
     image = image.resize(size, Image.Resampling.BICUBIC)

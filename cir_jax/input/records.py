@@ -14,7 +14,8 @@ import grain
 import numpy as np
 
 from cir_jax.errors import DataError
-from cir_jax.input.images import ImageTransform, RandomResizedCrop, Whole, decode
+from cir_jax.input import images
+from cir_jax.input.images import ImageTransform, RandomResizedCrop, Whole
 from cir_jax.input.tables import Table
 from cir_jax.input.text import Tokenizer
 
@@ -28,6 +29,7 @@ class Records:
     columns: {field: array[n, ...]} is joined to the records (stored pseudo-words).
     max_corrupt: unreadable records (counted, logged, the next one is taken) before it is an error;
         in large tables 1 %.
+    max_megapixels: larger images count as unreadable; worker processes get it with the records.
     """
 
     table: Table
@@ -36,6 +38,7 @@ class Records:
     features: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
     columns: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
     max_corrupt: int = 16
+    max_megapixels: float = dataclasses.field(default_factory=images.max_megapixels)
 
     def __post_init__(self) -> None:
         self.corrupt: set[int] = set()
@@ -65,8 +68,9 @@ class Records:
                 if np.isnan(record[field][0]):  # what image_features gives for unreadable images
                     raise DataError(f"{what}: not a readable image.")
             else:
-                image = decode(record[field], what, rgb=not self.transform.rgb_last)
-                record[field] = self.transform(image)
+                with images.reading(what):
+                    image = images.decode(record[field], what, max_megapixels=self.max_megapixels)
+                    record[field] = self.transform(image)
         return record
 
     def _skip(self, index: int, error: DataError) -> None:

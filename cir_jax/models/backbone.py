@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cir_jax.errors import ConfigError, unknown
+from cir_jax.errors import ConfigError, DataError, unknown
 from cir_jax.input.images import PREPROCESSING, ImageTransform
 from cir_jax.input.text import Tokenizer
 from cir_jax.models.blip import Blip, BlipConfig, with_enc_token
@@ -65,7 +65,9 @@ class Backbone:
         if name not in PREPROCESSING:
             raise ConfigError(unknown("config.preprocessing", name, PREPROCESSING))
         own = self.image_transform
-        made = dataclasses.replace(PREPROCESSING[name](own.crop), mean=own.mean, std=own.std)
+        made = dataclasses.replace(
+            PREPROCESSING[name](own.crop), mean=own.mean, std=own.std, rescale=own.rescale
+        )
         return dataclasses.replace(self, image_transform=made)
 
     def with_remat(self) -> "Backbone":
@@ -201,9 +203,30 @@ TOWERS = {
 
 
 def pixels(images: jax.Array, transform: ImageTransform) -> jax.Array:
-    """uint8[batch, height, width, 3] -> normalised float32; float images are so already."""
+    """uint8[batch, height, width, 3] -> normalised float32; float images are so already.
+
+    Raises DataError for other types, and for floats that no pixel becomes, 0 to 255 above all,
+    where their values are known: not inside `jax.jit`.
+    """
     # uint8 crosses to the device four times as fast; the normalisation is one fused operation
-    if images.dtype != jnp.uint8:
-        return images
     mean, std = np.asarray(transform.statistics, np.float32).reshape(2, 1, 1, 1, 3)
-    return (images.astype(jnp.float32) / 255.0 - mean) / std
+    scale = np.float32(1 / transform.rescale)
+    if images.dtype == jnp.uint8:
+        return (images.astype(jnp.float32) / scale - mean) / std
+    if not jnp.issubdtype(images.dtype, jnp.floating):
+        raise DataError(
+            f"images of type {images.dtype}; expected uint8 of 0 to 255, or normalised floats. "
+            "Convert them: images.astype(numpy.uint8)."
+        )
+    if isinstance(images, jax.core.Tracer) or not images.size:
+        return images
+    low, high = (float(end(jnp.asarray(images, jnp.float32))) for end in (jnp.min, jnp.max))
+    least, most = float(np.min(-mean / std)), float(np.max((255 / scale - mean) / std))
+    slack = 0.25 * (most - least)  # bicubic resizing of normalised images overshoots
+    if not (low >= least - slack and high <= most + slack):  # NaN, too
+        raise DataError(
+            f"float images of {low:.4g} to {high:.4g}; expected normalised ones, which are within "
+            f"{least:.4g} and {most:.4g} here. Give uint8 images of 0 to 255 as they are, or "
+            "(pixels - mean) / std with Backbone.image_transform.statistics and pixels of 0 to 1."
+        )
+    return images

@@ -96,16 +96,8 @@ def merge(params: Mapping[str, Any], adapter: Mapping[str, Any], scale: float) -
     """
     flat = flatten_dict(params, sep="/")
     for path, (a, b) in pairs(adapter).items():
-        kernel = flat.get(path)
-        if kernel is None or (math.prod(kernel.shape[:-1]), kernel.shape[-1]) != (
-            a.shape[0],
-            b.shape[-1],
-        ):
-            raise WeightsError(
-                f"LoRA adapter: {path} ({a.shape[0]} -> {b.shape[-1]}) does not fit the model, "
-                f"which has {'no such kernel' if kernel is None else kernel.shape}. Use the base "
-                "weights it was trained on."
-            )
+        _check_fit(flat, path, a, b)
+        kernel = flat[path]
         delta = (scale * jnp.matmul(a, b, precision="highest")).reshape(kernel.shape)
         flat[path] = (kernel + delta).astype(kernel.dtype)
     return unflatten_dict(flat, sep="/")
@@ -122,14 +114,29 @@ def attached(
     """Inside, every adapted `nn.Dense` adds scale * dropout(x) @ a @ b to its output.
 
     dropout: rate on the adapter's input; each layer, and each call of a layer, has its own mask.
-    The adapter must cover modules of the model that is applied, from its root; only dense layers
-    (convolutions: `merge`). Raises WeightsError on leaving when some were never called.
+    Only dense layers (convolutions: `merge`).
+
+    A model of which the adapter has a kernel must have them all, and in these sizes; other models
+    run as they are. Which parts of it run does not matter: with an adapter of both towers, texts
+    alone may be encoded. Raises WeightsError for what does not fit, and on leaving when no model
+    of the adapter was applied, or a module ran without its adapted kernel (one that computes with
+    the kernel itself).
     """
     if dropout and rng is None:
         raise ValueError("LoRA dropout needs rng.")
-    adapted, calls = pairs(adapter), Counter()
+    adapted, calls, ran = pairs(adapter), Counter(), set()
+    found = False
 
     def add(next_call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
+        nonlocal found
+        if not context.module.path:
+            flat = flatten_dict(context.module.variables.get("params", {}), sep="/")
+            if not adapted.keys().isdisjoint(flat):
+                found = True
+                for path, (a, b) in adapted.items():
+                    _check_fit(flat, path, a, b)
+        elif context.method_name == "__call__":
+            ran.add("/".join(context.module.path))
         y = next_call(*args, **kwargs)
         path = "/".join((*context.module.path, "kernel"))
         if context.method_name != "__call__" or path not in adapted:
@@ -147,10 +154,34 @@ def attached(
 
     with nn.intercept_methods(add):
         yield
-    if unused := sorted(adapted.keys() - calls.keys()):
+    if adapted and not found:
         raise WeightsError(
-            f"LoRA adapter: {len(unused)} of its kernels were not used, as {unused[0]}. "
-            "Apply the model it was made for."
+            f"LoRA adapter: no model was applied that has its kernels, as {min(adapted)}. Apply "
+            "the model it was made for; a function compiled before does not see the adapter."
+        )
+    if unused := sorted(path for path in adapted.keys() - calls.keys() if _holder(path) in ran):
+        raise WeightsError(
+            f"LoRA adapter: {len(unused)} of its kernels were not used where their modules ran, "
+            f"as {unused[0]}; use lora.merge."
+        )
+
+
+def _holder(kernel: str) -> str:
+    """The module that has the dense layer: "text/layers_0/attention" of ".../query/kernel"."""
+    return kernel.removesuffix("/kernel").rpartition("/")[0]
+
+
+def _check_fit(flat: Mapping[str, Any], path: str, a: Any, b: Any) -> None:
+    """Raises WeightsError unless the flat parameters have a kernel for the pair."""
+    kernel = flat.get(path)
+    if kernel is None or (math.prod(kernel.shape[:-1]), kernel.shape[-1]) != (
+        a.shape[0],
+        b.shape[-1],
+    ):
+        raise WeightsError(
+            f"LoRA adapter: {path} ({a.shape[0]} -> {b.shape[-1]}) does not fit the model, "
+            f"which has {'no such kernel' if kernel is None else kernel.shape}. Use the base "
+            "weights it was trained on."
         )
 
 

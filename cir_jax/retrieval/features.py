@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from absl import logging
 from jax.sharding import Mesh
 from PIL import Image
 
@@ -183,20 +184,18 @@ def query_features(
 def read_image(source: Records, row: int, field: str, transform: Any) -> np.ndarray:
     """Decoded and transformed: uint8[height, width, 3]. Raises DataError naming the record."""
     record = source[row]
-    return transform(
-        open_image(record, field, _what(source, row, record), rgb=not transform.rgb_last)
-    )
+    what = _what(source, row, record)
+    with images.reading(what):
+        return transform(open_image(record, field, what))
 
 
-def open_image(
-    record: Mapping[str, Any], field: str, what: str, *, rgb: bool = True
-) -> Image.Image:
+def open_image(record: Mapping[str, Any], field: str, what: str) -> Image.Image:
     """The image of a record; only the part in its box `crop`, if that is not all zeros.
 
     crop: left, top, right, bottom in pixels. A part is padded to a black square, itself in the
     middle (rounded down), before any other transform: GeneCIS's attribute tasks, released code.
     """
-    image = images.decode(bytes(record[field]), what, rgb=rgb)
+    image = images.decode(bytes(record[field]), what)
     box = tuple(int(x) for x in record.get(CROP, ()))
     if not any(box):
         return image
@@ -235,7 +234,7 @@ def _embed(
         store = ChunkStore(
             cache_dir,
             {**description, "preprocessing": preprocessing, "images": f"{identity} {field}"}
-            | {"unreadable": "NaN" if skip_unreadable else "error"},
+            | {"unreadable": _unreadable() if skip_unreadable else "error"},
             n,
         )
         stored = store.load()
@@ -282,11 +281,17 @@ def _load(
     ok = np.float32(1)  # NaN marks the row through the device, so that all processes see it
     try:
         image = read_image(source, row, field, transform)
-    except DataError:
+    except DataError as error:
         if not skip_unreadable:
             raise
+        logging.warning("unreadable: %s", error)
         image, ok = np.zeros((transform.crop, transform.crop, 3), np.uint8), np.float32(np.nan)
     return {"image": image, "ok": ok}
+
+
+def _unreadable() -> str:
+    """What becomes of images that are not read, and of which ones; for the identity of a store."""
+    return f"NaN, over {images.max_megapixels():g} megapixels, too"
 
 
 def _name(source: Records, row: int) -> str:

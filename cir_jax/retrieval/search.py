@@ -82,11 +82,14 @@ class Searcher:
         self._gallery: np.ndarray | None = None
         self._plain: np.ndarray | None = None
 
-    def index(self, where: str | Path | Sequence[str | Path]) -> int:
+    def index(
+        self, where: str | Path | Sequence[str | Path], max_megapixels: float | None = None
+    ) -> int:
         """Indexes a folder (with its subfolders) or a list of files; returns how many images.
 
         Features are stored: an interrupted or repeated call goes on where it stood. Files that do
-        not decode are skipped, logged by name and kept in `unreadable`.
+        not decode are skipped, logged by name and kept in `unreadable`; so are images of more than
+        max_megapixels (None = 200).
         Raises DataError when there is no folder, or no readable image in it.
         """
         paths = list(_find(where))
@@ -102,23 +105,16 @@ class Searcher:
             cache_dir=self.cache_dir,
             skip_unreadable=True,
         )
-        gallery = features.gallery_features(
-            self.composer, self.params, self.frozen, source, **options
-        )
+        with images.limited(max_megapixels):
+            gallery, plain = self._features(source, options)
         good = ~np.isnan(gallery[:, 0])
         unreadable = [path for path, fine in zip(paths, good, strict=True) if not fine]
         for path in unreadable:
-            logging.warning("skipped, not a readable image: %s", path)
+            logging.warning("skipped, not a readable image, or too large: %s", path)
         if unreadable:
             logging.warning("skipped %d of %d files", len(unreadable), len(paths))
         if not good.any():
             raise DataError(f"none of the {len(paths)} files is a readable image: {paths[0]}, ...")
-        plain = gallery
-        if not features.uses_backbone_gallery(self.composer):
-            # queries of one modality live in the backbone's own space
-            plain = features.image_features(
-                self.composer.backbone, self.frozen["backbone"], source, normalise=True, **options
-            )
         self.paths = [path for path, fine in zip(paths, good, strict=True) if fine]
         self.unreadable = unreadable
         self._gallery, self._plain = gallery[good], plain[good]
@@ -126,14 +122,17 @@ class Searcher:
 
     def search(
         self,
-        image: str | Path | Image.Image | None = None,
+        image: str | Path | Image.Image | np.ndarray | None = None,
         text: str | None = None,
         k: int = 10,
+        max_megapixels: float | None = None,
     ) -> list[tuple[Path, float]]:
         """The k best images with their scores, best first (cosine similarity for most methods).
 
-        image: a file or a PIL image, the reference. text: what to change. One of them may be None:
-        then the search is by the other alone. Raises CirError without an index or a query.
+        image: the reference: a file, a PIL image, or an array [height, width, 3] of uint8, or of
+        floats in [0, 1]. text: what to change. One of them may be None: then the search is by the
+        other alone. max_megapixels: of the reference, None = 200.
+        Raises CirError without an index or a query, DataError for an image that cannot be read.
         """
         if self._gallery is None or self._plain is None:
             raise CirError("nothing is indexed yet: call index(folder) first.")
@@ -144,6 +143,9 @@ class Searcher:
             raise CirError(f"k={k}: ask for at least one image.")
         # few different k, so that few programs are compiled
         most = max(64, 1 << (k - 1).bit_length())
+        if image is not None:
+            with images.limited(max_megapixels):
+                image = self._pixels(image)
         if image is not None and text is not None:
             query = self._compose(self.composer, image, text)
             ranked = ranking.rank(query, self._gallery, k=most, **self._scoring)
@@ -153,7 +155,29 @@ class Searcher:
         found = zip(ranked.top[0][:k], ranked.scores[0][:k], strict=True)
         return [(self.paths[i], float(score)) for i, score in found if i >= 0]
 
-    def _compose(self, composer: Composer, image: Any, text: str) -> np.ndarray:
+    def _features(self, source: Files, options: Any) -> tuple[np.ndarray, np.ndarray]:
+        """Of the gallery, as the method embeds it and as the backbone does."""
+        composer = self.composer
+        gallery = features.gallery_features(composer, self.params, self.frozen, source, **options)
+        if features.uses_backbone_gallery(composer):
+            return gallery, gallery
+        # queries of one modality live in the backbone's own space
+        return gallery, features.image_features(
+            composer.backbone, self.frozen["backbone"], source, normalise=True, **options
+        )
+
+    def _pixels(self, image: Any) -> np.ndarray:
+        """uint8[height, width, 3] of what `search` takes."""
+        what = str(image) if isinstance(image, str | Path) else "image"
+        with images.reading(what):
+            if isinstance(image, str | Path):
+                image = images.read(Path(image))
+            elif not isinstance(image, Image.Image):
+                image = images.of_array(image)
+            images.check_size(image.size, what)
+            return self.composer.backbone.image_transform(image)
+
+    def _compose(self, composer: Composer, image: np.ndarray | None, text: str) -> np.ndarray:
         """float32[1, dim]; the same path as evaluation."""
         backbone = composer.backbone
         length = None if composer.pools_text else backbone.context_length
@@ -161,10 +185,7 @@ class Searcher:
         if image is None:
             references["reference_features"] = np.zeros((1, backbone.dim), np.float32)
         else:
-            if not isinstance(image, Image.Image):
-                image = images.read(Path(image))
-            pixels = backbone.image_transform(image)
-            references["reference_images"] = lambda row: pixels
+            references["reference_images"] = lambda row: image
         params = self.params if composer is self.composer else {}
         return features.query_features(
             composer,

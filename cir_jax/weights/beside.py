@@ -14,6 +14,8 @@ from cir_jax.input.text import Tokenizer
 from cir_jax.weights import files
 
 PREPROCESSING = "preprocessor_config.json"
+PROCESSOR = "processor_config.json"
+"""transformers 5: all of a processor in one file, the images' part under `image_processor`."""
 
 
 def settings(config: Any, tokenizer: Tokenizer | None) -> list[Any]:
@@ -41,14 +43,41 @@ def directory_of(directory: Path, model: str, part: str) -> Path:
     return sibling if apart else directory
 
 
+def preprocessing(directory: Path) -> tuple[str, dict[str, Any]]:
+    """The description of the image preprocessing, and what messages call it.
+
+    As in transformers, the newer file is the one that counts where it holds such a description.
+    Raises WeightsError when there is neither.
+    """
+    newer = directory / PROCESSOR
+    stored = files.read_json(newer).get("image_processor") if newer.is_file() else None
+    if stored is None:
+        file = directory / PREPROCESSING
+        return str(file), files.read_json(file)
+    if not isinstance(stored, dict):
+        raise WeightsError(f"{newer}: image_processor is no object. Download or copy it again.")
+    return f"{newer}, image_processor", stored
+
+
+def image_transform(directory: Path, family: str) -> ImageTransform:
+    """The preprocessing that comes with weights in Hugging Face format.
+
+    family: "clip", "blip" or "siglip", for files that do not name their image processor.
+    Raises WeightsError naming file and field for what is missing or cannot be honoured.
+    """
+    what, stored = preprocessing(directory)
+    return ImageTransform.from_dict(stored, what, family)
+
+
 def check(
     directory: Path, tokenizer: Tokenizer | None, transform: ImageTransform, config: Any
 ) -> None:
     """Raises WeightsError when tokenizer or preprocessing in `directory` are another model's."""
     if transform.crop != config.vision.image_size:
+        what, _ = preprocessing(directory_of(directory, "image_encoder", "feature_extractor"))
         raise WeightsError(
-            f"{directory / PREPROCESSING}: images of {transform.crop} pixels, but the model takes "
-            f"{config.vision.image_size}. Correct crop_size (or size)."
+            f"{what}: images of {transform.crop} pixels, but the model "
+            f"takes {config.vision.image_size}. Correct crop_size (or size)."
         )
     if tokenizer and tokenizer.vocab_size > config.text.vocab_size:
         raise WeightsError(
@@ -67,6 +96,10 @@ def write(
 ) -> None:
     """A directory with tensors, JSON files and tokenizer, whole or not at all."""
     tensors = {name: np.asarray(array, dtype, order="C") for name, array in tensors.items()}
+    newer = Path(path) / PROCESSOR
+    if newer.is_file():  # it would win over the file that we write
+        about = {**about, PROCESSOR: files.read_json(newer)}
+        about[PROCESSOR]["image_processor"] = about[PREPROCESSING]
     with files.new_directory(Path(path)) as scratch:
         save_file(tensors, scratch / file, metadata={"format": "pt"})
         for name, content in {**about, "tokenizer_config.json": tokenizer.to_dict()}.items():

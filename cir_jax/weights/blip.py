@@ -12,7 +12,6 @@ import numpy as np
 
 from cir_jax.errors import WeightsError
 from cir_jax.input import images
-from cir_jax.input.images import ImageTransform
 from cir_jax.input.text import Tokenizer
 from cir_jax.models.backbone import Backbone
 from cir_jax.models.bert import BertConfig
@@ -87,8 +86,7 @@ def _config(source: files.Source, tensors: Mapping[str, Any], what: str) -> Blip
 def _backbone(source: files.Source, config: BlipConfig, dtype: Any) -> Backbone:
     directory, text = source.directory, config.text
     if source.kind:
-        file = directory / beside.PREPROCESSING
-        transform = ImageTransform.from_dict(files.read_json(file), file)
+        transform = beside.image_transform(directory, "blip")
     else:
         transform = images.blip(config.vision.image_size)
     tokenizer = Tokenizer.by_tokens(

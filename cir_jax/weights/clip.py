@@ -238,10 +238,11 @@ def _backbone(
 
 def _transform(source: files.Source, config: ClipConfig, hugging_face: bool) -> ImageTransform:
     directory = beside.directory_of(source.directory, "image_encoder", "feature_extractor")
-    preprocessing = directory / beside.PREPROCESSING
-    stored = files.read_json(preprocessing) if hugging_face or preprocessing.is_file() else {}
     # beside OpenCLIP weights only our own says more than open_clip_config.json
-    if hugging_face or "cir_jax" in stored:
-        return ImageTransform.from_dict(stored, preprocessing)
-    preprocess = source.config.get("preprocess_cfg", {})
-    return ImageTransform.from_open_clip(preprocess, config.vision.image_size)
+    ours = (directory / beside.PREPROCESSING).is_file() and "cir_jax" in beside.preprocessing(
+        directory
+    )[1]
+    if hugging_face or ours:
+        return beside.image_transform(directory, "clip")
+    size, what = config.vision.image_size, source.directory / files.OPEN_CLIP
+    return ImageTransform.from_open_clip(source.config.get("preprocess_cfg", {}), size, what)

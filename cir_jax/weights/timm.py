@@ -65,15 +65,20 @@ def image_transform(name: str, config: Mapping[str, Any]) -> ImageTransform:
     {} = the defaults of the published encoder `name`. Raises WeightsError for modes that are not
     implemented.
     """
+    config = {field: value for field, value in config.items() if value is not None}
     mobilevit = name.startswith("mobilevit")
     mean, std = ((0.0,) * 3, (1.0,) * 3) if mobilevit else (IMAGENET_MEAN, IMAGENET_STD)
     usual = 256 if mobilevit else _IMAGE_SIZES.get(name, 224)
-    size = config.get("input_size", (3, usual, usual))[-1]
+    channels, height, size = config.get("input_size", (3, usual, usual))
     mode, filter_name = config.get("crop_mode", "center"), config.get("interpolation", "bicubic")
     if mode not in ("center", "squash") or filter_name not in _MODES:
         raise WeightsError(
             f"{name}: pretrained_cfg says crop_mode {mode!r} and interpolation {filter_name!r}; "
             f"expected 'center' or 'squash', and one of {', '.join(_MODES)}."
+        )
+    if channels != 3 or height != size:
+        raise WeightsError(
+            f"{name}: pretrained_cfg says input_size {config['input_size']}, expected [3, n, n]."
         )
     return ImageTransform(
         resize=math.floor(size / (config.get("crop_pct") or (0.888 if mobilevit else 0.875))),
@@ -83,6 +88,7 @@ def image_transform(name: str, config: Mapping[str, Any]) -> ImageTransform:
         squash=mode == "squash",
         resample=_MODES[filter_name],
         round_offset=True,
+        alpha="drop",
     )
 
 

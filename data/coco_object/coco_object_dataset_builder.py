@@ -15,6 +15,7 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from cir_jax.errors import DataError
+from cir_jax.input.images import decode as decode_image
 from data.benchmark import POSITIONS, TEXT, TEXTS, Picture, absent
 from data.source import (
     Options,
@@ -216,8 +217,8 @@ def object_only(image: bytes, instance: Instance, what: str) -> bytes:
     The box is cut at whole pixels, towards zero, as in the released code (which, other than here,
     went through a JPEG file of the masked image).
     """
-    with Image.open(io.BytesIO(image)) as opened:
-        pixels = np.asarray(opened if opened.mode in ("L", "RGB") else opened.convert("RGB"))
+    decoded = decode_image(image, what)
+    pixels = np.asarray(decoded if decoded.mode in ("L", "RGB") else decoded.convert("RGB"))
     height, width = pixels.shape[:2]
     if (width, height) != instance.size:
         raise DataError(

@@ -1,15 +1,14 @@
 """TFDS builder of GeneCIS (Vaze et al., arXiv 2306.07969)."""
 
-import io
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
-from PIL import Image
 
 from cir_jax.errors import DataError
+from cir_jax.input import images
 from data.benchmark import BenchmarkBuilder, Picture, Question, Raw, absent
 from data.source import field, first_file, read_json
 
@@ -82,11 +81,8 @@ GeneCIS: annotations from github.com/facebookresearch/genecis, images of COCO's 
         """`crop` of an attribute image: left, top, right, bottom in pixels, whole otherwise."""
         if picture.box is None:
             return {"crop": WHOLE}
-        try:
-            with Image.open(io.BytesIO(image)) as opened:
-                size = opened.size
-        except Exception as error:  # PIL raises a dozen types for bad files
-            raise DataError(f"{picture.path}: not a readable image ({error}).") from error
+        with images.reading(str(picture.path)):
+            size = images.opened(image, str(picture.path)).size
         crop = dilated(picture.box, size)
         if crop[2] <= crop[0] or crop[3] <= crop[1]:
             raise DataError(

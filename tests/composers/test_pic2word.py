@@ -79,7 +79,10 @@ def test_official_files_come_back(made, tmp_path):
         official.load(composer, file, other)
     stored["state_dict_img2text"]["module.layers.2.0.weight"] = torch.zeros(20, 20)
     torch.save(stored, file)
-    with pytest.raises(WeightsError, match=r"Tensors nothing takes \(1\): layers.2.0.weight"):
+    message = (
+        r"pic2word.pt: a network of 3 hidden layers, this one has 2. Set --config.composer.n_l"
+    )
+    with pytest.raises(WeightsError, match=message):
         official.load(composer, file, frozen)
     torch.save({"epoch": 1, "state_dict": stored["state_dict"]}, file)
     with pytest.raises(WeightsError, match="under 'state_dict_img2text'; it holds state_dict"):
@@ -88,11 +91,22 @@ def test_official_files_come_back(made, tmp_path):
         official.load(composer, tmp_path / "nowhere.pt", frozen)
 
 
+def test_a_network_of_another_depth_comes_back(made, tiny, tmp_path):
+    pytest.importorskip("torch")
+    composer = Pic2Word(tiny[0], hidden_dim=20, n_layer=3)
+    params = composer.init(jax.random.key(0))
+    assert list(params) == ["fc1", "fc2", "fc3", "out"]
+    official.save(composer, tmp_path / "deep.pt", params, made[2])
+    again = official.load(composer, tmp_path / "deep.pt", made[2])
+    jax.tree.map(np.testing.assert_array_equal, again, jax.device_get(params))
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"dropout": 1.0}, "dropout=1.0: expected a fraction"),
         ({"hidden_dim": 0}, "hidden_dim=0"),
+        ({"n_layer": 0}, "n_layer=0"),
         ({"scale": -1.0}, "scale=-1.0"),
     ],
 )

@@ -227,5 +227,100 @@ def test_misfits_are_told(tiny):
     adapter = random_adapter(params)
     with pytest.raises(WeightsError, match="text/layers_0"):
         lora.merge({"text": {}, "vision": params["vision"]}, adapter, 1.0)
-    with pytest.raises(WeightsError, match="were not used"), lora.attached(adapter, 1.0):
-        model.apply({"params": params}, inputs[0], method="encode_image")
+
+
+def test_a_tower_alone_runs_with_an_adapter_of_both(tiny):
+    """Texts alone, images alone; and with an adapter of texts alone, images as they were."""
+    model, params, (images, ids) = clip(tiny)
+    both = random_adapter(params)
+    only_text = {"text": both["text"]}
+
+    for method, inputs in (("encode_text", ids), ("encode_image", images)):
+        run = functools.partial(model.apply, method=method)
+        base = run({"params": params}, inputs)
+        for adapter in (both, only_text):
+            with lora.attached(adapter, 0.7):
+                got = run({"params": params}, inputs)
+            expected = run({"params": lora.merge(params, adapter, 0.7)}, inputs)
+            assert difference(got, expected) < 1e-5
+            moves = adapter is both or method == "encode_text"
+            assert (difference(got, base) > 1e-3) == moves
+
+
+class Raw(nn.Module):
+    """Computes with one dense layer's kernel itself, as a fused matrix product does."""
+
+    @nn.compact
+    def __call__(self, x):
+        used = nn.Dense(3, name="used")
+        raw = nn.Dense(3, name="raw")
+        if self.is_initializing():
+            raw(x)
+        return used(x) + x @ raw.variables["params"]["kernel"]
+
+
+class Holder(nn.Module):
+    def setup(self):
+        self.inner, self.other = Raw(), nn.Dense(3)
+
+    def __call__(self, x):
+        return self.inner(x)
+
+    def rest(self, x):
+        return self.other(x)
+
+
+def test_an_adapter_that_would_not_act_is_an_error(tiny):
+    model, params, (images, _) = clip(tiny)
+    adapter = random_adapter(params)
+
+    def encode():
+        # traced anew: a trace that is kept does not see an adapter either
+        run = functools.partial(model.apply, method="encode_image")
+        jax.eval_shape(lambda *inputs: run(*inputs), {"params": params}, images)
+
+    layer = adapter["text"]["layers_0"]["attention"]
+    cases = [
+        # of another model; of a part of this one, from its own root
+        ({"encoder": adapter["vision"]}, "no model was applied that has its kernels, as encoder/"),
+        (adapter["vision"], "no model was applied that has its kernels, as layers_0/attention/que"),
+        # some of it, though not of what runs; of another size
+        (
+            adapter | {"text": {"layers_9": {"attention": layer}}},
+            "text/layers_9/attention/query/kernel .32 -> 32. does not fit the model, .* no such ke",
+        ),
+        (
+            adapter | {"vision": {"layers_0": {"attention": layer}}},
+            r"vision/layers_0/attention/query/kernel \(32 -> 32\) does not fit .*\(48, 4",
+        ),
+    ]
+    for wrong, message in cases:
+        with pytest.raises(WeightsError, match=message), lora.attached(wrong, 1.0):
+            encode()
+    with pytest.raises(WeightsError, match="no model was applied"), lora.attached(adapter, 1.0):
+        pass
+    other, x = nn.Dense(2), np.ones((1, 3), np.float32)
+    with lora.attached(adapter, 1.0):  # another model may run beside it
+        other.apply(other.init(jax.random.key(0), x), x)
+        encode()
+
+
+def test_a_function_compiled_before_and_a_kernel_used_by_itself_are_told():
+    model, x = Holder(), np.ones((2, 3), np.float32)
+    variables = model.init(jax.random.key(0), x)
+    variables = {
+        "params": variables["params"] | model.init(jax.random.key(0), x, method="rest")["params"]
+    }
+    run = jax.jit(model.apply)
+    run(variables, x)
+    adapter = random_adapter(variables["params"], r"inner/(used|raw)/kernel")
+    with (
+        pytest.raises(WeightsError, match="a function compiled before does not see the adapter"),
+        lora.attached(adapter, 1.0),
+    ):
+        run(variables, x)
+    message = "1 of its kernels were not used where their modules ran, as inner/raw/kernel; use lor"
+    with pytest.raises(WeightsError, match=message), lora.attached(adapter, 1.0):
+        model.apply(variables, x)
+    with lora.attached(adapter, 1.0):  # `inner` does not run
+        model.apply(variables, x, method="rest")

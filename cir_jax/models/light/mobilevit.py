@@ -22,13 +22,14 @@ STEM, PATCH = 32, 2
 
 @dataclasses.dataclass(frozen=True)
 class MobileVitV2Config:
-    """`multiplier` scales every width, rounded down."""
+    """`multiplier` scales every width, rounded down; a stage's then to a multiple of eight."""
 
     multiplier: float = 1.0
 
     @property
     def widths(self) -> tuple[int, ...]:
-        return tuple(int(width * self.multiplier) for width in WIDTHS)
+        """Of the stages. The stem's is not rounded a second time."""
+        return tuple(make_divisible(int(width * self.multiplier)) for width in WIDTHS)
 
     @property
     def num_features(self) -> int:
