@@ -7,10 +7,12 @@ model as somebody has it; a `.head` stands for the structure of a tokenizer.json
 import copy
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from tests import peers
 
@@ -443,6 +445,13 @@ def transformers() -> Any:
     """The library; its image processors import torchvision where there is one."""
     peers.torchvision()
     return pytest.importorskip("transformers")
+
+
+def picture(folder: Path) -> Path:
+    """A PNG that is no square, and transparent in places."""
+    pixels = np.random.default_rng(0).integers(0, 255, (230, 301, 4), np.uint8)
+    Image.fromarray(pixels).save(folder / "picture.png")
+    return folder / "picture.png"
 
 
 def random_tensors(model: Any, dtype: Any = None) -> dict[str, Any]:

@@ -139,10 +139,7 @@ def words(merges):
 
 @pytest.fixture(scope="module")
 def picture(tmp_path_factory):
-    path = tmp_path_factory.mktemp("picture") / "picture.png"
-    rng = np.random.default_rng(0)
-    Image.fromarray(rng.integers(0, 255, (230, 301, 3), np.uint8)).save(path)
-    return path
+    return published.picture(tmp_path_factory.mktemp("picture"))
 
 
 def tokenizer_json(form, words, merges):

@@ -16,7 +16,7 @@ from cir_jax.input import images
 from cir_jax.input.text import OPENAI_VOCABULARY
 from cir_jax.models.backbone import pixels
 from tests import peers
-from tests.weights.published import MEAN, STD, near, random_tensors
+from tests.weights.published import MEAN, STD, near, picture, random_tensors
 
 pytestmark = pytest.mark.peer
 
@@ -172,9 +172,7 @@ def test_open_clip(tmp_path, name):
     path = write(tmp_path, config, {k: v.numpy() for k, v in made.items()})
     vocabulary = open_clip.tokenizer.default_bpe()
     (path / OPENAI_VOCABULARY).write_bytes(Path(vocabulary).read_bytes())
-    picture = path / "picture.png"
-    rng = np.random.default_rng(0)
-    Image.fromarray(rng.integers(0, 255, (230, 301, 3), np.uint8)).save(picture)
+    png = picture(path)
 
     model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{path}")
     model.eval()
@@ -182,9 +180,9 @@ def test_open_clip(tmp_path, name):
     ids = backbone.tokenizer(CAPTIONS, 77)
     theirs = open_clip.get_tokenizer(f"local-dir:{path}")(CAPTIONS)
     np.testing.assert_array_equal(ids, theirs)
-    x = preprocess(Image.open(picture))[None]
+    x = preprocess(Image.open(png))[None]
     transform = backbone.image_transform
-    ours = transform(images.read(picture))[None]
+    ours = transform(images.read(png))[None]
     near(pixels(ours, transform), x.permute(0, 2, 3, 1), 1e-6)
     with torch.no_grad():
         image, text = model.encode_image(x), model.encode_text(theirs)
