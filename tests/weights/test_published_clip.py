@@ -339,11 +339,14 @@ def test_exclamation_marks_are_text(write, tmp_path, image_half, transformers):
     rows, folder, tokens = TEXTS["SDXL, second"]
     path = write(tmp_path, rows)
     model_of(transformers, path / folder)
-    pair, _ = weights.load(f"{image_half}+{path / folder}")
-    theirs = transformers.AutoTokenizer.from_pretrained(path / tokens)(EXCLAMATION)["input_ids"]
-    assert theirs[0][2] == 0
+    theirs = transformers.AutoTokenizer.from_pretrained(path / tokens)
+    assert theirs(EXCLAMATION)["input_ids"][0][2] == 0
     texts = [*EXCLAMATION, *CAPTIONS]
-    np.testing.assert_array_equal(pair.tokenizer(texts, 77), simple(texts))
+    for _ in range(2):
+        pair, _ = weights.load(f"{image_half}+{path / folder}")
+        np.testing.assert_array_equal(pair.tokenizer(texts, 77), simple(texts))
+        # once more from the tokenizer.json that transformers makes of it, where "!" is special
+        theirs.save_pretrained(path / tokens)
 
 
 def test_refused(transformers, write, tmp_path):
