@@ -67,7 +67,7 @@ class Composer:
 
     def prompt(self, text: str) -> str:
         """The text that is tokenised for a modification text; plain by default."""
-        return text
+        return self.backbone.tokenizer.plain(text)
 
     def freeze(self, backbone_params: Params, shapes_only: bool = False) -> Params:
         """The tree `frozen`: parameters beside the trainable ones, never in the optimiser.

@@ -349,6 +349,8 @@ class CompoDiff(Composer):
         tokenizer, length = self.backbone.tokenizer, self.backbone.context_length
         missing = max(length - token_ids.shape[1], 0)
         token_ids = jnp.pad(token_ids, ((0, 0), (0, missing)), constant_values=tokenizer.pad_id)
+        if self.backbone.reads_padding:
+            return self.backbone.text_hidden_states(frozen["backbone"], token_ids)
         end = jnp.argmax(token_ids == tokenizer.eos_id, axis=-1)
         visible = jnp.arange(token_ids.shape[1])[None] <= end[:, None]
         return self.backbone.text_hidden_states(frozen["backbone"], token_ids, visible)

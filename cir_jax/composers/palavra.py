@@ -155,7 +155,7 @@ class Palavra(PseudoWord):
 
     def prompt(self, text: str) -> str:
         named = f"a photo of {self.coarse} {self.placeholder}"
-        return f"{named} that {text}" if text else named
+        return f"{named} that {self.backbone.tokenizer.plain(text)}" if text else named
 
     def init(self, rng: jax.Array) -> Params:
         one, other = jax.random.split(rng)

@@ -6,7 +6,7 @@ phrase: one about a concept that the image resembles, the concept replaced by th
 keeps pseudo-words where the text encoder expects words. Association, drawing and loss run in the
 compiled program, from tables that lie in `frozen["phrases"]`:
 
-original            uint16[phrases, length] ids of all phrases
+original            uint16[phrases, length] ids of all phrases (int32 of large vocabularies)
 suffixes            uint16[phrases, length'] ids with the placeholder, without the beginning
 prefix, prefixes    int32[phrases], int32[beginnings, length''], `beginnings`: see `Split`
 lengths             int32[phrases, 2] of original and suffix, with start and end token
@@ -50,6 +50,7 @@ from cir_jax.models import clip_suffix
 from cir_jax.models.backbone import Backbone
 from cir_jax.models.clip import overwrite_tokens
 from cir_jax.retrieval.cache import ChunkStore, default_cache_dir, fingerprint
+from cir_jax.weights.files import places
 
 LONG_TAIL = 1e-4
 """The share of phrases longer than `Phrases.usual`: small, as one of them slows down its batch."""
@@ -77,9 +78,10 @@ class Split:
     prefix_lengths: np.ndarray
 
     @classmethod
-    def of(cls, token_ids: np.ndarray, placeholder: int, eos: int, causal: bool = True) -> "Split":
-        """token_ids: int[texts, length], each with a placeholder. causal: False cuts nothing."""
-        at = (token_ids == placeholder).argmax(axis=1)
+    def of(cls, token_ids: np.ndarray, mark: int, eos: int | None, causal: bool = True) -> "Split":
+        """token_ids: int[texts, length], each with a placeholder `mark`. causal: False cuts
+        nothing. eos: None = padding counts, too."""
+        at = (token_ids == mark).argmax(axis=1)
         begins = [bytes(row[:n].tobytes()) for row, n in zip(token_ids, at, strict=True)]
         common = collections.Counter(b for b in begins if b).most_common(MAX_PREFIXES)
         rows = {b"": 0} | ({b: i + 1 for i, (b, _) in enumerate(common)} if causal else {})
@@ -88,7 +90,7 @@ class Split:
         # rows shifted to the left; what comes in from the right is padding behind the end
         columns = np.minimum(at[:, None] + np.arange(token_ids.shape[1]), token_ids.shape[1] - 1)
         ids = np.take_along_axis(token_ids, columns, axis=1)
-        lengths = ((ids == eos).argmax(axis=1) + 1).astype(np.int32)
+        lengths = _lengths(ids, eos)
         parts = [np.frombuffer(b, token_ids.dtype) for b in rows]
         widest = max(1, *map(len, parts)) if len(parts) > 1 else 1
         prefixes = np.zeros((len(parts), widest), np.int32)
@@ -155,7 +157,8 @@ class Phrases:
                 f"1..{len(book.concepts)}."
             )
         tokenizer, causal = backbone.tokenizer, backbone.family == "clip"
-        placeholder, eos = tokenizer.id_of(files.PLACEHOLDER), tokenizer.eos_id
+        placeholder = tokenizer.id_of(files.PLACEHOLDER)
+        eos = None if backbone.reads_padding else tokenizer.eos_id
         pairs = [
             (phrase, name)
             for name, phrases in book.concepts.items()
@@ -180,7 +183,7 @@ class Phrases:
         count = np.bincount(np.asarray(owners)[keep], minlength=len(number)).astype(np.int32)
         original = original[keep]
         split = Split.of(replaced[keep], placeholder, eos, causal)
-        lengths = np.stack([(original == eos).argmax(axis=1) + 1, split.lengths], axis=1)
+        lengths = np.stack([_lengths(original, eos), split.lengths], axis=1)
         longest = lengths.max(axis=0)
         usual = np.quantile(lengths, 1 - LONG_TAIL, axis=0, method="higher").astype(int)
         if (longest - usual < BUCKET).all():
@@ -194,7 +197,7 @@ class Phrases:
             "prefix": split.prefix,
             "prefixes": split.prefixes,
             "prefix_lengths": split.prefix_lengths,
-            "lengths": lengths.astype(np.int32),
+            "lengths": lengths,
             "first": (np.cumsum(count) - count).astype(np.int32),
             "count": count,
         }
@@ -475,10 +478,14 @@ def _read(
 
 def _resolve(path: str | Path) -> Path:
     """A path as given, or relative to the repository (the embedded world's phrases)."""
-    from cir_jax.weights.files import REPOSITORY
+    given, ours = places(path)
+    return ours if ours.is_file() and not given.is_file() else given
 
-    given = Path(path).expanduser()
-    return given if given.is_file() or not (REPOSITORY / given).is_file() else REPOSITORY / given
+
+def _lengths(token_ids: np.ndarray, eos: int | None) -> np.ndarray:
+    """int32[texts]: up to the end token, or of int[texts, length] all columns; see `Split.of`."""
+    last = token_ids.shape[1] - 1 if eos is None else (token_ids == eos).argmax(axis=1)
+    return np.full(len(token_ids), last + 1, np.int32)
 
 
 def _ids(tokenizer: Tokenizer, texts: Sequence[str]) -> np.ndarray:
@@ -488,6 +495,5 @@ def _ids(tokenizer: Tokenizer, texts: Sequence[str]) -> np.ndarray:
     size = 1 << 14
     starts = range(0, len(texts), size)
     for start in tqdm(starts, desc="tokenising phrases", delay=5, disable=jax.process_index() != 0):
-        part = texts[start : start + size]
-        out[start : start + size] = tokenizer(part, tokenizer.context_length)
+        out[start : start + size] = tokenizer(texts[start : start + size], tokenizer.context_length)
     return out

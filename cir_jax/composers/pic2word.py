@@ -87,7 +87,7 @@ class Pic2Word(LearnedWord):
                 f"hidden_dim={hidden_dim}, n_layer={n_layer}, scale={scale}: expected 1 or more, "
                 "1 or more, 0 or more"
             )
-        if not scale and backbone.family != "clip":
+        if not scale and backbone.family == "blip":
             raise ConfigError(
                 f"scale=0: backbone {backbone.weights_id} has no scale of its own. Give one, such "
                 "as --config.composer.scale=100."
@@ -101,7 +101,8 @@ class Pic2Word(LearnedWord):
         self.training_ids = backbone.tokenizer([self.prompt("")])
 
     def prompt(self, text: str) -> str:
-        return f"a photo of * {self.link} {text}" if text else "a photo of *"
+        plain = self.backbone.tokenizer.plain(text)
+        return f"a photo of * {self.link} {plain}" if text else "a photo of *"
 
     def encode(
         self, params: Params, frozen: Params, batch: dict[str, jax.Array], rngs: jax.Array

@@ -32,7 +32,7 @@ class PseudoWord(Composer):
     def prompt(self, text: str) -> str:
         """ "a photo of $ that {text}"; without a text, the prompt that names the image alone."""
         named = f"a photo of {self.placeholder}"
-        return f"{named} that {text}" if text else named
+        return f"{named} that {self.backbone.tokenizer.plain(text)}" if text else named
 
     def invert(self, params: Params, frozen: Params, query: Query, rng: jax.Array) -> jax.Array:
         """Pseudo-word tokens of the reference images: float32[batch, token_dim]."""

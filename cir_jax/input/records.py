@@ -155,7 +155,7 @@ class CroppedImages(grain.transforms.RandomMap):
 
 
 def _tokenise(tokenizer: Tokenizer, text: str) -> np.ndarray:
-    return tokenizer([text], length=tokenizer.context_length)[0]
+    return tokenizer([tokenizer.plain(text)], length=tokenizer.context_length)[0]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""SentencePiece's unigram models (`spiece.model`, which T5 v1.1 has and no tokenizer.json).
+"""SentencePiece's unigram models (`spiece.model` of SigLIP and of T5 v1.1).
 
 The file is a protocol buffer; the few fields that are needed are read directly, so that neither
 sentencepiece nor protobuf is. Fields: sentencepiece's `sentencepiece_model.proto`.
@@ -19,8 +19,11 @@ EXTRA_IDS = 100
 """Sentinels that T5 puts behind the pieces; they are in its embedding table."""
 
 
-def read(path: Path) -> tokenizers.Tokenizer:
-    """The tokenizer of a `spiece.model`. Raises WeightsError when it is no unigram model."""
+def read(path: Path, extra_ids: int = EXTRA_IDS) -> tokenizers.Tokenizer:
+    """The tokenizer of a `spiece.model`. Raises WeightsError when it is no unigram model.
+
+    extra_ids: sentinels behind its pieces; only T5 has them.
+    """
     try:
         fields = list(_fields(path.read_bytes()))
         pieces = [dict(_fields(value)) for number, value in fields if number == 1]
@@ -37,13 +40,15 @@ def read(path: Path) -> tokenizers.Tokenizer:
         raise WeightsError(
             f"{path}: not a SentencePiece model ({error}). Download or copy it again."
         ) from error
-    if trainer.get(3, UNIGRAM) != UNIGRAM or BYTE in types:
+    if trainer.get(3, UNIGRAM) != UNIGRAM:
         raise WeightsError(
-            f"{path}: expected a unigram model without bytes, as T5's. Give its tokenizer.json: "
+            f"{path}: expected a unigram model, as T5's. Give its tokenizer.json: "
             "`AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)`."
         )
-    vocabulary += [(f"<extra_id_{i}>", 0.0) for i in reversed(range(EXTRA_IDS))]
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.Unigram(vocabulary, unk_id=unknown))
+    vocabulary += [(f"<extra_id_{i}>", 0.0) for i in reversed(range(extra_ids))]
+    # of models with bytes (multilingual SigLIP), a text with "<0x41>" in it would get that piece
+    unigrams = tokenizers.models.Unigram(vocabulary, unknown, byte_fallback=BYTE in types)
+    tokenizer = tokenizers.Tokenizer(unigrams)
     if charsmap := normalizer.get(2):
         tokenizer.normalizer = tokenizers.normalizers.Precompiled(charsmap)
     # no piece spans two words, so that splitting first changes nothing
@@ -51,7 +56,7 @@ def read(path: Path) -> tokenizers.Tokenizer:
     tokenizer.pre_tokenizer = split.Sequence([split.WhitespaceSplit(), split.Metaspace()])
     tokenizer.decoder = tokenizers.decoders.Metaspace()
     special = [name for (name, _), kind in zip(vocabulary, types, strict=False) if kind == CONTROL]
-    special += [vocabulary[unknown][0], *(f"<extra_id_{i}>" for i in range(EXTRA_IDS))]
+    special += [vocabulary[unknown][0], *(f"<extra_id_{i}>" for i in range(extra_ids))]
     tokenizer.add_special_tokens(special)
     return tokenizer
 

@@ -174,6 +174,10 @@ class Tokenizer:
             raise WeightsError(f"{token!r} is {len(ids)} tokens in this tokenizer, expected one")
         return ids[0]
 
+    def plain(self, text: str) -> str:
+        """The text with nothing in it that is read as a placeholder, where that can be told."""
+        return text
+
     def shorten(self, text: str) -> str:
         """The text, without what the text tower has no room for."""
         ids, room = self._ids([text])[0], self.context_length - 1 - (self.bos_id is not None)

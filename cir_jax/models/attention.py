@@ -18,12 +18,15 @@ def attend(
     *,
     causal: bool = False,
 ) -> jax.Array:
-    """float[batch, length, heads, head_dim] each -> the same shape; softmax in float32.
+    """float[batch, length, heads, head_dim] each -> the query's shape; softmax in float32.
+
+    Keys and values may be of another length than the query.
 
     mask: bool, broadcast to [batch, heads, length, keys], True where a key may be attended to.
     causal: no position attends to a later one.
     """
-    fused = mask is None and fused_kernel(query.shape[1:], jnp.dtype(query.dtype), causal)
+    alike = mask is None and query.shape == key.shape
+    fused = alike and fused_kernel(query.shape[1:], jnp.dtype(query.dtype), causal)
     return jax.nn.dot_product_attention(
         query,
         key,

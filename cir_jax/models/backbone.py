@@ -16,16 +16,19 @@ from cir_jax.input.images import PREPROCESSING, ImageTransform
 from cir_jax.input.text import Tokenizer
 from cir_jax.models.blip import Blip, BlipConfig, with_enc_token
 from cir_jax.models.clip import Clip, ClipConfig
+from cir_jax.models.siglip import Siglip, SiglipConfig
+
+FAMILIES = {Clip: "clip", Blip: "blip", Siglip: "siglip"}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Backbone:
-    """CLIP or BLIP with its tokenizer and image preprocessing.
+    """CLIP, BLIP or SigLIP with its tokenizer and image preprocessing.
 
     weights_id: name + content hash of the weights; stored in checkpoints, caches and results.
     """
 
-    model: Clip | Blip
+    model: Clip | Blip | Siglip
     tokenizer: Tokenizer
     image_transform: ImageTransform
     weights_id: str
@@ -34,13 +37,18 @@ class Backbone:
     """Whether image and text features lie in one space, so that they can be compared and summed."""
 
     @property
-    def config(self) -> ClipConfig | BlipConfig:
+    def config(self) -> ClipConfig | BlipConfig | SiglipConfig:
         return self.model.config
 
     @property
     def family(self) -> str:
-        """ "clip" or "blip"."""
-        return "blip" if isinstance(self.model, Blip) else "clip"
+        """ "clip", "blip" or "siglip"."""
+        return FAMILIES[type(self.model)]
+
+    @property
+    def reads_padding(self) -> bool:
+        """Whether texts must be context_length tokens long, as the text tower reads the padding."""
+        return self.family == "siglip"
 
     @property
     def dim(self) -> int:
@@ -54,7 +62,8 @@ class Backbone:
 
     @property
     def context_length(self) -> int:
-        """Tokens of the longest text: CLIP 77, BLIP 35 (as it was trained; its tower takes 512)."""
+        """Tokens of the longest text: CLIP 77, BLIP 35 (as it was trained; its tower takes 512),
+        SigLIP 64."""
         return self.tokenizer.context_length
 
     def with_preprocessing(self, name: str) -> "Backbone":
@@ -82,7 +91,7 @@ class Backbone:
         """Random parameters (float32)."""
         size = self.config.vision.image_size
         images = jnp.zeros((1, size, size, 3))
-        token_ids = jnp.full((1, 4), self.config.text.eos_token_id, jnp.int32)
+        token_ids = jnp.zeros((1, 4), jnp.int32)
         return self.model.init(rng, images, token_ids)["params"]
 
     def encode_image(self, params: Any, images: jax.Array) -> jax.Array:
@@ -104,6 +113,7 @@ class Backbone:
 
         embeddings: token embeddings with pseudo-words put in, in place of the embedded ids.
         """
+        self._check_length(token_ids)
         return self._apply(params, token_ids, embeddings, method="encode_text").astype(jnp.float32)
 
     def text_hidden_states(
@@ -111,9 +121,10 @@ class Backbone:
     ) -> jax.Array:
         """int32[batch, length] -> float[batch, length, token_dim] after the final norm.
 
-        attention_mask: bool[batch, length], True where a key may be attended to; None = all for
-        CLIP, which is causal, and all but the padding for BLIP, which is not.
+        attention_mask: bool[batch, length], True where a key may be attended to; None = as in
+        training: all for CLIP, which is causal, and for SigLIP, all but the padding for BLIP.
         """
+        self._check_length(token_ids)
         if attention_mask is None and self.family == "blip":
             attention_mask = token_ids != self.config.text.pad_token_id
         embeddings = self.embed_tokens(params, token_ids)
@@ -135,8 +146,8 @@ class Backbone:
         """
         if self.family != "blip":
             raise ConfigError(
-                f"backbone {self.weights_id}: a CLIP has no matching encoder. Use a BLIP, "
-                "--config.backbone=Salesforce/blip-itm-base-coco."
+                f"backbone {self.weights_id}: a {self.family.upper()} has no matching encoder. "
+                "Use a BLIP, --config.backbone=Salesforce/blip-itm-base-coco."
             )
         token_ids = with_enc_token(jnp.asarray(token_ids), self.config)
         if embeddings is not None:
@@ -147,6 +158,14 @@ class Backbone:
 
     def _apply(self, params: Any, *args: Any, method: str) -> jax.Array:
         return self.model.apply({"params": params}, *args, method=method)
+
+    def _check_length(self, token_ids: jax.Array) -> None:
+        if self.reads_padding and token_ids.shape[1] != self.context_length:
+            raise DataError(
+                f"texts of {token_ids.shape[1]} tokens: backbone {self.weights_id} reads the "
+                f"padding, too, and was trained on {self.context_length}. Take the ids as its "
+                "tokenizer gives them."
+            )
 
     def _pixels(self, images: jax.Array) -> jax.Array:
         return pixels(images, self.image_transform)

@@ -152,15 +152,18 @@ class ClipConfig:
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention; softmax in float32."""
+    """Multi-head attention, of a sequence to itself or to a `source`; softmax in float32."""
 
     config: TowerConfig
     dtype: Any = jnp.float32
     causal: bool = False
 
     @nn.compact
-    def __call__(self, x: jax.Array, mask: jax.Array | None) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, mask: jax.Array | None, source: jax.Array | None = None
+    ) -> jax.Array:
         width, heads = self.config.hidden_size, self.config.num_attention_heads
+        source = x if source is None else source
         std = width**-0.5
         out_std = std * (2 * self.config.num_hidden_layers) ** -0.5
 
@@ -170,9 +173,9 @@ class Attention(nn.Module):
             )
 
         # [batch, length, width] -> [batch, length, heads, head_dim]
-        split = (*x.shape[:-1], heads, width // heads)
         query, key, value = (
-            dense(name, std)(x).reshape(split) for name in ("query", "key", "value")
+            dense(name, std)(inputs).reshape(*inputs.shape[:-1], heads, width // heads)
+            for name, inputs in (("query", x), ("key", source), ("value", source))
         )
         mixed = attend(query, key, value, mask, causal=self.causal)
         return dense("out", out_std)(mixed.reshape(x.shape))
@@ -188,23 +191,28 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
         config = self.config
-        width = config.hidden_size
 
         def norm(name: str) -> nn.LayerNorm:
             return nn.LayerNorm(config.layer_norm_eps, dtype=self.dtype, name=name)
 
         attention = Attention(config, self.dtype, self.causal, name="attention")
         x = x + attention(norm("norm1")(x), mask)
-        hidden = nn.Dense(
-            config.intermediate_size,
-            dtype=self.dtype,
-            kernel_init=nn.initializers.normal((2 * width) ** -0.5),
-            name="fc1",
-        )(norm("norm2")(x))
-        out_std = width**-0.5 * (2 * config.num_hidden_layers) ** -0.5
-        return x + nn.Dense(
-            width, dtype=self.dtype, kernel_init=nn.initializers.normal(out_std), name="fc2"
-        )(ACTIVATIONS[config.hidden_act](hidden))
+        return x + mlp(config, self.dtype, norm("norm2")(x))
+
+
+def mlp(config: TowerConfig, dtype: Any, x: jax.Array) -> jax.Array:
+    """float[..., width] -> the same shape; its layers, fc1 and fc2, are the calling module's."""
+    width = config.hidden_size
+    hidden = nn.Dense(
+        config.intermediate_size,
+        dtype=dtype,
+        kernel_init=nn.initializers.normal((2 * width) ** -0.5),
+        name="fc1",
+    )(x)
+    out_std = width**-0.5 * (2 * config.num_hidden_layers) ** -0.5
+    return nn.Dense(width, dtype=dtype, kernel_init=nn.initializers.normal(out_std), name="fc2")(
+        ACTIVATIONS[config.hidden_act](hidden)
+    )
 
 
 def blocks(config: TowerConfig, dtype: Any, remat: bool, causal: bool = False) -> list[nn.Module]:
@@ -228,9 +236,14 @@ class PatchEmbedding(nn.Module):
 
     @nn.compact
     def __call__(self, images: jax.Array) -> jax.Array:
-        """float[batch, height, width, 3] -> float[batch, patches, width], row by row."""
-        batch, height, width, channels = images.shape
+        """float[batch, height, width, 3] -> float[batch, patches, width], row by row.
+
+        As of a convolution, pixels on the right and below that make no whole patch are left out.
+        """
         size = self.patch_size
+        height, width = (side // size * size for side in images.shape[1:3])
+        images = images[:, :height, :width]
+        batch, channels = len(images), images.shape[3]
         shape = (size, size, channels, self.width)
         kernel = self.param("kernel", nn.initializers.lecun_normal(in_axis=(0, 1, 2)), shape)
         # [batch, rows, size, columns, size, channels] -> [batch, patches, size * size * channels]
@@ -278,11 +291,13 @@ class VisionTower(nn.Module):
 
 
 class TextTower(nn.Module):
-    """Causal text transformer; any length up to `max_position_embeddings`, with equal features."""
+    """Text transformer of any length up to `max_position_embeddings`, with equal features if it is
+    causal."""
 
     config: TextConfig
     dtype: Any = jnp.float32
     remat: bool = False
+    causal: bool = True
 
     def setup(self) -> None:
         config = self.config
@@ -297,7 +312,7 @@ class TextTower(nn.Module):
             nn.initializers.normal(0.01),
             (config.max_position_embeddings, config.hidden_size),
         )
-        self.layers = blocks(config, self.dtype, self.remat, causal=True)
+        self.layers = blocks(config, self.dtype, self.remat, self.causal)
         self.final_norm = nn.LayerNorm(config.layer_norm_eps, dtype=self.dtype)
 
     def embed(self, token_ids: jax.Array) -> jax.Array:
@@ -363,13 +378,7 @@ class Clip(nn.Module):
 
         ViT: class token first, before the post-norm. ResNet: the cells of the last map.
         """
-        size = self.config.vision.image_size
-        if images.ndim != 4 or images.shape[1:] != (size, size, 3):
-            raise DataError(
-                f"images of shape {images.shape}; this model takes [batch, {size}, {size}, 3]. "
-                "Use the image transform that comes with the weights."
-            )
-        check_batch(images, "images")
+        check_images(images, self.config.vision.image_size)
         return self.vision(images)
 
     def encode_image(self, images: jax.Array) -> jax.Array:
@@ -424,6 +433,16 @@ def check_token_ids(token_ids: jax.Array, vocab_size: int) -> None:
             f"row {row}, position {column}: token id {ids[row, column]} is not one of the model's "
             f"{vocab_size}. Use the tokenizer that comes with the weights."
         )
+
+
+def check_images(images: jax.Array, size: int) -> None:
+    """Raises DataError unless images are [batch, size, size, 3], with at least one of them."""
+    if images.ndim != 4 or images.shape[1:] != (size, size, 3):
+        raise DataError(
+            f"images of shape {images.shape}; this model takes [batch, {size}, {size}, 3]. "
+            "Use the image transform that comes with the weights."
+        )
+    check_batch(images, "images")
 
 
 def check_batch(rows: jax.Array, what: str) -> None:

@@ -125,7 +125,8 @@ def make_pipeline(
         parts.append(Part(table_name, source, example.make(experiment, data, source), weight))
     trim = records.TrimText(backbone.tokenizer.eos_id, text.BUCKET)
     # on several processes every one must see the same shape, without asking the others
-    trims = jax.process_count() == 1 and experiment.composer.pools_text
+    pools = experiment.composer.pools_text and not backbone.reads_padding
+    trims = jax.process_count() == 1 and pools
     return Pipeline(
         parts=tuple(parts),
         batch_size=config.stage[name].batch_size,

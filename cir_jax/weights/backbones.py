@@ -9,10 +9,21 @@ import numpy as np
 
 from cir_jax.errors import WeightsError
 from cir_jax.models.backbone import TOWERS, Backbone, Pair
-from cir_jax.weights import blip, clip, families, files
+from cir_jax.weights import blip, clip, families, files, siglip
 
-FAMILIES = {"clip": clip, "blip": blip}
+FAMILIES = {"clip": clip, "blip": blip, "siglip": siglip}
 """model_type of a config -> module with `read`, `architecture` and `write`."""
+
+RELATIVES = {
+    "siglip2": "SigLIP 2 of any aspect ratio (NaFlex), whose image tower is another network. Use "
+    "one of fixed resolution, such as google/siglip2-base-patch16-224.",
+    **dict.fromkeys(
+        clip.TOWER_TYPES.values(),
+        "one tower of a CLIP. Give the whole model, or name the directories of both towers, "
+        "IMAGES+TEXTS.",
+    ),
+}
+"""model_type of what is easily taken for one of them -> what it is, and what to do."""
 
 
 def load(
@@ -82,15 +93,14 @@ def _find(name_or_path: str | Path) -> tuple[files.Source, ModuleType]:
                 "or BLIP file, or the directory of a model with its config. "
                 "`weights.load_encoder` loads encoders of images or texts alone."
             )
-    if family in clip.TOWER_TYPES.values():
+    if family in RELATIVES:
         raise WeightsError(
-            f"{source.directory / source.kind}: model_type {family!r}, one tower of a CLIP. Give "
-            "the whole model, or name the directories of both towers, IMAGES+TEXTS."
+            f"{source.directory / source.kind}: model_type {family!r}, {RELATIVES[family]}"
         )
     if family not in FAMILIES:
         raise WeightsError(
             f"{source.directory / source.kind}: model_type {family!r}, expected "
-            f"{' or '.join(map(repr, FAMILIES))}. Give the weights of a CLIP or BLIP; "
+            f"{' or '.join(map(repr, FAMILIES))}. Give the weights of a CLIP, BLIP or SigLIP; "
             "`weights.load_encoder` loads encoders of images or texts alone."
         )
     return source, FAMILIES[family]

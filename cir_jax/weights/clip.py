@@ -45,16 +45,6 @@ def hf_names(config: ClipConfig) -> convert.Names:
         }
     )
 
-    def layers(source: str, tower: str, tower_config: TowerConfig) -> None:
-        for i in range(tower_config.num_hidden_layers):
-            old, new = f"{source}.encoder.layers.{i}", f"layers_{i}"
-            for theirs, ours in (("q", "query"), ("k", "key"), ("v", "value"), ("out", "out")):
-                table.linear(f"{old}.self_attn.{theirs}_proj", tower, new, "attention", ours)
-            for part in ("fc1", "fc2"):
-                table.linear(f"{old}.mlp.{part}", tower, new, part)
-            for part in ("1", "2"):
-                table.norm(f"{old}.layer_norm{part}", tower, new, f"norm{part}")
-
     embeddings, patches = f"{vision}.embeddings", ("vision", "patch_embedding", "kernel")
     words = ("text", "token_embedding", "embedding")
     table |= {
@@ -64,12 +54,24 @@ def hf_names(config: ClipConfig) -> convert.Names:
         f"{embeddings}.position_embedding.weight": (("vision", "position_embedding"), "same"),
         f"{embeddings}.patch_embedding.weight": (patches, "conv"),
     }
-    layers(text, "text", config.text)
+    hf_layers(table, text, "text", config.text)
     table.norm(f"{text}.final_layer_norm", "text", "final_norm")
-    layers(vision, "vision", config.vision)
+    hf_layers(table, vision, "vision", config.vision)
     table.norm(f"{vision}.pre_layrnorm", "vision", "pre_norm")  # spelled so in the original
     table.norm(f"{vision}.post_layernorm", "vision", "post_norm")
     return table
+
+
+def hf_layers(table: convert.Names, source: str, tower: str, config: TowerConfig) -> None:
+    """Adds the blocks of a tower, as transformers names them in CLIP and SigLIP."""
+    for i in range(config.num_hidden_layers):
+        old, new = f"{source}.encoder.layers.{i}", f"layers_{i}"
+        for theirs, ours in (("q", "query"), ("k", "key"), ("v", "value"), ("out", "out")):
+            table.linear(f"{old}.self_attn.{theirs}_proj", tower, new, "attention", ours)
+        for part in ("fc1", "fc2"):
+            table.linear(f"{old}.mlp.{part}", tower, new, part)
+        for part in ("1", "2"):
+            table.norm(f"{old}.layer_norm{part}", tower, new, f"norm{part}")
 
 
 def read(

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 SIGNATURES = {
+    "SigLIP (Hugging Face names)": ("text_model.head.weight", "vision_model.head.probe"),
     "CLIP (Hugging Face names)": ("text_model.embeddings.token_embedding.weight",),
     "CLIP (OpenAI or OpenCLIP names)": ("token_embedding.weight", "visual.conv1.weight"),
     "BLIP (Hugging Face names)": ("vision_model.embeddings.class_embedding", "vision_proj.weight"),
@@ -33,6 +34,6 @@ def describe(tensors: Mapping[str, Any]) -> str:
 
 
 def family(tensors: Mapping[str, Any]) -> str:
-    """ "clip", "blip", "t5", or "" for all others."""
+    """ "clip", "blip", "siglip", "t5", or "" for all others."""
     first = describe(tensors).split()[0].lower()
-    return first if first in ("clip", "blip", "t5") else ""
+    return first if first in ("clip", "blip", "siglip", "t5") else ""

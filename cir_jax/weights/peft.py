@@ -24,7 +24,7 @@ from cir_jax.models.backbone import Backbone, Pair
 from cir_jax.models.encoders import ImageEncoder, TextEncoder
 from cir_jax.models.lora import LoraConfig
 from cir_jax.models.resnet import ResNetConfig
-from cir_jax.weights import blip, clip, convert, files, open_clip, t5, timm
+from cir_jax.weights import blip, clip, convert, files, open_clip, siglip, t5, timm
 
 PREFIX = "base_model.model."
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
@@ -309,6 +309,8 @@ def _modules(owner: Owner) -> dict[str, tuple[list[str], tuple[int, ...]]]:
         shapes = jax.eval_shape(owner.init, jax.random.key(0))
         if owner.family == "blip":
             table = blip.names(model.config)
+        elif owner.family == "siglip":
+            table = siglip.names(model.config)
         elif isinstance(model.config.vision, ResNetConfig):
             table = open_clip.names(model.config)
         else:
