@@ -36,6 +36,7 @@ def experiment(name: str, composer: Mapping[str, Any]) -> ConfigDict:
     config.name = name
     config.seed = 0
     config.backbone = "data/shapes/clip"  # Hugging Face directory or hub id
+    config.image_size = 0  # of the backbone; 0 = its own, else its positions are interpolated
     config.preprocessing = ""  # of images: as the weights say | clip | targetpad | squarepad
     config.dtype = "float32"  # of the computation; parameters stay float32
     config.remat = False  # the backbone's layers are computed twice, to train in less memory

@@ -64,7 +64,8 @@ def prepare(config: ConfigDict, training: bool) -> None:
     from data import build
 
     needed = experiment.required_tables(config, training)
-    weights.load_architecture(config.backbone)  # a wrong name shows before minutes of work
+    # a wrong name or size shows before minutes of work
+    weights.load_architecture(config.backbone, image_size=config.get("image_size"))
     for dataset in needed.keys() & build.DATASETS.keys():
         tables = needed[dataset]
         build.prepare(dataset, tables, experiment.data_dir(config))

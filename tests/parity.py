@@ -25,7 +25,13 @@ ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-from tests import parity_core, parity_oti, parity_siglip, parity_words  # noqa: E402, the path is set above
+from tests import (  # noqa: E402, the path is set above
+    parity_core,
+    parity_open_clip,
+    parity_oti,
+    parity_siglip,
+    parity_words,
+)
 
 Handler = Callable[["Fixture"], Mapping[str, Any]]
 """Fixture -> our outputs, under the names of its `expected`."""
@@ -186,7 +192,7 @@ def check(fixture: Fixture, handlers: Mapping[str, Handler]) -> Result:
 
 def all_handlers() -> dict[str, Handler]:
     """Of every family that is implemented."""
-    light = (parity_core, parity_oti, parity_siglip, parity_words)
+    light = (parity_core, parity_open_clip, parity_oti, parity_siglip, parity_words)
     handlers = {name: run for module in light for name, run in module.HANDLERS.items()}
     try:
         from tests import parity_heavy

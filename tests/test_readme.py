@@ -20,7 +20,7 @@ COMMANDS = [
     for line in re.sub(r"\\\n\s*", " ", README).splitlines()
     if line.startswith("    ") and "python " in line
 ] + re.findall(r"`(python launch/(?:main|eval)[^`]+)`", " ".join(README.split()))
-NEEDS_WEIGHTS = ("vit_l14", "vit_b32", "config.backbone=")
+NEEDS_WEIGHTS = ("vit_l14", "vit_b32", "bge_vl", "config.backbone=")
 RAW_FILES = [command for command in COMMANDS if "circo" in command and "cirr" not in command]
 
 

@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from cir_jax.evaluation.queries import Benchmark
 from cir_jax.evaluation.result import Result
-from cir_jax.input.images import to_rgb
+from cir_jax.input.images import reading, to_rgb
 from cir_jax.retrieval.cache import write_atomically
 from cir_jax.retrieval.features import open_image
 
@@ -144,10 +144,11 @@ def _tile(
     y: int,
     colour: tuple[int, int, int] | None,
 ) -> None:
-    image = to_rgb(open_image(record, "image", what))
-    scale = TILE / max(image.size)
-    size = tuple(max(1, round(side * scale)) for side in image.size)
-    image = image.resize(size, Image.Resampling.BICUBIC)
+    with reading(what):
+        image = to_rgb(open_image(record, "image", what))
+        scale = TILE / max(image.size)
+        size = tuple(max(1, round(side * scale)) for side in image.size)
+        image = image.resize(size, Image.Resampling.BICUBIC)
     if colour is not None:
         draw = ImageDraw.Draw(sheet)
         box = (x - FRAME, y - FRAME, x + TILE + FRAME - 1, y + TILE + FRAME - 1)

@@ -15,7 +15,7 @@ from PIL import Image
 
 from cir_jax.evaluation.queries import Benchmark
 from cir_jax.evaluation.result import Result
-from cir_jax.input.images import to_rgb
+from cir_jax.input.images import reading, to_rgb
 from cir_jax.retrieval.cache import write_atomically
 from cir_jax.retrieval.features import open_image
 
@@ -112,8 +112,9 @@ def _choose(best: np.ndarray | None, count: int) -> list[int]:
 
 
 def _thumbnail(record: Any, what: str) -> str:
-    image = to_rgb(open_image(record, "image", what))
-    image.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.BICUBIC)
+    with reading(what):
+        image = to_rgb(open_image(record, "image", what))
+        image.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.BICUBIC)
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=80)
     return base64.b64encode(buffer.getvalue()).decode()

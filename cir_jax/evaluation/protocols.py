@@ -33,10 +33,12 @@ class Protocol:
         "orders_averaged" = "{c1} and {c2}" and reversed, both stripped and composed; the unit
         features are averaged and normalised again (SEARLE); "orders_separate" = each order is a
         query of its own (ARTEMIS); "capitalised" = "{C1} and {c2}", stripped (CLIP4Cir);
-        "reversed" = "{c2} and {c1}", as they are (Pic2Word).
+        "reversed" = "{c2} and {c1}", as they are (Pic2Word); "comma" = "{c1}, and {c2}", as they
+        are (BGE-VL).
     text: what is composed. "modification" = the composer's prompt of the caption;
         "shared_concept" = the same with the concept before the image ("a photo of {concept} $ that
-        ...", as CIRCO was annotated); "objects" = the image "and" the named classes ("a photo of $
+        ...", as CIRCO was annotated); "similar_but" = "Find a picture that also {concept}, but
+        {caption}." (BGE-VL); "objects" = the image "and" the named classes ("a photo of $
         and dog and ..."); "inversion" = the image alone ("a photo of $").
     recall, subset_recall, precision: the K of R@K and Rs@K (single target; Rs: among the query's
         candidates without the reference) and of mAP@K (all ground truths).
@@ -50,10 +52,12 @@ class Protocol:
     name: str
     gallery: Literal["all", "category", "triplets", "candidates"] = "all"
     remove_reference: bool = False
-    captions: Literal["single", "orders_averaged", "orders_separate", "capitalised", "reversed"] = (
-        "single"
+    captions: Literal[
+        "single", "orders_averaged", "orders_separate", "capitalised", "reversed", "comma"
+    ] = "single"
+    text: Literal["modification", "shared_concept", "similar_but", "objects", "inversion"] = (
+        "modification"
     )
-    text: Literal["modification", "shared_concept", "objects", "inversion"] = "modification"
     recall: tuple[int, ...] = ()
     subset_recall: tuple[int, ...] = ()
     precision: tuple[int, ...] = ()
@@ -75,6 +79,11 @@ class Protocol:
         parts += ["targets=soft"] if self.soft else []
         parts += [f"Avg={'+'.join(self.average)}"] if self.average else []
         return f"{self.name}({', '.join(parts)})"
+
+    @property
+    def needs_concept(self) -> bool:
+        """Whether each query must say what reference and targets share."""
+        return self.text in ("shared_concept", "similar_but")
 
     @property
     def by_group(self) -> bool:
@@ -109,13 +118,15 @@ class Protocol:
                 f"{what}: {len(texts)} texts, protocol {self.id} expects one or two. "
                 "Prepare the dataset again."
             )
-        if self.captions != "reversed":
+        if self.captions not in ("reversed", "comma"):
             texts = [text.strip(STRIPPED) for text in texts]
         if self.captions == "capitalised":
             texts = [texts[0][:1].upper() + texts[0][1:], *texts[1:]]
         if len(texts) == 1:
             return list(texts)
         first, second = texts
+        if self.captions == "comma":
+            return [f"{first}, and {second}"]
         orders = [f"{first} and {second}", f"{second} and {first}"]
         return {"capitalised": orders[:1], "reversed": orders[1:]}.get(self.captions, orders)
 
@@ -135,6 +146,13 @@ class Protocol:
                     "does not have. Evaluate it on another benchmark."
                 )
             return named
+        if self.text == "similar_but":
+            if named:
+                raise ConfigError(
+                    f"protocol {self.id} is a sentence without the image, but the prompt of this "
+                    f"composer is {named!r} and more. Use the benchmark with :shared_concept."
+                )
+            return composer(f"Find a picture that also {concept}, but {text}.")
         if self.text == "objects":
             return f"{named} and {text}" if named else f"{PHOTO} {text}"
         if not named:
@@ -180,13 +198,17 @@ INVERSION = Protocol("inversion", text="inversion", recall=(1, 3, 5))
 PROTOCOLS = {protocol.name: protocol for protocol in (CIRCO, CIRR, FASHIONIQ, GENECIS)}
 
 VARIANTS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
-    "circo": {"shared_concept": {"text": "shared_concept"}},
+    "circo": {
+        "shared_concept": {"text": "shared_concept"},
+        "bge_vl": {"text": "similar_but"},
+    },
     "cirr": {"artemis": {"soft": True}, "compodiff": {"average": ("R@1", "Rs@1")}},
     "fashioniq": {
         "small_gallery": {"gallery": "triplets"},
         "capitalised": {"captions": "capitalised"},
         "reversed": {"captions": "reversed"},
         "artemis": {"captions": "orders_separate", "remove_reference": True},
+        "bge_vl": {"captions": "comma"},
     },
 }
 """Protocol -> variant -> the fields in which it differs. Named after a paper: its own protocol."""

@@ -142,7 +142,7 @@ class Benchmark:
             return "the reference is a ground truth, but the protocol removes it from the gallery"
         if protocol.soft and query.targets and not query.soft:
             return f"no graded answers, which protocol {protocol.id} needs"
-        if protocol.text == "shared_concept" and not query.concept:
+        if protocol.needs_concept and not query.concept:
             return f"no shared concept, which protocol {protocol.id} needs"
         if protocol.by_group:
             if query.category not in known:

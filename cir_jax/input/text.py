@@ -4,6 +4,7 @@ import gzip
 import html
 import json
 import re
+import string
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ import ftfy
 import numpy as np
 import tokenizers
 
-from cir_jax.errors import DataError, WeightsError
+from cir_jax.errors import DataError, WeightsError, unknown
 from cir_jax.input import sentencepiece
 
 BUCKET = 8
@@ -27,22 +28,40 @@ CLIP_MERGES = 49152 - 256 - 2
 
 _SPECIAL = ("<|startoftext|>", "<|endoftext|>")
 
-_USUAL = {"bos_token": _SPECIAL[0], "eos_token": _SPECIAL[1], "pad_token": _SPECIAL[1]}
-"""CLIP's, where no file names them."""
+_NAMES = ("bos_token", "eos_token", "pad_token")
 _END_OF_WORD = "</w>"
+_CONFIG = "tokenizer_config.json"
+
+
+def collapse(text: str) -> str:
+    """ftfy, HTML entities twice, white space collapsed."""
+    text = html.unescape(html.unescape(ftfy.fix_text(text)))
+    return re.sub(r"\s+", " ", text).strip()
 
 
 def clean(text: str) -> str:
-    """ftfy, HTML entities twice, white space collapsed, lower case: as CLIP's tokenizer."""
-    text = html.unescape(html.unescape(ftfy.fix_text(text)))
-    return re.sub(r"\s+", " ", text).strip().lower()
+    """The same in lower case: as CLIP's tokenizer."""
+    return collapse(text).lower()
+
+
+def canonicalize(text: str) -> str:
+    """The same without punctuation: as big_vision's."""
+    text = collapse(text).replace("_", " ").translate(_NO_PUNCTUATION)
+    return " ".join(text.lower().split())
+
+
+_NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+CLEANING = {"lower": clean, "whitespace": collapse, "canonicalize": canonicalize}
+"""OpenCLIP's name of a way to clean texts -> the function."""
 
 
 class Tokenizer:
     """Text -> int32 ids `[start] ... [end] pad ...`.
 
     bos_id: None = no start token (T5). cleaned: texts are cleaned as CLIP's tokenizer does; False
-    leaves them to the `tokenizer.json` (BERT, T5).
+    leaves them to the `tokenizer.json` (BERT, T5). cleaning: how, a key of CLEANING;
+    only the way of CLIP's tokenizer ("lower") leaves names of tokens such as `<end_of_text>`.
     """
 
     def __init__(
@@ -54,6 +73,7 @@ class Tokenizer:
         eos_id: int,
         pad_id: int,
         cleaned: bool = True,
+        cleaning: str = "lower",
     ):
         self._tokenizer = tokenizer
         # some files ask for them; both are done here
@@ -61,7 +81,7 @@ class Tokenizer:
         tokenizer.no_truncation()
         self.context_length = context_length
         self.bos_id, self.eos_id, self.pad_id = bos_id, eos_id, pad_id
-        self.cleaned = cleaned
+        self.cleaned, self.cleaning = cleaned, cleaning
 
     @classmethod
     def from_file(cls, path: Path, **kwargs: Any) -> "Tokenizer":
@@ -90,9 +110,9 @@ class Tokenizer:
             file = next((each for each in other if each.is_file()), file)
         tokenizer = other[file](file) if file in other else read_tokenizer(file, remedy)
         ids = {token: tokenizer.token_to_id(token) for token in (bos, eos, pad) if token}
-        if unknown := [token for token, found in ids.items() if found is None]:
+        if absent := [token for token, found in ids.items() if found is None]:
             raise WeightsError(
-                f"{file}: no token {', '.join(unknown)}, so it belongs to another model. {remedy}"
+                f"{file}: no token {', '.join(absent)}, so it belongs to another model. {remedy}"
             )
         return cls(
             tokenizer,
@@ -120,18 +140,27 @@ class Tokenizer:
         else:
             file = merges[0]
             tokenizer = clip_bpe(read_merges(file))
-        named = special_tokens(path)
-        tokens = [named.get(name) or usual for name, usual in _USUAL.items()]
-        ids = [tokenizer.token_to_id(token) for token in tokens]
+        tokens = dict(zip(_NAMES, (*_SPECIAL, _SPECIAL[1]), strict=True)) | special_tokens(path)
+        ids = [tokenizer.token_to_id(token) for token in tokens.values()]
         if pad_id is not None:
             ids[2] = pad_id
-        if unknown := [token for token, found in zip(tokens, ids, strict=True) if found is None]:
+        if absent := [t for t, found in zip(tokens.values(), ids, strict=True) if found is None]:
             raise WeightsError(
-                f"{file}: no token {', '.join(unknown)}, which start, end or pad a text. Copy "
+                f"{file}: no token {', '.join(absent)}, which start, end or pad a text. Copy "
                 "tokenizer.json and tokenizer_config.json from where the weights come from."
             )
+        ours = _read_config(path / _CONFIG).get("cir_jax") if (path / _CONFIG).is_file() else None
+        cleaning = (ours or {}).get("cleaning", "lower")
+        if cleaning not in CLEANING:
+            raise WeightsError(f"{path / _CONFIG}: {unknown('cleaning', cleaning, CLEANING)}")
+        bos, eos, pad = ids
         return cls(
-            tokenizer, context_length=context_length, bos_id=ids[0], eos_id=ids[1], pad_id=ids[2]
+            tokenizer,
+            context_length=context_length,
+            bos_id=bos,
+            eos_id=eos,
+            pad_id=pad,
+            cleaning=cleaning,
         )
 
     def save(self, path: Path) -> None:
@@ -152,7 +181,8 @@ class Tokenizer:
         """What ids depend on: the tokens around a text, the cleaning, the words (a checksum)."""
         words = sorted(self._tokenizer.get_vocab().items(), key=lambda item: item[1])
         checksum = zlib.crc32(json.dumps(words).encode())
-        return self.bos_id, self.eos_id, self.pad_id, self.cleaned, checksum
+        cleaning = self.cleaning if self.cleaned else None
+        return self.bos_id, self.eos_id, self.pad_id, cleaning, checksum
 
     @property
     def vocab_size(self) -> int:
@@ -165,7 +195,13 @@ class Tokenizer:
             "tokenizer_class": "PreTrainedTokenizerFast",
             "model_max_length": self.context_length,
             **{name: self._tokenizer.id_to_token(i) for name, i in ids.items() if i is not None},
+            # what that format cannot say
+            **({} if self.cleaning == "lower" else {"cir_jax": {"cleaning": self.cleaning}}),
         }
+
+    def token_id(self, token: str) -> int | None:
+        """The id of a token that is in the vocabulary as it stands; None = it is not."""
+        return self._tokenizer.token_to_id(token)
 
     def id_of(self, token: str) -> int:
         """The id of a single token, such as the placeholder `$`."""
@@ -211,11 +247,12 @@ class Tokenizer:
         # `<|endoftext|>` in a text is text, and `<end_of_text>` is the token, as in OpenCLIP
         # (OpenAI's code has it the other way round). Set here: pickling to workers loses it
         self._tokenizer.encode_special_tokens = True
-        if not self.cleaned:
-            encoded = self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
+        texts = [CLEANING[self.cleaning](text) for text in texts] if self.cleaned else list(texts)
+        if not self.cleaned or self.cleaning != "lower":
+            encoded = self._tokenizer.encode_batch(texts, add_special_tokens=False)
             return [row.ids for row in encoded]
         named = {"<start_of_text>": self.bos_id, "<end_of_text>": self.eos_id}
-        pieces = [re.split("(<start_of_text>|<end_of_text>)", clean(text)) for text in texts]
+        pieces = [re.split("(<start_of_text>|<end_of_text>)", text) for text in texts]
         plain = [piece for row in pieces for piece in row if piece not in named]
         encoded = iter(self._tokenizer.encode_batch(plain, add_special_tokens=False))
         return [
@@ -251,7 +288,7 @@ def special_tokens(directory: Path) -> dict[str, str]:
     """
     config, legacy = (
         _read_config(directory / name) if (directory / name).is_file() else {}
-        for name in ("tokenizer_config.json", "special_tokens_map.json")
+        for name in (_CONFIG, "special_tokens_map.json")
     )
     other = {
         name: config[name]
@@ -260,12 +297,12 @@ def special_tokens(directory: Path) -> dict[str, str]:
     }
     if other:
         raise WeightsError(
-            f"{directory / 'tokenizer_config.json'}: {other}: only {_ONE_VALUE} is built here. "
+            f"{directory / _CONFIG}: {other}: only {_ONE_VALUE} is built here. "
             "Correct the file, or give another model."
         )
     found = config if "added_tokens_decoder" in config else config | legacy
     named = {}
-    for name in _USUAL:
+    for name in _NAMES:
         token = found.get(name)
         named[name] = token.get("content") if isinstance(token, dict) else token
         if not isinstance(named[name], str | None):

@@ -239,7 +239,8 @@ def pixels(images: jax.Array, transform: ImageTransform) -> jax.Array:
         )
     if isinstance(images, jax.core.Tracer) or not images.size:
         return images
-    low, high = (float(end(jnp.asarray(images, jnp.float32))) for end in (jnp.min, jnp.max))
+    with jax.ensure_compile_time_eval():  # known values, be it inside of another's trace
+        low, high = (float(end(jnp.asarray(images, jnp.float32))) for end in (jnp.min, jnp.max))
     least, most = float(np.min(-mean / std)), float(np.max((255 / scale - mean) / std))
     slack = 0.25 * (most - least)  # bicubic resizing of normalised images overshoots
     if not (low >= least - slack and high <= most + slack):  # NaN, too

@@ -79,10 +79,11 @@ def setup(config: ml_collections.ConfigDict, shapes_only: bool = False) -> Exper
     settings = config.composer.to_dict()
     name = settings.pop("name")
     dtype = DTYPES[config.dtype]
+    size = config.get("image_size")  # not in configs of earlier versions
     if composers.composer_class(name).pretrained_backbone:
-        backbone, params = weights.load(config.backbone, dtype)
+        backbone, params = weights.load(config.backbone, dtype, image_size=size)
     else:
-        backbone, params = weights.load_architecture(config.backbone, dtype), {}
+        backbone, params = weights.load_architecture(config.backbone, dtype, image_size=size), {}
     if config.preprocessing:
         backbone = backbone.with_preprocessing(config.preprocessing)
     if config.remat:
@@ -270,14 +271,14 @@ def check_workdir(workdir: Path, config: ml_collections.ConfigDict) -> None:
 
 
 def _shaping(values: Mapping[str, Any]) -> dict[str, Any]:
-    """A stored config, its composers' settings as in `composers.shaping`."""
+    """A stored config with fields of later versions, composers' settings as `composers.shaping`."""
 
     def of(part: Mapping[str, Any]) -> dict[str, Any]:
         settings = part.get("composer")  # {} = that of the experiment
         return {**part, "composer": composers.shaping(settings)} if settings else dict(part)
 
     stages = {name: of(stage) for name, stage in values.get("stage", {}).items()}
-    return of(values) | {"stage": stages}
+    return {"image_size": 0} | of(values) | {"stage": stages}
 
 
 def claim_workdir(workdir: Path, config: ml_collections.ConfigDict) -> None:

@@ -27,20 +27,29 @@ RELATIVES = {
 
 
 def load(
-    name_or_path: str | Path, dtype: Any = jnp.float32, *, params_dtype: Any = jnp.float32
+    name_or_path: str | Path,
+    dtype: Any = jnp.float32,
+    *,
+    params_dtype: Any = jnp.float32,
+    image_size: int | None = None,
+    context_length: int | None = None,
 ) -> tuple[Backbone, dict[str, Any]]:
     """Backbone and parameters of a directory, file or hub id (see `files.find`).
 
     "IMAGES+TEXTS" takes the image tower of one CLIP and the text tower of another (`Pair`).
     dtype: of the computation. params_dtype: of the parameters, None = as they are stored.
+    image_size: for images of so many pixels, by interpolated position embeddings (a ViT's).
+    context_length: for longer texts, by Long-CLIP's stretching (a CLIP's; 248 of 77).
     Raises WeightsError naming what is missing, unreadable, another model's, or does not fit.
     """
-    names = _split(name_or_path)
+    names, asked = _split(name_or_path), _asked(image_size, context_length)
     if len(names) == 1:
         source, family = _find(name_or_path)
-        return family.read(source, dtype, params_dtype)
+        return family.read(source, dtype, params_dtype, **asked[""])
     halves = {
-        half: clip.read(_find_half(name, half), dtype, params_dtype, half)
+        half: clip.read(
+            _find_half(name, half, **asked[half]), dtype, params_dtype, half, **asked[half]
+        )
         for half, name in zip(TOWERS, names, strict=True)
     }
     return (
@@ -49,14 +58,32 @@ def load(
     )
 
 
-def load_architecture(name_or_path: str | Path, dtype: Any = jnp.float32) -> Backbone:
+def load_architecture(
+    name_or_path: str | Path,
+    dtype: Any = jnp.float32,
+    *,
+    image_size: int | None = None,
+    context_length: int | None = None,
+) -> Backbone:
     """Backbone without its weights, which need not be there unless the config is read off them."""
-    names = _split(name_or_path)
+    names, asked = _split(name_or_path), _asked(image_size, context_length)
     if len(names) == 1:
         source, family = _find(name_or_path)
-        return family.architecture(source, dtype)
+        return family.architecture(source, dtype, **asked[""])
     halves = zip(TOWERS, names, strict=True)
-    return _pair(*(clip.architecture(_find_half(name, half), dtype, half) for half, name in halves))
+    return _pair(
+        *(
+            clip.architecture(_find_half(name, half), dtype, half, **asked[half])
+            for half, name in halves
+        )
+    )
+
+
+def _asked(image_size: int | None, context_length: int | None) -> dict[str, dict[str, int]]:
+    """Half of a `Pair`, or "" for a whole model -> the sizes that are asked of it."""
+    image = {"image_size": image_size} if image_size else {}
+    text = {"context_length": context_length} if context_length else {}
+    return {"": image | text, "image": image, "text": text}
 
 
 def save(path: Path, backbone: Backbone, params: Any, dtype: Any = np.float32) -> None:

@@ -16,7 +16,7 @@ from cir_jax.input.text import Tokenizer
 from cir_jax.models.backbone import Backbone
 from cir_jax.models.bert import BertConfig
 from cir_jax.models.blip import Blip, BlipConfig, BlipVisionConfig, interpolate_positions
-from cir_jax.weights import beside, configs, convert, families, files
+from cir_jax.weights import beside, configs, convert, families, files, positions
 
 IGNORE = (
     r"(.*\.)?position_ids",  # a constant
@@ -42,21 +42,32 @@ POSITIONS = {
 """Format -> its name of the image position embeddings, which also tells the formats apart."""
 
 
-def read(source: files.Source, dtype: Any, params_dtype: Any) -> tuple[Backbone, dict[str, Any]]:
-    """Backbone and parameters; see `backbones.load`."""
+def read(
+    source: files.Source, dtype: Any, params_dtype: Any, **sizes: int
+) -> tuple[Backbone, dict[str, Any]]:
+    """Backbone and parameters; see `backbones.load`. sizes: the image_size that is asked for."""
     tensors, what = source.tensors(), source.what()
     layout_of(tensors, what)  # of another model: said before anything else is
     config = _config(source, tensors, what)
-    backbone = _backbone(source, config, dtype)
-    params = to_params(tensors, config, what, params_dtype)
+    backbone = _sized(_backbone(source, config, dtype), **sizes)
+    params = to_params(tensors, backbone.config, what, params_dtype)
     weights_id = files.content_id(source.name, params, beside.settings(config, backbone.tokenizer))
     return dataclasses.replace(backbone, weights_id=weights_id), params
 
 
-def architecture(source: files.Source, dtype: Any) -> Backbone:
+def architecture(source: files.Source, dtype: Any, **sizes: int) -> Backbone:
     """Backbone without its weights, which need not be there unless the config is read off them."""
     tensors = {} if source.kind else source.tensors()
-    return _backbone(source, _config(source, tensors, str(source.file)), dtype)
+    return _sized(_backbone(source, _config(source, tensors, str(source.file)), dtype), **sizes)
+
+
+def _sized(backbone: Backbone, image_size: int = 0, context_length: int = 0) -> Backbone:
+    if context_length:
+        raise WeightsError(
+            f"context_length={context_length}: the texts of a BLIP are not stretched; its tower "
+            f"takes {backbone.config.text.max_position_embeddings} tokens as it is."
+        )
+    return positions.for_images(backbone, image_size) if image_size else backbone
 
 
 def write(path: Path, backbone: Backbone, params: Any, dtype: Any) -> None:

@@ -16,7 +16,7 @@ from cir_jax.input.text import Tokenizer
 from cir_jax.models.backbone import TOWERS, Backbone
 from cir_jax.models.clip import Clip, ClipConfig, TextConfig, TowerConfig, VisionConfig
 from cir_jax.models.resnet import ResNetConfig
-from cir_jax.weights import beside, configs, convert, families, files, open_clip
+from cir_jax.weights import beside, configs, convert, families, files, open_clip, positions
 
 IGNORE = (r"(text|vision)_model\.embeddings\.position_ids",)
 
@@ -75,14 +75,19 @@ def hf_layers(table: convert.Names, source: str, tower: str, config: TowerConfig
 
 
 def read(
-    source: files.Source, dtype: Any, params_dtype: Any, half: str = ""
+    source: files.Source,
+    dtype: Any,
+    params_dtype: Any,
+    half: str = "",
+    **sizes: int | None,
 ) -> tuple[Backbone, dict[str, Any]]:
     """Backbone and parameters; see `backbones.load`.
 
     half: "image" or "text", where only the parameters of `backbone.TOWERS` are wanted; then other
-    tensors are not read, and the directory may hold that tower alone.
+    tensors are not read, and the directory may hold that tower alone. sizes: image_size and
+    context_length, of `positions.resized`.
     """
-    tensors, what = _prefixed(source.tensors(), source.model_type), source.what()
+    tensors, what = _tensors(source), source.what()
     config, openai = _config(source, tensors, what, half)
     if source.kind == files.HUGGING_FACE and not openai:
         table, ignore = hf_names(config), IGNORE
@@ -97,6 +102,7 @@ def read(
             f"{what}: tensors of {families.describe(tensors)} (the config says {named}), expected "
             f"{expected}."
         )
+    tensors = open_clip.folded(tensors)
     if openai:
         ignore = (*ignore, *open_clip.OPENAI_CONSTANTS)
     backbone = _backbone(source, config, dtype, openai, half)
@@ -109,7 +115,10 @@ def read(
     if alone := source.model_type in TOWER_TYPES.values():
         del table[_SCALE], shapes[_SCALE]
     params = convert.to_ours(tensors, table, ignore=ignore, what=what, dtype=params_dtype)
+    positions.check(params, config, what)
     convert.check_shapes(params, shapes, what)
+    antialias = source.kind == files.OPEN_CLIP  # as open_clip's force_image_size
+    backbone, params = positions.resized(backbone, params, antialias=antialias, **sizes)
     if alone:  # a parameter of the whole model, which no half of a pair uses
         params[_SCALE] = np.float32(config.logit_scale_init_value)
     settings = beside.settings(config, backbone.tokenizer)
@@ -117,22 +126,24 @@ def read(
     return dataclasses.replace(backbone, weights_id=weights_id), params
 
 
-def _prefixed(tensors: Mapping[str, np.ndarray], model_type: str) -> Mapping[str, np.ndarray]:
-    """Tensors of a tower alone under the names they have in the whole model.
+def _tensors(source: files.Source) -> Mapping[str, np.ndarray]:
+    """Tensors under the names they have in a whole model whose towers lie side by side.
 
-    transformers 5 leaves the prefix out where the tower has no projection.
+    transformers 5 leaves the prefix out where a tower alone has no projection.
     """
+    tensors = open_clip.plain(source.tensors())
     prefix = {TOWER_TYPES[half]: f"{name}_model." for half, name in _PREFIXES.items()}
-    if model_type not in prefix or not any(name.startswith("embeddings.") for name in tensors):
+    front = prefix.get(source.model_type)
+    if front is None or not any(name.startswith("embeddings.") for name in tensors):
         return tensors
-    return files.renamed(tensors, lambda name: prefix[model_type] + name)
+    return files.renamed(tensors, lambda name: front + name)
 
 
-def architecture(source: files.Source, dtype: Any, half: str = "") -> Backbone:
+def architecture(source: files.Source, dtype: Any, half: str = "", **sizes: int | None) -> Backbone:
     """Backbone without its weights, which need not be there unless the config is read off them."""
-    tensors = {} if source.kind else source.tensors()
+    tensors = {} if source.kind else _tensors(source)
     config, openai = _config(source, tensors, str(source.file or source.directory), half)
-    return _backbone(source, config, dtype, openai, half)
+    return positions.resized(_backbone(source, config, dtype, openai, half), {}, **sizes)[0]
 
 
 def write(path: Path, backbone: Backbone, params: Any, dtype: Any) -> None:
@@ -142,7 +153,7 @@ def write(path: Path, backbone: Backbone, params: Any, dtype: Any) -> None:
         table, file = open_clip.names(config), "open_clip_model.safetensors"
         transform = backbone.image_transform
         statistics = {"mean": transform.mean, "std": transform.std}
-        model = open_clip.to_open_clip(config)
+        model = open_clip.to_open_clip(config, backbone.tokenizer)
         about = {files.OPEN_CLIP: {"model_cfg": model, "preprocess_cfg": statistics}}
     else:
         table, file = hf_names(config), "model.safetensors"
@@ -158,8 +169,8 @@ def write(path: Path, backbone: Backbone, params: Any, dtype: Any) -> None:
 def _config(
     source: files.Source, tensors: Mapping[str, np.ndarray], what: str, half: str
 ) -> tuple[ClipConfig, bool]:
-    """The config, and whether the weights are an archive of OpenAI's own."""
-    openai = set(open_clip.OPENAI_CONSTANTS) <= set(tensors)
+    """The config, and whether the weights are OpenAI's own, or Long-CLIP's."""
+    openai = set(open_clip.OPENAI_CONSTANTS) <= set(tensors) or open_clip.is_long_clip(tensors)
     if openai or not source.kind:
         if not {"token_embedding.weight", "visual.conv1.weight"} <= set(tensors):
             raise WeightsError(
@@ -178,7 +189,8 @@ def _config(
     if source.kind == files.HUGGING_FACE:
         return _hugging_face(source, tensors, half), openai
     try:
-        return open_clip.from_open_clip(source.config["model_cfg"], what), openai
+        file = str(source.directory / source.kind)
+        return open_clip.from_open_clip(source.config["model_cfg"], file), openai
     except KeyError as error:
         raise WeightsError(
             f"{source.directory / source.kind}: no field {error}. Download or copy it again."
@@ -221,13 +233,8 @@ def _backbone(
         transform = _transform(source, config, hugging_face)
     tokenizer = None
     if half != "image":
+        tokenizer = _tokenizer(source, config.text, openai)
         text = config.text
-        tokenizer = Tokenizer.from_directory(
-            beside.directory_of(directory, "text_encoder", "tokenizer"),
-            context_length=text.max_position_embeddings,
-            # OpenAI's and OpenCLIP's tokenizers have none, and fill up with zeros
-            pad_id=None if hugging_face else 0,
-        )
         tokens = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "pad": tokenizer.pad_id}
         largest = tokenizer.eos_id == text.vocab_size - 1
         if text.eos_token_id == open_clip.ARGMAX and (hugging_face or largest):
@@ -236,6 +243,19 @@ def _backbone(
         config = dataclasses.replace(config, text=text)
     beside.check(directory, tokenizer, transform, config)
     return Backbone(Clip(config, dtype), tokenizer, transform, f"{source.name}@untrained")
+
+
+def _tokenizer(source: files.Source, text: TextConfig, openai: bool) -> Tokenizer:
+    directory = beside.directory_of(source.directory, "text_encoder", "tokenizer")
+    if source.kind == files.OPEN_CLIP and not openai:
+        what, stored = str(source.directory / source.kind), source.config["model_cfg"]["text_cfg"]
+        return open_clip.read_tokenizer(directory, stored, text, what)
+    return Tokenizer.from_directory(
+        directory,
+        context_length=text.max_position_embeddings,
+        # OpenAI's tokenizer has no padding, and fills up with zeros
+        pad_id=None if source.kind == files.HUGGING_FACE and not openai else 0,
+    )
 
 
 def _transform(source: files.Source, config: ClipConfig, hugging_face: bool) -> ImageTransform:

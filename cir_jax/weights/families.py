@@ -7,6 +7,7 @@ SIGNATURES = {
     "SigLIP (Hugging Face names)": ("text_model.head.weight", "vision_model.head.probe"),
     "CLIP (Hugging Face names)": ("text_model.embeddings.token_embedding.weight",),
     "CLIP (OpenAI or OpenCLIP names)": ("token_embedding.weight", "visual.conv1.weight"),
+    "CLIP (OpenCLIP's CustomTextCLIP)": ("text.token_embedding.weight", "visual.conv1.weight"),
     "BLIP (Hugging Face names)": ("vision_model.embeddings.class_embedding", "vision_proj.weight"),
     "BLIP (original names)": ("visual_encoder.cls_token",),
     "BLIP that writes text": (

@@ -4,34 +4,74 @@ OpenAI files hold no config: sizes are read off the shapes, as its `build_model`
 want QuickGELU. OpenCLIP files want what `open_clip_config.json` says.
 """
 
+import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from cir_jax.errors import WeightsError
+from cir_jax.input.text import Tokenizer
 from cir_jax.models.clip import ClipConfig, TextConfig, TowerConfig, VisionConfig
 from cir_jax.models.resnet import ResNetConfig
-from cir_jax.weights import convert
+from cir_jax.weights import convert, positions
+from cir_jax.weights import open_clip_fields as fields
+from cir_jax.weights.torch_files import Lazy
 
-IGNORE = (r".*\.num_batches_tracked", r"(.*\.)?attn_mask")
+IGNORE = (
+    r".*\.num_batches_tracked",
+    r"(.*\.)?attn_mask",
+    r"logit_bias",  # of a sigmoid loss: added to every logit
+)
 OPENAI_CONSTANTS = ("input_resolution", "context_length", "vocab_size")
 """Stored beside the parameters by OpenAI's own archives, and by nothing else."""
 
 ARGMAX = 2
 """The eos_token_id that pools the largest id, as both code bases do."""
 
-# fields that can be written without changing the model
-_INERT = {
-    "hf_tokenizer_name",
-    "tokenizer_kwargs",
-    "patch_dropout",
-    "output_tokens",
-    "init_logit_scale",
-    "custom_text",
-    "timm_drop",
-    "timm_drop_path",
-}
-_DEFAULTS = {"pool_type": ("tok", "argmax"), "pos_embed_type": ("learnable",), "embed_cls": ()}
+_LONG = "positional_embedding_res"
+"""Long-CLIP's second table of text positions; nothing else has one."""
+
+
+_TEXT = ("token_embedding.", "positional_embedding", "transformer.", "ln_final.", "text_projection")
+
+
+def plain(tensors: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+    """The same tensors under the names of OpenAI's model, nothing read yet.
+
+    OpenCLIP's CustomTextCLIP calls its text tower `text.`; a temperature of one element is a
+    scalar.
+    """
+    readers: dict[str, Callable[[], np.ndarray]] = {}
+    for name in tensors:
+        short = name.removeprefix("text.")
+        moved = short.startswith(_TEXT) and short not in tensors
+        readers[short if moved else name] = functools.partial(tensors.__getitem__, name)
+    if scale := readers.get("logit_scale"):
+        readers["logit_scale"] = lambda: _scalar(scale())
+    return Lazy(readers)
+
+
+def _scalar(array: np.ndarray) -> np.ndarray:
+    return array.reshape(()) if np.shape(array) == (1,) else array
+
+
+def is_long_clip(tensors: Mapping[str, Any]) -> bool:
+    """Whether these are Long-CLIP's own: OpenAI's names and QuickGELU, two tables of positions."""
+    return _LONG in tensors
+
+
+def folded(tensors: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+    """Long-CLIP's two tables of positions as the one that they amount to; others as they are."""
+    if not is_long_clip(tensors):
+        return tensors
+    readers = {n: functools.partial(tensors.__getitem__, n) for n in tensors if n != _LONG}
+    readers["positional_embedding"] = lambda: positions.of_long_clip(
+        tensors["positional_embedding"], tensors[_LONG]
+    )
+    return Lazy(readers)
 
 
 def names(config: ClipConfig) -> convert.Names:
@@ -100,90 +140,84 @@ def from_open_clip(model: Mapping[str, Any], what: str = "open_clip_config.json"
 
     Raises WeightsError for fields that describe another model than a CLIP.
     """
-    vision, text = dict(model["vision_cfg"]), dict(model["text_cfg"])
-    top = {k: v for k, v in model.items() if k not in ("vision_cfg", "text_cfg")}
-    act = "quick_gelu" if top.pop("quick_gelu", False) else "gelu"
-    dim, size = top.pop("embed_dim"), vision.pop("image_size", 224)
-    width, layers = vision.pop("width", 768), vision.pop("layers", 12)
-    head_width, ratio = vision.pop("head_width", 64), vision.pop("mlp_ratio", 4.0)
-    patch = vision.pop("patch_size", 16)
-
-    def eps(tower: dict[str, Any]) -> float:
-        return (tower.pop("norm_kwargs", None) or {}).get("eps", 1e-5)
-
+    fields.check(model, what)
+    vision, text = model[fields.VISION], model[fields.TEXT]
+    quick = bool(model.get("quick_gelu"))
+    width, layers = vision.get("width", 768), vision.get("layers", 12)
+    head_width = vision.get("head_width", 64)
+    size = fields.square(vision.get("image_size", 224), "image_size", what)
     if isinstance(layers, list | tuple):
         heads = width * 32 // head_width
         image_tower: Any = ResNetConfig(tuple(layers), width, heads, size)
     else:
         image_tower = VisionConfig(
             hidden_size=width,
-            intermediate_size=int(width * ratio),
+            intermediate_size=int(width * vision.get("mlp_ratio", 4.0)),
             num_hidden_layers=layers,
             num_attention_heads=width // head_width,
-            hidden_act=act,
-            layer_norm_eps=eps(vision),
+            hidden_act=fields.activation(vision, fields.VISION, quick, what),
+            layer_norm_eps=fields.epsilon(vision, fields.VISION, what),
             image_size=size,
-            patch_size=patch,
+            patch_size=fields.square(vision.get("patch_size", 16), "patch_size", what),
         )
-    text_width, vocab = text.pop("width", 512), text.pop("vocab_size", 49408)
-    config = ClipConfig(
+    text_width, vocab = text.get("width", 512), text.get("vocab_size", 49408)
+    return ClipConfig(
         text=TextConfig(
             hidden_size=text_width,
-            intermediate_size=int(text_width * text.pop("mlp_ratio", 4.0)),
-            num_hidden_layers=text.pop("layers", 12),
-            num_attention_heads=text.pop("heads", 8),
-            hidden_act=act,
-            layer_norm_eps=eps(text),
+            intermediate_size=int(text_width * text.get("mlp_ratio", 4.0)),
+            num_hidden_layers=text.get("layers", 12),
+            num_attention_heads=text.get("heads", 8),
+            hidden_act=fields.activation(text, fields.TEXT, quick, what),
+            layer_norm_eps=fields.epsilon(text, fields.TEXT, what),
             vocab_size=vocab,
-            max_position_embeddings=text.pop("context_length", 77),
+            max_position_embeddings=text.get("context_length", 77),
             bos_token_id=vocab - 2,
             eos_token_id=ARGMAX,
             pad_token_id=0,
         ),
         vision=image_tower,
-        projection_dim=dim,
+        projection_dim=model["embed_dim"],
+        logit_scale_init_value=model.get("init_logit_scale", ClipConfig.logit_scale_init_value),
     )
-    other = {
-        name: value
-        for part in (top, vision, text)
-        for name, value in part.items()
-        if value and name not in _INERT and value not in _DEFAULTS.get(name, ())
-    }
-    if other:
-        raise WeightsError(
-            f"{what}: {other} describe a model that is not built here; expected a CLIP with its "
-            "own ViT or ModifiedResNet and text transformer."
-        )
-    return config
 
 
-def to_open_clip(config: ClipConfig) -> dict[str, Any]:
-    """The `model_cfg` of an `open_clip_config.json`."""
+def to_open_clip(config: ClipConfig, tokenizer: Tokenizer | None = None) -> dict[str, Any]:
+    """The `model_cfg` of an `open_clip_config.json`, with what its tokenizer is told.
+
+    Raises WeightsError for activations that the format cannot say.
+    """
     text, vision = config.text, config.vision
+    towers = [text, *([] if isinstance(vision, ResNetConfig) else [vision])]
+    if len({tower.hidden_act == "quick_gelu" for tower in towers}) > 1:
+        raise WeightsError("OpenCLIP has one activation for both towers; these differ.")
 
-    def norm(tower: TowerConfig) -> dict[str, Any]:
-        usual = tower.layer_norm_eps == 1e-5
-        return {} if usual else {"norm_kwargs": {"eps": tower.layer_norm_eps}}
+    def kinds(tower: TowerConfig) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        if tower.layer_norm_eps != 1e-5:
+            found["norm_kwargs"] = {"eps": tower.layer_norm_eps}
+        if tower.hidden_act == "gelu_pytorch_tanh":
+            found["act_kwargs"] = {"approximate": "tanh"}
+        elif tower.hidden_act not in ("gelu", "quick_gelu"):
+            raise WeightsError(f"OpenCLIP's config has no word for {tower.hidden_act!r}.")
+        return found
 
     if isinstance(vision, ResNetConfig):
         head_width = vision.width * 32 // vision.num_attention_heads
-        tower: dict[str, Any] = {"layers": list(vision.layers), "head_width": head_width}
-        tower |= {"width": vision.width, "image_size": vision.image_size}
+        image_tower: dict[str, Any] = {"layers": list(vision.layers), "head_width": head_width}
+        image_tower |= {"width": vision.width, "image_size": vision.image_size}
     else:
-        if vision.hidden_act != text.hidden_act:
-            raise WeightsError("OpenCLIP has one activation for both towers; these differ.")
-        tower = {
+        image_tower = {
             "layers": vision.num_hidden_layers,
             "width": vision.hidden_size,
             "head_width": vision.hidden_size // vision.num_attention_heads,
             "mlp_ratio": vision.intermediate_size / vision.hidden_size,
             "patch_size": vision.patch_size,
             "image_size": vision.image_size,
-        } | norm(vision)
+        } | kinds(vision)
     return {
         "embed_dim": config.projection_dim,
         "quick_gelu": text.hidden_act == "quick_gelu",
-        "vision_cfg": tower,
+        "vision_cfg": image_tower,
         "text_cfg": {
             "context_length": text.max_position_embeddings,
             "vocab_size": text.vocab_size,
@@ -192,8 +226,47 @@ def to_open_clip(config: ClipConfig) -> dict[str, Any]:
             "layers": text.num_hidden_layers,
             "mlp_ratio": text.intermediate_size / text.hidden_size,
         }
-        | norm(text),
+        | kinds(text)
+        | (_tokenizer_fields(tokenizer) if tokenizer else {}),
     }
+
+
+def _tokenizer_fields(tokenizer: Tokenizer) -> dict[str, Any]:
+    # open_clip's own tokenizer pads with 0, one of Hugging Face with a token of its own
+    named = (
+        {"hf_tokenizer_name": "."} if tokenizer.pad_id or tokenizer.cleaning == "whitespace" else {}
+    )
+    usual = fields.cleaning(named, "")
+    kwargs = {} if tokenizer.cleaning == usual else {"clean": tokenizer.cleaning}
+    return named | ({"tokenizer_kwargs": kwargs} if kwargs else {})
+
+
+def read_tokenizer(
+    directory: Path, text: Mapping[str, Any], config: TextConfig, what: str
+) -> Tokenizer:
+    """The tokenizer that open_clip makes of a `text_cfg`, out of the files in `directory`.
+
+    Raises WeightsError for settings that are not built here, and for a vocabulary whose last two
+    tokens are not CLIP's start and end: the pooled token is the one with the largest id.
+    """
+    last = config.vocab_size - 1
+    name = text.get("hf_tokenizer_name")
+    tokenizer = Tokenizer.from_directory(
+        directory,
+        context_length=config.max_position_embeddings,
+        pad_id=None if name else 0,  # its own tokenizer fills up with zeros
+    )
+    tokenizer.cleaning = fields.cleaning(text, what)
+    if not name:
+        return tokenizer
+    marks = [tokenizer.token_id(token) for token in ("<|startoftext|>", "<|endoftext|>")]
+    if marks != [last - 1, last]:
+        raise WeightsError(
+            f"{what}: hf_tokenizer_name={name!r}, whose <|startoftext|> and <|endoftext|> are "
+            f"tokens {marks}; expected {last - 1} and {last}, CLIP's. Other vocabularies are not "
+            "built here."
+        )
+    return tokenizer
 
 
 def from_openai(arguments: Mapping[str, Any]) -> ClipConfig:

@@ -15,7 +15,7 @@ from cir_jax.input.siglip_text import SiglipTokenizer
 from cir_jax.input.text import read_tokenizer
 from cir_jax.models.backbone import Backbone
 from cir_jax.models.siglip import Siglip, SiglipConfig, SiglipTextConfig, SiglipVisionConfig
-from cir_jax.weights import beside, configs, convert, families, files
+from cir_jax.weights import beside, configs, convert, families, files, positions
 from cir_jax.weights.clip import IGNORE, hf_layers
 
 ENDS = ("eos", "pad")
@@ -29,22 +29,30 @@ TOKENIZER = (
 )
 
 
-def read(source: files.Source, dtype: Any, params_dtype: Any) -> tuple[Backbone, dict[str, Any]]:
-    """Backbone and parameters; see `backbones.load`."""
+def read(
+    source: files.Source, dtype: Any, params_dtype: Any, **sizes: int
+) -> tuple[Backbone, dict[str, Any]]:
+    """Backbone and parameters; see `backbones.load`. sizes: the image_size that is asked for."""
     tensors, what = source.tensors(), source.what()
     if families.family(tensors) != "siglip":
         raise WeightsError(
             f"{what}: tensors of {families.describe(tensors)}, expected SigLIP with both towers."
         )
-    backbone = architecture(source, dtype)
-    params = to_params(tensors, backbone.config, what, params_dtype)
+    own = architecture(source, dtype)
+    params = to_params(tensors, own.config, what, params_dtype)
+    backbone = _sized(own, **sizes)
+    if backbone is not own:
+        vision = backbone.config.vision
+        side = vision.image_size // vision.patch_size
+        table = params["vision"]["position_embedding"]
+        params["vision"]["position_embedding"] = positions.on_grid(table, side, first=False)
     weights_id = files.content_id(
         source.name, params, beside.settings(backbone.config, backbone.tokenizer)
     )
     return dataclasses.replace(backbone, weights_id=weights_id), params
 
 
-def architecture(source: files.Source, dtype: Any) -> Backbone:
+def architecture(source: files.Source, dtype: Any, **sizes: int) -> Backbone:
     """Backbone without its weights, which need not be there."""
     directory = source.directory
     if not source.kind:
@@ -56,7 +64,17 @@ def architecture(source: files.Source, dtype: Any) -> Backbone:
     transform = beside.image_transform(directory, "siglip")
     tokenizer = read_siglip_tokenizer(directory, config.text.max_position_embeddings)
     beside.check(directory, tokenizer, transform, config)
-    return Backbone(Siglip(config, dtype), tokenizer, transform, f"{source.name}@untrained")
+    backbone = Backbone(Siglip(config, dtype), tokenizer, transform, f"{source.name}@untrained")
+    return _sized(backbone, **sizes)
+
+
+def _sized(backbone: Backbone, image_size: int = 0, context_length: int = 0) -> Backbone:
+    if context_length:
+        raise WeightsError(
+            f"context_length={context_length}: the texts of a SigLIP are always "
+            f"{backbone.context_length} tokens long, as in training."
+        )
+    return positions.for_images(backbone, image_size) if image_size else backbone
 
 
 def write(path: Path, backbone: Backbone, params: Any, dtype: Any) -> None:

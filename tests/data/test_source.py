@@ -10,8 +10,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from cir_jax.errors import DataError
+from cir_jax.input import images
 from cir_jax.input.tables import Table
 from data import benchmark, build, shards
 from data.build import Options
@@ -415,3 +417,16 @@ def test_another_version_does_not_continue(killed, tmp_path, read_files, monkeyp
     build.prepare("circo", ["gallery"], data_dir, source=source, allow_partial=True)
     assert len(read_files) == 8
     assert Table(data_dir, "circo", "gallery", "unlabeled").version == "9.0.0"
+
+
+def test_images_over_the_limit_of_pixels_are_problems(tmp_path, whole):
+    source = _copy("circo", tmp_path)
+    Image.new("RGB", (64, 64)).save(source / UNLABELED / "000000000091.jpg")
+    with images.limited(0.003):
+        text = str(build.survey("circo", source).reports["val"])
+        assert "000000000091.jpg: is unreadable (it has 64 x 64 pixels, 0.004096 megapixels" in text
+        with pytest.raises(DataError, match=r"91.jpg: not a readable image \(it has 64 x 64.*--ch"):
+            build.prepare("circo", None, tmp_path / "data", source=source)
+    build.prepare("circo", None, tmp_path / "data", source=source)
+    with images.limited(0.003), pytest.raises(DataError, match="record 5: image has 64 x 64 pixel"):
+        build.check("circo", None, tmp_path / "data")

@@ -35,7 +35,8 @@ def slerp(tiny):
 
 
 NAMES = (
-    *("circo", "circo:shared_concept", "cirr", "cirr:artemis", "cirr:compodiff", "fashioniq"),
+    *("circo", "circo:shared_concept", "circo:bge_vl", "cirr", "cirr:artemis", "cirr:compodiff"),
+    "fashioniq",
     *(f"fashioniq:{name}" for name in protocols.VARIANTS["fashioniq"]),
     *("fashioniq:small_gallery+capitalised", "genecis", "coco_object", "coco_captions"),
 )

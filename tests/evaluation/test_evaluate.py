@@ -7,7 +7,7 @@ import json
 import jax
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from cir_jax.errors import ConfigError, DataError
 from cir_jax.evaluation import (
@@ -21,6 +21,7 @@ from cir_jax.evaluation import (
 )
 from cir_jax.evaluation.queries import CaptionBenchmark, Truth
 from cir_jax.evaluation.result import combine
+from cir_jax.input import images
 from cir_jax.retrieval.features import image_features, unit
 from tests import tiny as factory
 from tests.evaluation import worlds
@@ -152,6 +153,33 @@ def test_unreadable_gallery_images_are_an_error_that_names_the_record(oracle):
     gallery[7]["name"] = b"000000000033"  # as the authors call it
     with pytest.raises(DataError, match=r"record 7 \(000000000033\): not a readable image"):
         evaluate.evaluate(*oracle, worlds.benchmark(gallery=gallery), mesh=worlds.mesh(1))
+
+
+@pytest.mark.parametrize("where", ["load", "resize"])
+def test_too_little_memory_for_one_image_names_the_record(oracle, where, monkeypatch):
+    calls = []
+
+    def fail(*args, **kwargs):
+        calls.append(1)
+        if len(calls) > 5:
+            raise MemoryError
+        return original(*args, **kwargs)
+
+    owner = PngImagePlugin.PngImageFile if where == "load" else Image.Image
+    original = getattr(owner, where)
+    rng = np.random.default_rng(0)
+    gallery = [{**record, "image": factory.png(rng)} for record in worlds.gallery()]
+    monkeypatch.setattr(owner, where, fail)
+    with pytest.raises(DataError, match="record [0-9]+: not a readable image .MemoryError: too li"):
+        evaluate.evaluate(*oracle, worlds.benchmark(gallery=gallery), mesh=worlds.mesh(1))
+    with (
+        images.limited(1e-5),
+        pytest.raises(
+            DataError,
+            match="record [0-9]+ has .* the limit is 1e-05. Make it smaller.*--max_megapixels",
+        ),
+    ):
+        evaluate.evaluate(*oracle, worlds.benchmark(), mesh=worlds.mesh(1))
 
 
 def test_table_and_json(oracle, tmp_path):

@@ -37,6 +37,7 @@ CAPTIONS = (" is shiny, and Silver. ", "fit and flare?")
             "artemis",
             ["is shiny, and Silver and fit and flare", "fit and flare and is shiny, and Silver"],
         ),
+        ("bge_vl", [" is shiny, and Silver. , and fit and flare?"]),
     ],
 )
 def test_captions_are_joined_as_each_paper_does(variant, expected):
@@ -48,7 +49,8 @@ def test_variants_combine_and_their_ids_tell_all_of_them_apart():
     assert (both.gallery, both.captions) == ("triplets", "capitalised")
     ids = [fashioniq(name).id for name in protocols.VARIANTS["fashioniq"]]
     ids += [protocols.variant(protocols.CIRR, [name]).id for name in protocols.VARIANTS["cirr"]]
-    ids += [protocols.variant(protocols.CIRCO, ["shared_concept"]).id, both.id]
+    ids += [protocols.variant(protocols.CIRCO, [name]).id for name in protocols.VARIANTS["circo"]]
+    ids += [both.id]
     ids += [protocol.id for protocol in protocols.PROTOCOLS.values()]
     assert len(set(ids)) == len(ids)
     assert fashioniq("artemis").remove_reference and not protocols.FASHIONIQ.remove_reference
@@ -68,6 +70,15 @@ def test_the_shared_concept_stands_before_the_image():
     assert prompt(plain, "is red", "a cat") == "a cat that is red"
     with pytest.raises(ConfigError, match="the concept behind 'a photo of'"):
         prompt(lambda text: f"$ {text}", "is red", "a cat")
+
+
+def test_bge_vls_sentence_says_the_concept_and_the_caption():
+    protocol = protocols.variant(protocols.CIRCO, ["bge_vl"])
+    assert protocol.needs_concept and not protocols.CIRCO.needs_concept
+    sentence = "Find a picture that also is of a cat, but is red."
+    assert protocol.prompt(plain, "is red", "is of a cat") == sentence
+    with pytest.raises(ConfigError, match="a sentence without the image.* 'a photo of [$]' and"):
+        protocol.prompt(pseudo_word, "is red", "is of a cat")
 
 
 def test_objects_are_added_to_the_image():

@@ -24,6 +24,9 @@ def test_numbers_are_those_of_the_papers():
     assert one("genecis", "val", "artemis", "path/RN50.pt@0")["R@1"] == 13.52
     captions = published.rows("coco_captions", "test", ["compodiff"])
     assert [r.metrics["t2i ECCV mAP@R"] for r in captions] == [21.46, 20.82]
+    assert one("circo:bge_vl", "test", "image_text", "BAAI/BGE-VL-large@0")["mAP@5"] == 39.2
+    assert one("cirr", "test1", "image_text", "BGE-VL-base@0")["Rs@1"] == 71.6
+    assert one("fashioniq:bge_vl", "val", "image_text", "BGE-VL-base@0")["R@10/dress"] == 26.1
     tuned = [r for r in published.rows("circo", "test", ["slerp"], large) if "tat" in r.backbone]
     assert [r.metrics["mAP@5"] for r in tuned] == [18.46]
 
@@ -51,6 +54,7 @@ def test_no_row_for_other_benchmarks_protocols_and_methods():
     assert not published.rows("shapes/circo", "test_0", list(METHODS))
     assert not published.rows("circo (partial)", "val", list(METHODS))
     assert not published.rows("circo:shared_concept", "val", list(METHODS))
+    assert not published.rows("circo", "test", list(METHODS), "BAAI/BGE-VL-base@0")
     assert [r.source for r in published.rows("fashioniq:reversed", "val", ["pic2word"])] == [
         "pic2word"
     ]

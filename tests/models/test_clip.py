@@ -260,6 +260,17 @@ def test_bad_input_is_named(tiny):
         backbone.embed_tokens(params, np.full((1, 4), -1))
     with pytest.raises(DataError, match="batch of no texts"):
         backbone.encode_text(params, ids[:0])
+    for array, said in (
+        (np.full((1, 16, 16, 3), 255.0), "float images of 255 to 255; expected normalised ones, wh"
+         "ich are within -1.792 and 2.146 here. Give uint8 images of 0 to 255 as they are, or "),
+        (np.full((1, 16, 16, 3), np.nan), "float images of nan to nan; expected normalised"),
+        (np.full((1, 16, 16, 3), -9.0, np.float16), "float images of -9 to -9"),
+        (np.zeros((1, 16, 16, 3), int), "images of type int64; expected uint8 of 0 to 255, or"),
+    ):  # fmt: skip
+        with pytest.raises(DataError, match=said):
+            backbone.encode_image(params, array)
+    with pytest.raises(DataError, match="images of type int32"):  # what a trace does know
+        jax.eval_shape(backbone.encode_image, params, jnp.zeros((1, 16, 16, 3), jnp.int32))
     with pytest.raises(DataError, match="batch of no images"):
         backbone.encode_image(params, np.zeros((0, 16, 16, 3), np.uint8))
     with pytest.raises(DataError, match=r"\(2, 20, 20, 3\); this model takes \[batch, 16, 16, 3\]"):

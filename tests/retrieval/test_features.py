@@ -14,6 +14,7 @@ from PIL import Image
 
 from cir_jax.composers.base import Composer, normalise
 from cir_jax.errors import DataError
+from cir_jax.input import images
 from cir_jax.retrieval import cache, features
 from cir_jax.retrieval.batches import map_rows
 from cir_jax.training.mesh import make_mesh, replicated
@@ -217,6 +218,16 @@ def test_unreadable_images_are_errors_or_rows_of_nan(tiny, table, tmp_path):
     for _ in range(2):  # computed, then from the store
         found = run(tiny, table, tmp_path, skip_unreadable=True, normalise=True)
         assert np.isnan(found[4]).all() and np.isfinite(np.delete(found, 4, axis=0)).all()
+
+
+def test_rows_of_nan_are_of_one_limit_of_pixels(tiny, table, tmp_path):
+    """What was left out under another limit is not taken from the store."""
+    table.records[4] = {"image": factory.png(np.random.default_rng(0), size=100)}
+    options = dict(skip_unreadable=True)
+    for limit, left_out in ((None, False), (0.009, True), (None, False)):
+        with images.limited(limit):
+            found = run(tiny, table, tmp_path, **options)
+        assert np.isnan(found[4]).all() == left_out, limit
 
 
 class Scaled(Composer):

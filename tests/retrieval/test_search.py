@@ -1,11 +1,12 @@
 """Search in a folder of one's own."""
 
 import copy
+import functools
 
 import jax
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from cir_jax import composers
 from cir_jax.errors import CirError, DataError
@@ -113,3 +114,43 @@ def test_errors_say_what_to_do(searcher, folder, tmp_path):
         searcher.search(image=folder / "nothing.png")
     with pytest.raises(CirError, match="k=0"):
         searcher.search(text="red", k=0)
+
+
+def test_any_failure_of_one_file_is_skipped(searcher, folder, monkeypatch, caplog):
+    """A file cut off, one over the limit, one for which memory is too little, at any step."""
+    (folder / "cut.png").write_bytes((folder / "0.PNG").read_bytes()[:200])
+    (folder / "large.png").write_bytes(factory.png(np.random.default_rng(1), size=300))
+    odd = ["broken.jpg", "cut.png", "large.png"]
+    assert searcher.index(folder, max_megapixels=0.08) == 7
+    assert [path.name for path in searcher.unreadable] == odd
+    assert "large.png has 300 x 300 pixels, 0.09 megapixels; the limit is 0.08" in caplog.text
+    assert searcher.index(folder) == 8  # the limit is 200 again
+    assert searcher.search(folder / "large.png", k=1)[0][0] == folder / "large.png"
+    for image in (folder / "large.png", Image.open(folder / "large.png")):
+        with pytest.raises(DataError, match="has 300 x 300 pixels, .* the limit is 0.08. Make"):
+            searcher.search(image, max_megapixels=0.08)
+
+    def fail(image, *args, original, **kwargs):
+        if 301 in image.size:
+            raise MemoryError
+        return original(image, *args, **kwargs)
+
+    (folder / "large.png").write_bytes(factory.png(np.random.default_rng(2), size=301))
+    for owner, where in ((PngImagePlugin.PngImageFile, "load"), (Image.Image, "resize")):
+        failing = functools.partialmethod(fail, original=getattr(owner, where))
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, where, failing)
+            assert searcher.index(folder) == 7
+            assert [path.name for path in searcher.unreadable] == odd
+            with pytest.raises(DataError, match="large.png: not a readable image .MemoryError"):
+                searcher.search(folder / "large.png")
+
+
+def test_search_by_arrays(searcher, folder):
+    searcher.index(folder)
+    expected = searcher.search(folder / "2.PNG", "make it red")
+    pixels = np.asarray(Image.open(folder / "2.PNG"))
+    for array in (pixels, (pixels / 255).astype(np.float32), jax.numpy.asarray(pixels)):
+        assert searcher.search(array, "make it red") == expected
+    with pytest.raises(DataError, match="image: floats of 0 to 25[0-9]; expected 0 to 1. Give"):
+        searcher.search(pixels.astype(np.float32))

@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import json
 import os
+import pickle
 import subprocess
 
 import jax
@@ -11,10 +12,12 @@ import numpy as np
 import optax
 import pytest
 from ml_collections import ConfigDict
+from PIL import Image, PngImagePlugin
 
 from cir_jax import composers, loading
-from cir_jax.errors import CheckpointError, ConfigError, DataError
+from cir_jax.errors import CheckpointError, ConfigError, DataError, WeightsError
 from cir_jax.evaluation import runner
+from cir_jax.input import images
 from cir_jax.input.images import ImageTransform, targetpad
 from cir_jax.input.records import Records
 from cir_jax.training import durations, experiment, inputs, optimizers
@@ -116,6 +119,30 @@ def test_preprocessing_of_the_config_takes_the_place_of_that_of_the_weights():
     config.preprocessing = "targetpat"
     with pytest.raises(ConfigError, match="config.preprocessing.*Did you mean 'targetpad'"):
         experiment.setup(config)
+
+
+def test_the_backbone_is_loaded_for_another_image_size():
+    config = loading.read_experiment("experiments/slerp.py:smoke")
+    own = experiment.setup(config).backbone
+    config.image_size = own.config.vision.image_size + own.config.vision.patch_size
+    made = experiment.setup(config).composer.backbone
+    assert made.config.vision.image_size == made.image_transform.crop == config.image_size
+    assert made.weights_id != own.weights_id
+    config.image_size += 1
+    with pytest.raises(WeightsError, match=f"image_size={config.image_size}: no multiple of"):
+        experiment.setup(config)
+
+
+def test_a_workdir_without_the_field_has_the_size_of_its_backbone(tmp_path):
+    config = compodiff.get_config("smoke")
+    experiment.claim_workdir(tmp_path, config)
+    file = tmp_path / experiment.CONFIG_FILE
+    older = {k: v for k, v in json.loads(file.read_text()).items() if k != "image_size"}
+    file.write_text(json.dumps(older))
+    experiment.claim_workdir(tmp_path, config)
+    config.image_size = 64
+    with pytest.raises(CheckpointError, match=r"image_size \(was 0, is 64\)"):
+        experiment.claim_workdir(tmp_path, config)
 
 
 def test_workdir_of_another_run_names_the_fields(tmp_path):
@@ -235,6 +262,35 @@ def test_corrupt_records_are_counted_replaced_and_limited(caplog):
     table.records[5]["image"] = b"broken, too"
     with pytest.raises(DataError, match="more than 1 unreadable records.*record 5"):
         source[5]
+
+
+@pytest.mark.parametrize("where", ["load", "resize"])
+def test_too_little_memory_for_one_image_counts_as_unreadable(where, monkeypatch, caplog):
+    table = factory.caption_table(8)
+    source = Records(table, ("image",), ImageTransform(16, 16), max_corrupt=1)
+    owner = PngImagePlugin.PngImageFile if where == "load" else Image.Image
+    original, left = getattr(owner, where), [1]
+
+    def fail(*args, **kwargs):
+        if left and left.pop():
+            raise MemoryError
+        return original(*args, **kwargs)
+
+    expected = source[3]["image"]
+    monkeypatch.setattr(owner, where, fail)
+    np.testing.assert_array_equal(source[2]["image"], expected)
+    assert source.corrupt == {2} and "record 2, field 'image': not a readable" in caplog.text
+
+
+def test_records_carry_the_limit_of_pixels_to_other_processes(caplog):
+    table = factory.caption_table(8)
+    table.records[2]["image"] = factory.png(np.random.default_rng(0), size=40)
+    with images.limited(0.001):
+        source = pickle.loads(pickle.dumps(Records(table, ("image",), ImageTransform(16, 16))))
+    assert images.max_megapixels() == 200
+    np.testing.assert_array_equal(source[2]["image"], source[3]["image"])
+    assert "field 'image' has 40 x 40 pixels, 0.0016 megapixels; the limit is 0.001" in caplog.text
+    assert Records(table, ("image",), ImageTransform(16, 16))[2]["id"] == 2
 
 
 @pytest.fixture

@@ -75,7 +75,7 @@ def test_words_are_stored_in_record_order_the_same_on_one_device(experiment, tab
     image = ours.composer.backbone.image_transform
     from cir_jax.input.images import decode
 
-    pixels = np.stack([image(decode(table[i]["image"], "x", rgb=True)) for i in (0, 13)])
+    pixels = np.stack([image(decode(table[i]["image"], "x")) for i in (0, 13)])
     features = ours.backbone.encode_image(ours.frozen["backbone"], pixels)
     query = {"reference_features": features, "query_index": np.asarray([0, 13])}
     alone = jax.jit(ours.composer.invert)({}, ours.frozen, query, jax.random.key(0))
