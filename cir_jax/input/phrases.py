@@ -10,12 +10,12 @@ import dataclasses
 import functools
 import hashlib
 import json
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from cir_jax.errors import DataError
+from cir_jax.input import pickles
 
 PLACEHOLDER = "$"
 
@@ -87,8 +87,7 @@ def read(path: str | Path) -> PhraseBook:
     path = Path(path).expanduser()
     try:
         if path.suffix == ".pkl":
-            with path.open("rb") as file:
-                content: Any = {"concepts": PlainUnpickler(file).load()}
+            content: Any = {"concepts": pickles.load(path.read_bytes())}
         else:
             content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -99,16 +98,6 @@ def read(path: str | Path) -> PhraseBook:
     except Exception as error:  # garbled pickles raise whatever their opcodes run into
         raise DataError(f"{path}: not a phrase book ({type(error).__name__}: {error}).") from error
     return _checked(content, path)
-
-
-class PlainUnpickler(pickle.Unpickler):
-    """Dictionaries, lists and strings need no classes: anything that names one is refused."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        raise pickle.UnpicklingError(f"it names {module}.{name}, expected only lists of strings")
-
-    def persistent_load(self, pid: Any) -> Any:
-        raise pickle.UnpicklingError("it refers to something outside the file")
 
 
 def _checked(content: Any, path: Path) -> PhraseBook:

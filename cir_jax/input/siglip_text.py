@@ -27,6 +27,7 @@ WORD = "▁"
 """What SentencePiece and Gemma write for a space, the beginning of most words."""
 
 _QUOTE = "\ufdd0"  # no character of any text, says Unicode
+_PUNCTUATION = tokenizers.Regex(f"[{re.escape(string.punctuation)}]")
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
@@ -58,10 +59,13 @@ class SiglipTokenizer(Tokenizer):
             cleaned=False,
         )
         self.canonical, self.lower, self.model = canonical, lower, model
-        normalizer = tokenizer.normalizer
-        if not canonical and (normalizer is None or normalizer.normalize_str("A") != "a"):
-            # in the file, too, so that whoever reads a saved one has the ids of training
-            steps = [tokenizers.normalizers.Lowercase(), *([normalizer] if normalizer else [])]
+        # in the file, too, so that whoever reads a saved one has the ids of training
+        gone, normalizer = "A" * lower + "," * canonical, tokenizer.normalizer
+        if set(gone) & set(normalizer.normalize_str(gone) if normalizer else gone):
+            steps = [tokenizers.normalizers.Lowercase()] if lower else []
+            if canonical:
+                steps.append(tokenizers.normalizers.Replace(_PUNCTUATION, ""))
+            steps += [normalizer] if normalizer else []
             tokenizer.normalizer = tokenizers.normalizers.Sequence(steps)
         end = tokenizer.id_to_token(eos_id)
         tokenizer.post_processor = tokenizers.processors.TemplateProcessing(

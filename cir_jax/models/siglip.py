@@ -86,12 +86,11 @@ class SiglipConfig:
         Raises WeightsError for settings with another network.
         """
         text, vision = (config.get(f"{name}_config") or {} for name in ("text", "vision"))
-        for name, known in {"vision_use_head": True, "num_channels": 3}.items():
-            if vision.get(name, known) != known:
-                raise WeightsError(
-                    f"SigLIP with vision_config.{name}={vision[name]!r}: only {known!r} is known, "
-                    "as in all SigLIPs that embed images and texts. Use one of those."
-                )
+        if not vision.get("vision_use_head", True):
+            raise WeightsError(
+                "SigLIP with vision_config.vision_use_head=False: no head that embeds images. Use "
+                "a SigLIP that embeds images and texts."
+            )
         text = {key: value for key, value in text.items() if value is not None}
         return cls(SiglipTextConfig.from_dict(text), SiglipVisionConfig.from_dict(vision))
 

@@ -47,9 +47,7 @@ def load(
         source, family = _find(name_or_path)
         return family.read(source, dtype, params_dtype, **asked[""])
     halves = {
-        half: clip.read(
-            _find_half(name, half, **asked[half]), dtype, params_dtype, half, **asked[half]
-        )
+        half: clip.read(_find_half(name, half), dtype, params_dtype, half, **asked[half])
         for half, name in zip(TOWERS, names, strict=True)
     }
     return (

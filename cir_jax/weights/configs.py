@@ -63,10 +63,12 @@ def check(values: Mapping[str, Any], read: type | frozenset[str], what: str | Pa
     for name, value in values.items():
         if value is None or name in names or name in INERT or name.startswith("_"):
             continue
-        if name not in _ONE_VALUE or value != _ONE_VALUE[name]:
-            unknown[name] = value
+        if name not in _ONE_VALUE:
+            unknown[name] = f"{name}={value!r}"[:60]
+        elif value != _ONE_VALUE[name]:
+            unknown[name] = f"{name}={value!r} (only {_ONE_VALUE[name]!r} is built here)"
     if unknown:
-        listed = ", ".join(f"{name}={value!r}"[:60] for name, value in sorted(unknown.items()))
+        listed = ", ".join(unknown[name] for name in sorted(unknown))
         remedy = next(
             (_REMEDIES[name] for name in sorted(unknown) if name in _REMEDIES),
             "Give a model that transformers builds without these fields, or, if they change "

@@ -8,6 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from cir_jax.errors import WeightsError
@@ -22,6 +23,14 @@ Target = tuple[Path, str]
 # layout -> axes of our array in the source's; PyTorch: Linear [out, in], Conv2d [out, in, h, w]
 _TO_OURS = {"same": None, "linear": (1, 0), "conv": (2, 3, 1, 0)}
 _TO_SOURCE = {"same": None, "linear": (1, 0), "conv": (3, 2, 0, 1)}
+
+
+# of bitsandbytes, GPTQ, AWQ, torchao, optimum-quanto, DeepSeek's and ComfyUI's fp8
+_SCALE = re.compile(
+    r"(.*[._])?((weight|input|output|activation|[kqv])_scale(_inv|_2)?|scale_(weight|input)|SCB"
+    r"|weight(\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\..*|_data|_scale)"
+    r"|_packed|_zero_point|_format)|qweight|qzeros|g_idx|scaled_fp8)"
+)
 
 
 class Names(dict[str, Target]):
@@ -56,9 +65,15 @@ def to_ours(
 
     ignore: patterns of source names that are known and not parameters.
     dtype: of the parameters; None = as they are stored.
-    Raises WeightsError listing tensors that no parameter takes, and parameters without a tensor.
+    Raises WeightsError listing tensors that no parameter takes, and parameters without a tensor;
+    for quantised weights, tensors that are no floating-point numbers, and NaN or infinity in them.
     """
     unused = [n for n in tensors if n not in names and not any(re.fullmatch(p, n) for p in ignore)]
+    if scales := [n for n in unused if _SCALE.fullmatch(n)]:
+        raise WeightsError(
+            f"{what}: quantised weights, as {_some(scales, 3)} says: their numbers mean nothing by "
+            "themselves. Take the model's original weights, or dequantise them in PyTorch."
+        )
     missing = [n for n in names if n not in tensors]
     if unused or missing:
         raise WeightsError(
@@ -68,7 +83,7 @@ def to_ours(
         )
     tree: dict[str, Any] = {}
     for name, (path, layout) in names.items():
-        array, paths = np.asarray(tensors[name]), expand(path)
+        array, paths = _numbers(np.asarray(tensors[name]), name, what), expand(path)
         axes = _TO_OURS[layout]
         if (axes and array.ndim != len(axes)) or (len(paths) > 1 and len(array) % len(paths)):
             raise WeightsError(
@@ -82,8 +97,44 @@ def to_ours(
             for key in parents:
                 node = node.setdefault(key, {})
             part = part if axes is None else part.transpose(axes)
-            node[leaf] = np.asarray(part, dtype or array.dtype, order="C")
+            with np.errstate(over="ignore"):
+                node[leaf] = np.asarray(part, dtype or array.dtype, order="C")
+            if not _is_finite(node[leaf]):  # as it is stored, or not any more
+                finite(array, name, what)
+                finite(node[leaf], name, f"{what} as {node[leaf].dtype}")
     return tree
+
+
+def finite(array: np.ndarray, name: str, what: str) -> np.ndarray:
+    """The array. Raises WeightsError when it holds NaN, infinity, or no floating-point numbers."""
+    array = _numbers(array, name, what)
+    if _is_finite(array):
+        return array
+    wrong = array.size - np.count_nonzero(np.isfinite(array))
+    why = ""
+    if array.dtype == np.float16:
+        why = " Numbers above 65504 overflow in float16: save the original in float32 or bfloat16."
+    raise WeightsError(
+        f"{what}: {name} holds {wrong} of {array.size} values that are NaN or infinite. Take "
+        f"another checkpoint, or download it again.{why}"
+    )
+
+
+def _numbers(array: np.ndarray, name: str, what: str) -> np.ndarray:
+    """The array; of 8 bits as float32, since those are for storage and nothing computes in them."""
+    if not jnp.issubdtype(array.dtype, np.floating):
+        raise WeightsError(
+            f"{what}: {name} is of type {array.dtype}, expected floating-point numbers. Take the "
+            "model's original weights, not quantised."
+        )
+    return array.astype(np.float32) if array.itemsize == 1 else array
+
+
+def _is_finite(array: np.ndarray) -> bool:
+    with np.errstate(over="ignore", invalid="ignore"):
+        # a finite sum has finite terms; one pass without a mask as large as the array
+        total = array.sum(dtype=np.promote_types(array.dtype, np.float32))
+    return bool(np.isfinite(total)) or bool(np.isfinite(array).all())
 
 
 def to_source(params: Mapping[str, Any], names: Mapping[str, Target]) -> dict[str, np.ndarray]:

@@ -44,7 +44,7 @@ def load_encoder(
         )
     raise WeightsError(
         f"{source.directory / source.kind}: model_type {source.model_type!r}, expected 't5' or "
-        "timm's config. CLIP and BLIP are backbones: `weights.load`."
+        "timm's config. CLIP, BLIP and SigLIP are backbones: `weights.load`."
     )
 
 

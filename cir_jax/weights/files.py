@@ -11,11 +11,12 @@ from collections.abc import Callable, Container, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from cir_jax.errors import WeightsError
-from cir_jax.weights import torch_files
+from cir_jax.weights import kinds, shards, torch_files
 from cir_jax.weights.convert import flatten
 from cir_jax.weights.torch_files import Lazy
 
@@ -38,6 +39,15 @@ _WEIGHT_FILES = {
     ),
 }
 _SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
+_JSON = 16 * 2**20
+"""Bytes: the index of a model of 1000 tensors has 100,000."""
+
+_FLOAT8 = {
+    "F8_E4M3": jnp.float8_e4m3fn,
+    "F8_E5M2": jnp.float8_e5m2,
+    "F8_E4M3FNUZ": jnp.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": jnp.float8_e5m2fnuz,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,34 +78,39 @@ class Source:
 
     def files(self) -> list[Path]:
         """The files that hold the tensors; fetched from the hub where they are not here."""
+        return list(self._located()[2].values())
+
+    def tensors(self) -> Mapping[str, np.ndarray]:
+        """All tensors by name, read when asked for.
+
+        Raises WeightsError when a file is missing, damaged, or not the one that its index says.
+        """
+        index, where, paths = self._located()
+        tensors = {name: read_tensors(path) for name, path in paths.items()}
+        return shards.join(index, where, tensors) if where else next(iter(tensors.values()))
+
+    def _located(self) -> tuple[Path, Mapping[str, str], dict[str, Path]]:
+        """An index of several files, its map from tensors to their names, and the paths of all."""
         if self.file:
-            return [self.file]
+            return self.file, {}, {self.file.name: self.file}
         for name in _WEIGHT_FILES[self.kind]:
             found = self._have(name)
             if found is None:
                 continue
             if not name.endswith(".index.json"):
-                return [found]
-            shards = sorted(set(read_json(found).get("weight_map", {}).values()))
-            paths = {shard: self._have(shard) for shard in shards}
-            if missing := [shard for shard, path in paths.items() if path is None]:
+                return found, {}, {name: found}
+            where = shards.weight_map(found, read_json(found))
+            have = {shard: self._have(shard) for shard in sorted(set(where.values()))}
+            if missing := [shard for shard, path in have.items() if path is None]:
                 raise WeightsError(
                     f"{found}: missing shards: {', '.join(missing)}. Copy them to the directory."
                 )
-            return [path for path in paths.values() if path is not None]
+            return found, where, {k: shards.check_inside(p) for k, p in have.items() if p}
         raise WeightsError(
             f"{self.directory / _WEIGHT_FILES[self.kind][0]} is missing (as are the other names: "
             f"{', '.join(_WEIGHT_FILES[self.kind][1:])}). "
             f"Copy it from where {self.directory / self.kind} is from."
         )
-
-    def tensors(self) -> Mapping[str, np.ndarray]:
-        """All tensors by name, read when asked for."""
-        readers: dict[str, Any] = {}
-        for path in self.files():
-            tensors = read_tensors(path)
-            readers |= {name: _reader(tensors, name) for name in tensors}
-        return Lazy(readers)
 
     def _have(self, name: str) -> Path | None:
         path = self.directory / name
@@ -166,35 +181,90 @@ def _is_hub_id(name: str) -> bool:
 
 
 def read_tensors(path: Path) -> Mapping[str, np.ndarray]:
-    """The tensors of one file, by name, read when asked for."""
+    """The tensors of one file, by name, read when asked for.
+
+    Damage in the numbers of a safetensors file cannot be noticed, as it has no checksums. Raises
+    WeightsError naming the file when it is not what its suffix says, or damaged.
+    """
     if path.suffix != ".safetensors":
         return torch_files.read(path)
-    try:
+    if problem := kinds.problem(path, kinds.SAFETENSORS):
+        raise WeightsError(problem)
+    with _about(path):
         file = safe_open(path, framework="numpy")
-        return Lazy({name: _slice(file, name) for name in file.keys()})  # noqa: SIM118, no dict
-    except (SafetensorError, OSError) as error:
+        return Lazy({name: _named(file, path, name) for name in file.keys()})  # noqa: SIM118, no dict
+
+
+@contextlib.contextmanager
+def _about(path: Path) -> Iterator[None]:
+    try:
+        yield  # the library looks for types that it does not know in numpy
+    except (SafetensorError, AttributeError, OSError, ValueError) as error:
         raise WeightsError(f"{path}: unreadable ({error}). Download or copy it again.") from error
+
+
+def _named(file: Any, path: Path, name: str) -> Any:
+    dtype = _FLOAT8.get(file.get_slice(name).get_dtype())
+    reader = _slice(file, name) if dtype is None else lambda: _float8(path, name, dtype)
+
+    def read() -> np.ndarray:
+        with _about(path):
+            return reader()
+
+    return read
 
 
 def _slice(file: Any, name: str) -> Any:
     return lambda: file.get_tensor(name)
 
 
+def _float8(path: Path, name: str, dtype: Any) -> np.ndarray:
+    """What the library cannot make a numpy array of. It has checked the header."""
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        about = json.loads(file.read(size))[name]
+        begin, end = about["data_offsets"]
+        file.seek(8 + size + begin)
+        return np.frombuffer(file.read(end - begin), dtype).reshape(about["shape"])
+
+
 def read_json(file: Path) -> dict[str, Any]:
-    """Raises WeightsError when the file is missing or no JSON object."""
+    """Of several equal keys the last counts, as everywhere.
+
+    Raises WeightsError when the file is missing, too large for a config, or no JSON object.
+    """
     try:
-        values = json.loads(file.read_text())
-    except OSError as error:
+        with file.open("rb") as stream:
+            content = stream.read(_JSON + 1)
+    except FileNotFoundError as error:
         raise WeightsError(
             f"{file} is missing: it belongs to the weights. Copy it from where they come from."
         ) from error
-    except ValueError as error:
+    except OSError as error:
+        raise WeightsError(
+            f"{file}: unreadable ({error.strerror}), expected a JSON file. Copy it from where the "
+            "weights come from."
+        ) from error
+    if len(content) > _JSON:
+        raise WeightsError(f"{file}: more than {_JSON} bytes, expected the JSON file of a config.")
+    try:
+        values = json.loads(content.decode("utf-8-sig"), parse_constant=_no_number)
+    except (ValueError, RecursionError) as error:
+        if problem := kinds.problem(file, "a JSON file", kinds.TEXT):
+            raise WeightsError(problem) from error
         raise WeightsError(
             f"{file}: not valid JSON ({error}). Download or copy it again."
         ) from error
     if not isinstance(values, dict):
-        raise WeightsError(f"{file}: expected a JSON object. Download or copy it again.")
+        raise WeightsError(
+            f"{file}: expected a JSON object, found a {type(values).__name__}. Download or copy it "
+            "again."
+        )
     return values
+
+
+def _no_number(text: str) -> None:
+    raise ValueError(f"{text} is no number of JSON")
 
 
 def content_id(name: str, params: Mapping[str, Any], more: Any = "") -> str:

@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 
 from cir_jax.errors import WeightsError
-from cir_jax.input.phrases import PlainUnpickler
+from cir_jax.input import pickles
 from cir_jax.input.tables import Table
-from cir_jax.weights import files, torch_files
+from cir_jax.weights import convert, files, torch_files
 
 WORDS, NAMES, SETTINGS = "ema_oti_pseudo_tokens.pt", "image_names.pkl", "hyperparameters.json"
 
@@ -51,10 +51,11 @@ def read(directory: str | Path, token_dim: int) -> dict[str, np.ndarray]:
     tensors = torch_files.read(directory / WORDS)
     if set(tensors) != {""}:
         raise WeightsError(f"{directory / WORDS}: expected one tensor, not {sorted(tensors)[:3]}.")
-    words = np.asarray(tensors[""], np.float32)
+    words = np.asarray(
+        convert.finite(tensors[""], "its tensor", str(directory / WORDS)), np.float32
+    )
     try:
-        with (directory / NAMES).open("rb") as file:
-            names = PlainUnpickler(file).load()
+        names = pickles.load((directory / NAMES).read_bytes())
     except Exception as error:  # garbled pickles raise whatever their opcodes run into
         raise WeightsError(
             f"{directory / NAMES}: not a list of names ({type(error).__name__}: {error})."

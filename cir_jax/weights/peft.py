@@ -212,7 +212,8 @@ def _halves(path: Path, about: Mapping[str, Any]) -> dict[str, dict[str, np.ndar
                 f"convolutions; {name} {kind}. To use the adapter, {MERGE}."
             )
         adapters.add(match[3])
-        halves.setdefault(match[1], {})[match[2]] = np.asarray(tensor, np.float32)
+        half = np.asarray(convert.finite(tensor, name, str(path)), np.float32)
+        halves.setdefault(match[1], {})[match[2]] = half
     if len(adapters) > 1:
         raise WeightsError(
             f"{path}: expected one adapter, found {', '.join(sorted(map(str, adapters)))}. Save "

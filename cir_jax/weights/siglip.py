@@ -74,7 +74,8 @@ def _sized(backbone: Backbone, image_size: int = 0, context_length: int = 0) -> 
             f"context_length={context_length}: the texts of a SigLIP are always "
             f"{backbone.context_length} tokens long, as in training."
         )
-    return positions.for_images(backbone, image_size) if image_size else backbone
+    same = image_size in (0, backbone.config.vision.image_size)
+    return backbone if same else positions.for_images(backbone, image_size)
 
 
 def write(path: Path, backbone: Backbone, params: Any, dtype: Any) -> None:

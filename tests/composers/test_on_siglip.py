@@ -14,8 +14,12 @@ from cir_jax.composers.phrases import Phrases
 from cir_jax.errors import ConfigError, DataError
 from cir_jax.input import keywords
 from cir_jax.input.phrases import PhraseBook
+from cir_jax.training import inputs
 from cir_jax.training import mesh as meshes
+from cir_jax.training.experiment import Experiment
 from cir_jax.weights import official
+from experiments import base
+from tests import tiny as factory
 from tests.weights import siglip_worlds
 
 # compiled once and run once: compiling is all that takes time
@@ -122,6 +126,9 @@ def test_composes_the_same_batched_and_alone(build, images, name):
             "query_index": np.asarray(rows, np.int32),
         }
         assert query["token_ids"].shape == (len(rows), LENGTH)
+        if hasattr(composer, "placeholder_id"):  # the texts' own marks are punctuation
+            first = (query["token_ids"] == composer.placeholder_id).argmax(axis=1)
+            assert (first == first[0]).all() and first[0] > 0
         return np.asarray(compose(trained, frozen, query, jax.random.key(1)))
 
     together = run([0, 1, 2])
@@ -172,6 +179,44 @@ def test_parameters_are_sharded_like_those_of_other_towers(loaded):
         assert tree["kernel"].spec == P("fsdp", "tensor")
     for tree in (pool["pool_attention"]["out"], pool["fc2"]):
         assert tree["kernel"].spec == P("tensor", "fsdp")
+
+
+def test_a_texts_own_marks_are_not_replaced(build):
+    """Nor do they reach a method without pseudo-words."""
+    composer = build("pic2word")[0]
+    ids = composer.backbone.tokenizer([composer.prompt("two * or $ cats")])
+    assert (ids == composer.placeholder_id).sum() == 1
+    assert composer.prompt("") == "a photo of *"
+    plain = build("image_text")[0]
+    own = plain.backbone.tokenizer([plain.prompt("two * or $ cats")])
+    assert (own == plain.backbone.tokenizer(["two or cats"])).all()
+
+
+def test_compodiff_conditions_on_what_the_tower_was_trained_to_give(build):
+    composer, _, frozen = build("compodiff")
+    backbone = composer.backbone
+    ids = backbone.tokenizer(TEXTS)
+    expected = jit(backbone.text_hidden_states)(frozen["backbone"], ids)
+    np.testing.assert_allclose(jit(composer.hidden_states)(frozen, ids), expected, atol=1e-5)
+
+
+def test_training_reads_whole_texts(build, monkeypatch):
+    """The pipeline cuts no padding off, and captions' own marks are punctuation."""
+    composer, _, frozen = build("image_text")
+    backbone = composer.backbone
+    table = factory.caption_table(4)
+    for record in table.records:
+        record["captions"] = [b"a * cat $"]
+    monkeypatch.setattr(inputs, "Table", lambda *args: table)
+    config = base.experiment("test", {"name": "image_text"})
+    config.stage.train = base.stage(
+        tables={"captions": 1.0}, batch_size=4, duration="1 steps", optimizer={}
+    )
+    mesh = meshes.make_mesh({"data": -1})
+    experiment = Experiment(config, mesh, backbone, composer, frozen)
+    (batch,) = inputs.make_pipeline(experiment, "train").batches(0, 1)
+    assert batch["token_ids"].shape == (4, LENGTH)
+    assert (batch["token_ids"] == backbone.tokenizer(["a cat"])).all()
 
 
 def test_phrases_stay_whole(loaded):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from cir_jax.errors import DataError, WeightsError
+from cir_jax.input import sentencepiece
 from cir_jax.input.siglip_text import SiglipTokenizer
 from cir_jax.input.text import read_tokenizer
 from cir_jax.weights.siglip import read_siglip_tokenizer
@@ -108,15 +109,23 @@ def test_a_tokenizer_without_a_placeholder_says_so():
         ours.id_of("cat")
 
 
-def test_a_saved_one_lower_cases_and_ends_by_itself(tmp_path):
-    """SigLIP 2's file says what the published one does not; reading it again adds nothing."""
-    siglip_worlds.tokenizer(tmp_path, 2).save(tmp_path / "tokenizer.json")
-    ours = read_siglip_tokenizer(tmp_path, 64)
-    plain = read_tokenizer(tmp_path / "tokenizer.json")
-    assert plain.encode("A Red cat!").ids == ours(["A Red cat!"])[0, :5].tolist()
-    again = tmp_path / "again.json"
-    ours.save(again)
-    assert again.read_text() == (tmp_path / "tokenizer.json").read_text()
+def test_a_saved_file_says_all_of_it(tmp_path):
+    """What the published ones leave to a class; reading it again adds nothing."""
+    siglip_worlds.tokenizer(tmp_path, 1)
+    sentencepiece.read(tmp_path / "spiece.model", 0).save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "spiece.model").unlink()
+    for version in (1, 2):
+        if version == 2:
+            siglip_worlds.tokenizer(tmp_path, 2).save(tmp_path / "tokenizer.json")
+        ours = read_siglip_tokenizer(tmp_path, 64)
+        assert ours.canonical == (version == 1)
+        assert (ours(TEXTS) == siglip_worlds.tokenizer(tmp_path, version)(TEXTS)).all()
+        (tmp_path / "spiece.model").unlink(missing_ok=True)
+        ours.save(tmp_path / "tokenizer.json")
+        plain = read_tokenizer(tmp_path / "tokenizer.json").encode("A Red cat!").ids
+        assert plain == ours(["A Red cat!"])[0, : len(plain)].tolist() and plain[-1] == 1
+        read_siglip_tokenizer(tmp_path, 64).save(tmp_path / "again.json")
+        assert (tmp_path / "again.json").read_text() == (tmp_path / "tokenizer.json").read_text()
 
 
 @pytest.mark.peer

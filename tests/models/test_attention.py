@@ -44,7 +44,8 @@ def test_the_fused_kernel_is_for_half_precision_without_a_mask(asked):
     assert asked[2:] == ["cudnn"]
     attention.attend(full, full, full)
     attention.attend(half, half, half, jnp.ones((1, 1, 4, 4), bool))
-    assert asked[3:] == ["xla", "xla"]
+    attention.attend(half[:, :1], half, half)  # other lengths were not tried
+    assert asked[3:] == ["xla", "xla", "xla"]
 
 
 def test_a_card_without_the_kernel_gets_the_other_and_says_so(monkeypatch, caplog):

@@ -80,12 +80,13 @@ def test_config_goes_to_hugging_face_and_back(tiny):
     assert found.projection_dim == 48 and found.to_dict()["text_config"]["projection_size"] == 48
 
 
-def test_the_last_position_is_read_whatever_is_there(tiny):
+def test_the_last_position_is_read_whatever_is_there(fixture, tiny):
     """Padding is attended to, and texts pooled there: the same words padded otherwise differ."""
     config, params, _, ids = tiny
     encode = jit(functools.partial(Siglip(config).apply, method="encode_text"))
     text, padded = encode({"params": params}, ids), ids[:, -1] == 0
     ended = np.where(np.arange(ids.shape[1]) == ids.shape[1] - 1, 1, ids)
+    np.testing.assert_allclose(text, fixture.expected["text_pooled"], atol=5e-5)
     assert padded.any() and not padded.all()
     for other in (encode({"params": params}, ended), encode({"params": params}, ids[:, :-1])):
         assert np.abs(other - text).max(axis=1)[padded].min() > 1e-3

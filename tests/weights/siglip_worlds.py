@@ -112,6 +112,9 @@ def make(
     params = jax.tree.map(lambda x: np.float32(rng.normal(0, 0.2, x.shape)), siglip.shapes(network))
     filters = {1: 3, 2: 2}  # bicubic, bilinear
     transform = ImageTransform(
-        image_size, image_size, HALF, HALF, squash=True, resample=filters[version]
+        *(image_size, image_size, HALF, HALF),
+        squash=True,
+        resample=filters[version],
+        processor="SiglipImageProcessor",
     )
     return Backbone(network, words, transform, f"siglip@{version}"), params

@@ -35,11 +35,19 @@ def test_folders_that_cannot_be_used(folder):
     for content, message in (
         (pickle.dumps(["a", print]), "not a list of names .*it names builtins.print"),
         (pickle.dumps({"a": 1}), "expected a list of strings"),
+        (b"\x8d\0\0\0\0\2\0\0\0", "not a list of names .*expected 8589934592 bytes"),
         (pickle.dumps(["a"]), "1 names and words of shape"),
     ):
         names.write_bytes(content)
         with pytest.raises(WeightsError, match=message):
             oti_tokens.read(folder, 4)
+    import torch
+
+    torch.save(torch.full((2, 4), torch.nan), folder / oti_tokens.WORDS)
+    with pytest.raises(
+        WeightsError, match="tokens.pt: its tensor holds 8 of 8 values that are NaN"
+    ):
+        oti_tokens.read(folder, 4)
     names.unlink()
     with pytest.raises(WeightsError, match="image_names.pkl is missing"):
         oti_tokens.read(folder, 4)

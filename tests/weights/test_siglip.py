@@ -187,6 +187,18 @@ def test_a_directory_of_transformers_has_its_features(tmp_path, transformers, ve
     assert backbone.image_transform.resample == resample and backbone.config.vision.image_size == 22
     assert (backbone.tokenizer.eos_id, backbone.tokenizer.pad_id) == (1, 2 - version)
     assert_close(features(backbone, params), theirs(transformers, path, pil(transformers, path)))
+    if version == 2:  # another image size on request
+        larger, resized = weights.load(path, image_size=40)
+        pixels = np.random.default_rng(0).integers(0, 255, (1, 40, 40, 3), np.uint8)
+        inputs = torch.tensor(pixels.transpose(0, 3, 1, 2) / 127.5 - 1, dtype=torch.float32)
+        with torch.inference_mode():
+            model = transformers.SiglipModel.from_pretrained(path).eval()
+            out = model.vision_model(inputs, interpolate_pos_encoding=True).pooler_output
+        ours = jax.jit(larger.encode_image)(resized, pixels)
+        np.testing.assert_allclose(ours, out, atol=1e-5 * np.abs(out.numpy()).max())
+        assert weights.load(path, image_size=22)[0].weights_id == backbone.weights_id
+        with pytest.raises(WeightsError, match="the texts of a SigLIP are always 64 tokens long"):
+            weights.load(path, context_length=248)
 
 
 @pytest.mark.peer
@@ -289,9 +301,9 @@ def test_settings_of_the_tokenizer_are_honoured(saved):
 @pytest.mark.parametrize(
     ("tower", "changes", "message"),
     [
-        ("vision", {"vision_use_head": False}, "vision_use_head=False: only True is known"),
-        ("vision", {"num_channels": 1}, "num_channels=1: only 3 is known"),
-        ("vision", {"image_size": [18, 36]}, r"image_size=\[18, 36\]: expected one number"),
+        ("vision", {"vision_use_head": False}, "vision_use_head=False: no head that embeds"),
+        ("vision", {"num_channels": 1}, "num_channels=1 .only 3 is built here"),
+        ("vision", {"image_size": [18, 36]}, r"image_size=\[18, 36\]: expected a whole number"),
         ("text", {"projection_size": 24}, "text features of 24 and image features of 32"),
         ("text", {"projection_size": None}, "text features of 24 and image features of 32"),
         ("text", {"hidden_act": "swish"}, "activation 'swish'"),

@@ -50,19 +50,9 @@ def test_files_that_are_none(tmp_path):
         file.writestr("model/data.pkl", b"\x80\x02garbage")
     with pytest.raises(WeightsError, match="x.pt: not a readable PyTorch file .* copy it again"):
         torch_files.read(path)
-    path.write_bytes(b"<html>")
-    with pytest.raises(WeightsError, match="x.pt: not a "):
+    path.write_bytes(b"\0garbage")
+    with pytest.raises(WeightsError, match="x.pt: not a PyTorch file, or damaged. Download or co"):
         torch_files.read(path)
-
-
-def test_tensors_may_not_reach_out_of_their_storage():
-    flat = np.arange(6, dtype=np.float32)
-    read = torch_files._Tensor(lambda: flat, 1, (2, 2), (2, 1))
-    np.testing.assert_array_equal(read(), [[1, 2], [3, 4]])
-    with pytest.raises(WeightsError, match="ends too early"):
-        torch_files._Tensor(lambda: flat, 1, (2, 2), (10**6, 1))()
-    with pytest.raises(WeightsError, match="negative"):
-        torch_files._Tensor(lambda: flat, 1, (2, 2), (-1, 1))()
 
 
 # --- against PyTorch
