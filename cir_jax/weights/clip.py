@@ -202,7 +202,9 @@ def _hugging_face(source: files.Source, tensors: Mapping[str, np.ndarray], half:
     towers = {"text": TextConfig, "image": VisionConfig}
     if source.model_type in TOWER_TYPES.values():
         configs.check(values, _fields(towers[half]), file)
-        config = ClipConfig(**{_PREFIXES[half]: towers[half].from_dict(values)})
+        # the tower that is not there is traced and never run: one layer will do
+        parts = {_PREFIXES[each]: tower(num_hidden_layers=1) for each, tower in towers.items()}
+        config = ClipConfig(**parts | {_PREFIXES[half]: towers[half].from_dict(values)})
     else:
         parts = {f"{_PREFIXES[half]}_config": tower for half, tower in towers.items()}
         configs.check(

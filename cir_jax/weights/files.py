@@ -301,14 +301,13 @@ def new_directory(path: Path) -> Iterator[Path]:
 
 
 def _of_directory(path: Path, name: str, hub_id: str = "") -> Source | None:
-    # hub repositories of OpenCLIP have another library's config.json too, which names no model_type
     configs = {k: read_json(path / k) for k in (HUGGING_FACE, OPEN_CLIP) if (path / k).is_file()}
-    for kind, config in configs.items():
-        if kind == OPEN_CLIP or "model_type" in config:
-            return Source(name, path, kind, config, hub_id=hub_id)
-    if "architecture" in configs.get(HUGGING_FACE, {}):  # timm's own
-        return Source(name, path, HUGGING_FACE, configs[HUGGING_FACE], hub_id=hub_id)
-    return None
+    own = configs.get(HUGGING_FACE, {})
+    kind = HUGGING_FACE if "model_type" in own or "architecture" in own else ""  # or timm's own
+    # beside an OpenCLIP config lies the same model's, timm's, or that of a part: a BERT
+    if OPEN_CLIP in configs and not str(own.get("model_type")).startswith(("clip", "siglip")):
+        kind = OPEN_CLIP
+    return Source(name, path, kind, configs[kind], hub_id=hub_id) if kind else None
 
 
 def _of_file(path: Path) -> Source:
