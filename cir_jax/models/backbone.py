@@ -17,9 +17,10 @@ from cir_jax.input.images import PREPROCESSING, ImageTransform
 from cir_jax.input.text import Tokenizer
 from cir_jax.models import chunks
 from cir_jax.models.blip import Blip, BlipConfig, with_enc_token
-from cir_jax.models.clip import Clip, ClipConfig, check_token_ids
+from cir_jax.models.clip import Clip, ClipConfig
 from cir_jax.models.resnet import ResNetConfig
 from cir_jax.models.siglip import Siglip, SiglipConfig
+from cir_jax.models.transformer import check_token_ids
 
 FAMILIES = {Clip: "clip", Blip: "blip", Siglip: "siglip"}
 

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from cir_jax.errors import DataError
-from cir_jax.models.clip import ACTIVATIONS, TowerConfig
+from cir_jax.models.transformer import ACTIVATIONS, TowerConfig
 
 
 @dataclasses.dataclass(frozen=True)

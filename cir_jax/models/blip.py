@@ -16,7 +16,13 @@ import numpy as np
 
 from cir_jax.errors import ConfigError, DataError
 from cir_jax.models.bert import Bert, BertConfig, dense, layer_norm
-from cir_jax.models.clip import Block, PatchEmbedding, TowerConfig, check_batch, check_token_ids
+from cir_jax.models.transformer import (
+    Block,
+    PatchEmbedding,
+    TowerConfig,
+    check_batch,
+    check_token_ids,
+)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from cir_jax.models.attention import attend
-from cir_jax.models.clip import ACTIVATIONS, ClipConfig, end_positions
+from cir_jax.models.clip import ClipConfig, end_positions
+from cir_jax.models.transformer import ACTIVATIONS
 
 
 class Past(NamedTuple):

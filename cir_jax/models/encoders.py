@@ -12,9 +12,9 @@ import jax.numpy as jnp
 from cir_jax.input.images import ImageTransform
 from cir_jax.input.text import Tokenizer
 from cir_jax.models.backbone import pixels
-from cir_jax.models.clip import check_batch
 from cir_jax.models.light import LightEncoder
 from cir_jax.models.t5 import T5Encoder
+from cir_jax.models.transformer import check_batch
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -15,10 +15,10 @@ import jax
 import jax.numpy as jnp
 
 from cir_jax.errors import WeightsError
-from cir_jax.models.clip import (
+from cir_jax.models.clip import TextTower
+from cir_jax.models.transformer import (
     Attention,
     PatchEmbedding,
-    TextTower,
     TowerConfig,
     blocks,
     check_batch,

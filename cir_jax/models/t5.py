@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cir_jax.errors import WeightsError, unknown
-from cir_jax.models.clip import ACTIVATIONS, check_batch, check_numbers, check_token_ids
+from cir_jax.models.transformer import ACTIVATIONS, check_batch, check_numbers, check_token_ids
 
 _ACTIVATIONS = ACTIVATIONS | {"relu": jax.nn.relu, "silu": jax.nn.silu}
 

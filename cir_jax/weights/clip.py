@@ -14,8 +14,9 @@ from cir_jax.input import images
 from cir_jax.input.images import ImageTransform
 from cir_jax.input.text import Tokenizer
 from cir_jax.models.backbone import TOWERS, Backbone
-from cir_jax.models.clip import Clip, ClipConfig, TextConfig, TowerConfig, VisionConfig
+from cir_jax.models.clip import Clip, ClipConfig, TextConfig, VisionConfig
 from cir_jax.models.resnet import ResNetConfig
+from cir_jax.models.transformer import TowerConfig
 from cir_jax.weights import beside, configs, convert, families, files, open_clip, positions
 
 IGNORE = (r"(text|vision)_model\.embeddings\.position_ids",)

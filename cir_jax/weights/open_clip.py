@@ -14,8 +14,9 @@ import numpy as np
 
 from cir_jax.errors import WeightsError
 from cir_jax.input.text import Tokenizer
-from cir_jax.models.clip import ClipConfig, TextConfig, TowerConfig, VisionConfig
+from cir_jax.models.clip import ClipConfig, TextConfig, VisionConfig
 from cir_jax.models.resnet import ResNetConfig
+from cir_jax.models.transformer import TowerConfig
 from cir_jax.weights import convert, positions
 from cir_jax.weights import open_clip_fields as fields
 from cir_jax.weights.torch_files import Lazy

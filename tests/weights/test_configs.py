@@ -9,7 +9,8 @@ import pytest
 
 from cir_jax import weights
 from cir_jax.errors import WeightsError
-from cir_jax.models.clip import ACTIVATIONS, ClipConfig, TextConfig, VisionConfig
+from cir_jax.models.clip import ClipConfig, TextConfig, VisionConfig
+from cir_jax.models.transformer import ACTIVATIONS
 from cir_jax.weights import beside, configs
 from tests.weights import worlds
 
