@@ -246,6 +246,7 @@ def measure(
 def run(
     names: Sequence[str],
     dtypes: Sequence[str],
+    sides: Sequence[str],
     batches: Sequence[int],
     *,
     threads: int,
@@ -263,9 +264,9 @@ def run(
     if load > BUSY * threads:
         print(f"Other programs keep {load:.1f} cores busy: expect noise, which the file will tell.")
     directory = Path(tempfile.mkdtemp(prefix="encoders"))
-    workers = {side: Worker(side, threads, directory) for side in SIDES}
+    workers = {side: Worker(side, threads, directory) for side in sides}
     try:
-        absent: dict[str, str] = {}
+        absent = {side: "not asked for (--sides)" for side in SIDES if side not in sides}
         about = ask(workers, absent, "about", dtypes=dtypes)
         if REFERENCE not in about or "jax" not in about:
             raise SystemExit(f"needs both jax and {REFERENCE}, which makes the weights: {absent}")
@@ -431,6 +432,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--models", type=names(MODELS), default=list(MODELS)[:2])
     parser.add_argument("--dtypes", type=names(TOLERANCE), default=list(TOLERANCE))
+    parser.add_argument("--sides", type=names(dict.fromkeys(SIDES)), default=list(SIDES))
     parser.add_argument("--batches", default="1,32,256")
     parser.add_argument("--threads", type=int, default=0, help="of each side; 0 = all cores")
     parser.add_argument("--limit", type=float, help="skip cells expected to take more seconds")
@@ -444,6 +446,7 @@ def main() -> None:
     measured = run(
         args.models,
         args.dtypes,
+        args.sides,
         sorted(int(batch) for batch in args.batches.split(",")),
         threads=args.threads,
         seconds=0.5 if args.quick else 6.0,

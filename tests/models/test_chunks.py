@@ -36,14 +36,15 @@ def counted(tiny):
 def test_chunks_are_even_and_fit_the_cache(monkeypatch):
     monkeypatch.setattr(chunks.os, "sched_getaffinity", lambda _: {0, 1}, raising=False)
     b32, l14 = chunks.activation_bytes(50, 3072), chunks.activation_bytes(257, 4096)
-    assert chunks.chunk_size(256, b32) == 6 and chunks.chunk_size(32, b32) == 4
-    assert chunks.chunk_size(11, b32) == 11  # less than two chunks of 6
+    assert chunks.chunk_size(256, b32) == chunks.chunk_size(32, b32) == 8
+    assert chunks.chunk_size(33, b32) == 7  # 35 rows are computed; in eights it would be 40
+    assert chunks.chunk_size(15, b32) == 15  # less than two chunks of 8
     assert chunks.chunk_size(256, l14) == 1
     monkeypatch.setattr(chunks.os, "sched_getaffinity", lambda _: set(range(64)), raising=False)
     assert chunks.chunk_size(256, b32) == 256
-    for batch in (1, 31, 37, 257, 1000):
-        size = chunks.chunk_size(batch, 2**24)
-        assert size == batch or (size <= 16 and -batch % size <= max(3, batch // 50))
+    for batch in (1, 39, 41, 67, 257, 1000):
+        size = chunks.chunk_size(batch, 2**24)  # 20 of them fit
+        assert size == batch < 40 or (10 < size <= 20 and -batch % size <= 0.07 * batch), batch
 
 
 def test_features_are_those_of_the_whole_batch(counted, one_device):
