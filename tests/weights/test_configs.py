@@ -178,6 +178,29 @@ def test_every_field_that_transformers_writes_is_known():
     configs.check(transformers.T5Config().to_dict(), weights.t5.FIELDS, "T5")
 
 
+@pytest.mark.peer
+def test_images_that_patches_do_not_fill(saved):
+    """The pixels on the right and below count for nothing, as of a convolution."""
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    edit(saved / "config.json", vision_config={"image_size": 21})
+    edit(
+        saved / beside.PREPROCESSING,
+        size={"shortest_edge": 21},
+        crop_size={"height": 21, "width": 21},
+    )
+    backbone, params = weights.load(saved)
+    pixels = np.random.default_rng(0).integers(0, 255, (1, 21, 21, 3), np.uint8)
+    mean, std = backbone.image_transform.statistics
+    inputs = ((pixels / np.float32(255) - mean) / std).astype(np.float32)
+    with torch.inference_mode():
+        model = transformers.CLIPModel.from_pretrained(saved).eval()
+        pooled = model.vision_model(torch.from_numpy(inputs.transpose(0, 3, 1, 2))).pooler_output
+        expected = model.visual_projection(pooled).numpy()
+    got = jax.jit(backbone.encode_image)(params, pixels)
+    np.testing.assert_allclose(got, expected, atol=1e-5 * np.abs(expected).max())
+
+
 # --- one tower
 
 
