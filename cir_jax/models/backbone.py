@@ -273,7 +273,7 @@ def pixels(images: jax.Array, transform: ImageTransform) -> jax.Array:
     with jax.ensure_compile_time_eval():  # known values, be it inside of another's trace
         low, high = (float(end(jnp.asarray(images, jnp.float32))) for end in (jnp.min, jnp.max))
     least, most = float(np.min(-mean / std)), float(np.max((255 / scale - mean) / std))
-    slack = most - least  # resizing overshoots, noise is added: what is refused is another scale
+    slack = 4 * (most - least)  # noise may be added: what is refused is another scale
     if not (low >= least - slack and high <= most + slack):  # NaN, too
         raise DataError(
             f"float images of {low:.4g} to {high:.4g}; expected normalised ones, which are within "
