@@ -95,6 +95,7 @@ class Jax(Side):
         import jax.numpy as jnp
         from safetensors.numpy import load_file
 
+        from cir_jax.input import images
         from cir_jax.models.backbone import Backbone
         from cir_jax.models.clip import Clip, ClipConfig
         from cir_jax.weights import clip, convert
@@ -108,8 +109,9 @@ class Jax(Side):
             dtype=jnp.dtype(dtype),
         )
         self.params = self.jax.device_put(params, self.device)
-        # ids and normalised pixels come in: neither tokenizer nor preprocessing is asked for
-        self.backbone = Backbone(Clip(config, jnp.dtype(dtype)), None, None, "")
+        # ids and normalised pixels come in: there is no tokenizer
+        transform = images.clip(config.vision.image_size)
+        self.backbone = Backbone(Clip(config, jnp.dtype(dtype)), None, transform, "")
 
     def prepare(self, kind: str, dtype: str, **_: Any) -> dict[str, Any]:
         self.precision(dtype)
