@@ -114,14 +114,14 @@ def test_starts_that_change_the_base_load_when_peft_converted_them(tmp_path, wor
         weights.load_adapter(tmp_path / "plain", backbone)
     rewritten(tmp_path / "plain", {"init_lora_weights": True})
     adapter, config = weights.load_adapter(tmp_path / "plain", backbone)
-    assert error(ours(lora.merge(params, adapter, config.scale)), expected) > 0.02
+    assert error(ours(lora.merge(params, adapter, config.scale)), expected) > 0.003
     model.save_pretrained(
         tmp_path / "converted", path_initial_model_for_weight_conversion=str(tmp_path / "start")
     )
     adapter, config = weights.load_adapter(tmp_path / "converted", backbone)
     assert (config.rank, config.alpha) == (8, 12)
     assert error(ours(lora.merge(params, adapter, config.scale)), expected) < 1e-5
-    assert error(ours(params), expected) > 0.02
+    assert error(ours(params), expected) > 0.003
 
 
 @pytest.mark.peer
@@ -150,7 +150,7 @@ def test_other_starts_load_as_they_are(tmp_path, world, start, fields):
     got = ours(lora.merge(params, adapter, config.scale))
     assert error(got, theirs(again)) < 1e-5
     assert error(got, expected) < 1e-5
-    assert error(ours(params), expected) > 0.02
+    assert error(ours(params), expected) > 0.003
 
 
 @pytest.mark.peer
