@@ -3,6 +3,7 @@
     python benchmarks/encoders.py                    # CPU or CUDA GPU, whatever all sides see
     python benchmarks/encoders.py --quick            # rougher, and without the large batches
     python benchmarks/encoders.py --models=ViT-B/32 --batches=1,32 --output=mine.json
+    python benchmarks/encoders.py --resume --limit=1100   # what was skipped or is still to come
 
 Random weights of the published shapes: a transformers.CLIPModel is built from its config, its
 state_dict converted by cir_jax.weights, and the features compared before anything is timed. Each
@@ -253,11 +254,13 @@ def run(
     seconds: float,
     limit: float,
     write: Callable[[dict[str, Any]], None],
+    before: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """All cells, each for about `seconds`; `write` gets what there is after each.
 
     Those that would take more than `limit` seconds are there with the reason. threads: of each
-    side; 0 = as many as there are cores.
+    side; 0 = as many as there are cores. before: a record whose measured cells stand, if it is of
+    this machine and these versions.
     """
     threads = threads or len(os.sched_getaffinity(0))
     load = os.getloadavg()[0]
@@ -293,7 +296,11 @@ def run(
             "matrix_rate": matrix,
             "cells": [],
         }
+        kept = resumable(before, measured) if before else {}
         plan = list(itertools.product(names, dtypes, KINDS))
+        for asked in itertools.product(names, dtypes, KINDS, batches):
+            if "skipped" in kept.get(asked, {}):
+                del kept[asked]
         # on CPU the other types are for warning of them only
         cpu = platforms["jax"] == "cpu"
         limits = {d: limit / 8 if cpu and d != "float32" else limit for d in dtypes}
@@ -305,11 +312,13 @@ def run(
                 count = flops(complete(MODELS[model]), kind, text_length(kind, batch)) * batch
                 passes = len(about) * count / matrix[dtype]["jax"]
                 more = max(seconds, passes) if passes < most / 4 else 0
-                work[model, dtype, kind, batch] = passes + more if passes < most else 0.0
+                is_left = passes < most and (model, dtype, kind, batch) not in kept
+                work[model, dtype, kind, batch] = passes + more if is_left else 0.0
         bar = tqdm.tqdm(total=sum(work.values()), bar_format=BAR)
         loaded: tuple[str, str] | None = None
         for model, dtype, kind in plan:
-            if loaded != (model, dtype):
+            needed = any((model, dtype, kind, batch) not in kept for batch in batches)
+            if needed and loaded != (model, dtype):
                 bar.set_description(f"{model} {dtype} loading")
                 loaded, missing = (model, dtype), dict(absent)
                 for worker in workers.values():
@@ -320,6 +329,10 @@ def run(
             slowest = 0.0  # seconds per row of all sides, of the batch before
             for batch in batches:
                 bar.set_description(f"{model} {dtype} {kind} x{batch}")
+                if cell := kept.pop((model, dtype, kind, batch), None):
+                    slowest = row_seconds(cell)
+                    measured["cells"].append(cell)
+                    continue
                 cell = {"model": model, "dtype": dtype, "kind": kind, "batch": batch}
                 length = 0 if kind == "image" else text_length(kind, batch)
                 if length:
@@ -333,22 +346,47 @@ def run(
                 else:
                     np.save(directory / "input.npy", inputs(config, kind, batch))
                     cell |= measure(workers, missing, cell, directory, seconds, most)
-                    present = [side for side in SIDES if side in cell]
-                    slowest = sum(cell[side]["seconds"] for side in present) / batch
-                    for side in present:
+                    slowest = row_seconds(cell)
+                    for side in [side for side in SIDES if side in cell]:
                         rate = flops(config, kind, length) * cell[side]["per_second"]
                         cell[side]["rate"] = rate
                         if side in matrix[dtype]:
                             cell[side]["share"] = rate / matrix[dtype][side]
                 measured["cells"].append(cell)
-                write(measured)
+                # those of other plans, and those that this run has not come to yet
+                write(measured | {"cells": [*measured["cells"], *kept.values()]})
                 bar.update(work[model, dtype, kind, batch])
         bar.close()
     finally:
         for worker in workers.values():
             worker.close()
         shutil.rmtree(directory)
+    measured["cells"] += kept.values()
     return measured
+
+
+def row_seconds(cell: Mapping[str, Any]) -> float:
+    """Of all sides."""
+    return sum(cell[side]["seconds"] for side in SIDES if side in cell) / cell["batch"]
+
+
+def resumable(
+    before: Mapping[str, Any], now: dict[str, Any]
+) -> dict[tuple[str, str, str, int], dict[str, Any]]:
+    """The cells of `before` by their names; `now` keeps the head of that run."""
+    for field in ("versions", "settings", "machine"):
+        old, new = ({**run[field], "load_before": None} for run in (before, now))
+        if old != new:
+            raise SystemExit(
+                f"--resume: the record is of another {field}: {old}, now {new}. "
+                "Write to another file (--output) or leave --resume out."
+            )
+    head = {name: value for name, value in before.items() if name not in ("cells", "resumed")}
+    now["resumed"] = [*before.get("resumed", []), head]
+    return {
+        (cell["model"], cell["dtype"], cell["kind"], cell["batch"]): dict(cell)
+        for cell in before["cells"]
+    }
 
 
 def complete(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -438,11 +476,17 @@ def main() -> None:
     parser.add_argument("--limit", type=float, help="skip cells expected to take more seconds")
     parser.add_argument("--quick", action="store_true", help="rough, and without the large batches")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "encoders.json")
+    parser.add_argument(
+        "--resume", action="store_true", help="keep the cells that --output has; measure the others"
+    )
     parser.add_argument("--show", type=Path, help="only print the table of this file")
     args = parser.parse_args()
     if args.show:
         print(*table(json.loads(args.show.read_text())), sep="\n")
         return
+    if args.resume and not args.output.exists():
+        parser.error(f"--resume: there is no {args.output}. Leave --resume out for a first run.")
+    before = json.loads(args.output.read_text()) if args.resume else None
     measured = run(
         args.models,
         args.dtypes,
@@ -452,6 +496,7 @@ def main() -> None:
         seconds=0.5 if args.quick else 6.0,
         limit=args.limit or (20.0 if args.quick else 240.0),
         write=lambda so_far: args.output.write_text(json.dumps(_short(so_far), indent=1) + "\n"),
+        before=before,
     )
     for line in table(measured):
         print(line)
