@@ -25,6 +25,7 @@ EXTRAS = {
         "pytest>=8",
         "pytest-xdist>=3.7",
         "ruff>=0.9",
+        "import-linter>=2.3",
         "pre-commit>=4",
         "pyarrow>=17",
         "pycocotools>=2.0.8",

@@ -38,7 +38,8 @@ from benchmarks import oti  # noqa: E402
 from cir_jax.composers.phi import PHI_NAMES  # noqa: E402
 from cir_jax.composers.searle import Searle  # noqa: E402
 from cir_jax.input.phrases import PhraseBook, with_placeholder, write  # noqa: E402
-from cir_jax.training import mesh as meshes  # noqa: E402
+from cir_jax.sharding import mesh as meshes  # noqa: E402
+from cir_jax.sharding import placement  # noqa: E402
 from cir_jax.training.step import Step, init_state  # noqa: E402
 from cir_jax.weights import convert  # noqa: E402
 
@@ -138,7 +139,7 @@ def measure(args: argparse.Namespace, directory: Path) -> dict[str, Any]:
             weight_gpt=WEIGHT_GPT,
             cached_phrases=cached,
         )
-        frozen = meshes.place(mesh, composer.freeze(params))
+        frozen = placement.place(mesh, composer.freeze(params))
         start = jax.device_get(init_state(composer, optimizer, seed=SEED, ema=False).params)
         sides[name], notes[name] = training(composer, frozen, optimizer, mesh, start, batch, args)
     rng = init_state(composer, optimizer, seed=SEED, ema=False).rng
@@ -172,7 +173,7 @@ def training(
 
     def fresh() -> Any:
         # parameters are donated to the first step, so they are copied
-        copied = meshes.place(mesh, jax.tree.map(np.copy, start))
+        copied = placement.place(mesh, jax.tree.map(np.copy, start))
         return init_state(composer, optimizer, seed=SEED, ema=False, params=copied)
 
     state = fresh()
@@ -180,13 +181,13 @@ def training(
         mesh, state, frozen, composer=composer, optimizer=optimizer, ema_decay=0.0, microbatches=1
     )
     began = time.perf_counter()
-    compiled = step.lower(state, frozen, meshes.global_batch(mesh, batch)).compile()
+    compiled = step.lower(state, frozen, placement.global_batch(mesh, batch)).compile()
     compile_s = time.perf_counter() - began
 
     def run() -> np.ndarray:
         state, losses = fresh(), []
         for _ in range(args.steps):
-            state, metrics = compiled(state, frozen, meshes.global_batch(mesh, batch))
+            state, metrics = compiled(state, frozen, placement.global_batch(mesh, batch))
             losses.append(metrics["loss"])
         return np.asarray(jax.device_get(losses))
 

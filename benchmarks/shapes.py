@@ -58,9 +58,11 @@ Values = dict[str, dict[str, list[float]]]
 
 def measure(workdir: Path, preset: str, methods: Sequence[str]) -> Values:
     """Trains and evaluates the methods."""
-    from cir_jax.evaluation import runner
+    from cir_jax import experiment as experiments
+    from cir_jax.evaluation import benchmarks, runner
     from cir_jax.loading import read_experiment
-    from cir_jax.training import experiment as experiments
+    from cir_jax.training import stages
+    from cir_jax.training import workdir as workdirs
     from data import build
 
     values: Values = {}
@@ -71,12 +73,15 @@ def measure(workdir: Path, preset: str, methods: Sequence[str]) -> Values:
             config.seed = seed
             if not own:
                 config.evaluation.split = f"test_{seed}"
-            for dataset, tables in experiments.required_tables(config).items():
-                build.prepare(dataset, tables, experiments.data_dir(config))
+            build.prepare_needed(
+                stages.required_tables(config),
+                benchmarks.required(config.evaluation.benchmarks),
+                data_dir=experiments.data_dir(config),
+            )
             directory = workdir.absolute() / f"{name.replace(':', '-')}-{seed}"
-            experiments.claim_workdir(directory, config)
+            workdirs.claim(directory, config)
             experiment = experiments.setup(config)
-            params = experiments.train(experiment, directory) or {}  # Slerp has no stages
+            params = stages.train(experiment, directory) or {}  # Slerp has no stages
             for result in runner.run(experiment, params, directory):
                 if result.method != method and name != BASELINES_OF:
                     continue

@@ -7,11 +7,12 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from cir_jax import experiment as experiments
 from cir_jax.errors import ConfigError
 from cir_jax.evaluation.runner import trained_params
 from cir_jax.retrieval.search import Searcher
-from cir_jax.training import experiment as experiments
-from cir_jax.weights.files import REPOSITORY
+from cir_jax.storage.places import REPOSITORY
+from cir_jax.training import workdir as workdirs
 
 
 def read_experiment(name: str) -> ConfigDict:
@@ -43,7 +44,7 @@ def load(workdir: str | Path | None = None, config: Any = None) -> Searcher:
     if config is None:
         if workdir is None:
             raise ConfigError("load: give a workdir, or config='experiments/NAME.py', or both.")
-        config = ConfigDict(experiments.read_config(Path(workdir)))
+        config = ConfigDict(workdirs.read_config(Path(workdir)))
     config = ConfigDict(config.to_dict())
     config.mesh = ConfigDict({"data": -1})  # of this machine, not of the one that trained
     experiment = experiments.setup(config)

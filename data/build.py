@@ -32,7 +32,7 @@ import re
 import shutil
 import sys
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,7 @@ from absl import logging
 
 from cir_jax.errors import DataError, unknown
 from cir_jax.input import images
-from cir_jax.input.tables import default_data_dir
+from cir_jax.storage.places import default_data_dir
 from data import progress, shards
 from data.source import MAX_LISTED, Options, SourceBuilder, Split, Survey
 
@@ -150,6 +150,15 @@ def survey(
         why = "\n".join(f"  {split}: {reason}" for split, reason in found.skipped.items())
         raise DataError(f"{root} holds nothing of {dataset} to build.\n{why}\n{cls.HELP.strip()}")
     return found
+
+
+def prepare_needed(
+    *needs: Mapping[str, Iterable[str]], data_dir: str | os.PathLike | None = None
+) -> None:
+    """Builds those of the needed tables (dataset -> tables) that this project makes itself."""
+    for dataset in dict.fromkeys(name for need in needs for name in need if name in DATASETS):
+        tables = {table for need in needs for table in need.get(dataset, ())}
+        prepare(dataset, sorted(tables), data_dir)
 
 
 def prepare(

@@ -45,7 +45,7 @@ def command() -> list[str]:
     return ["python", *sys.argv]
 
 
-def join(distributed: ModuleType) -> None:
+def join(joining: ModuleType) -> None:
     """Joins the other processes as the flags or the environment say; before any use of JAX."""
     import jax
 
@@ -54,21 +54,23 @@ def join(distributed: ModuleType) -> None:
         jax.config.update(
             "jax_compilation_cache_dir", str(Path.home() / ".cache" / "cir_jax" / "xla")
         )
-    distributed.initialize(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
+    joining.initialize(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
 
 
 def prepare(config: ConfigDict, training: bool) -> None:
     """Builds what the config reads and this project can make itself (the embedded world)."""
+    from cir_jax import experiment as experiments
     from cir_jax import weights
-    from cir_jax.training import experiment
+    from cir_jax.evaluation import benchmarks
+    from cir_jax.training import stages
     from data import build
 
-    needed = experiment.required_tables(config, training)
+    needs = [benchmarks.required(config.evaluation.benchmarks)]
+    if training:
+        needs.append(stages.required_tables(config))
     # a wrong name or size shows before minutes of work
     weights.load_architecture(config.backbone, image_size=config.get("image_size"))
-    for dataset in needed.keys() & build.DATASETS.keys():
-        tables = needed[dataset]
-        build.prepare(dataset, tables, experiment.data_dir(config))
+    build.prepare_needed(*needs, data_dir=experiments.data_dir(config))
 
 
 def _guarded(main: Callable[[], None], needs_config: bool) -> None:

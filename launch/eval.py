@@ -39,18 +39,19 @@ def main() -> None:
     config = common.CONFIG.value
     if VALIDATE.value is not None:
         from cir_jax.evaluation import submissions
-        from cir_jax.input.tables import default_data_dir
+        from cir_jax.storage.places import default_data_dir
 
         given = config.data_dir if config is not None else ""
         data_dir = Path(given).expanduser() if given else default_data_dir()
         print(submissions.validate(Path(VALIDATE.value), data_dir))
         return
-    from cir_jax.training import distributed
+    from cir_jax.sharding import joining
 
     pixel_limit.apply()
-    common.join(distributed)
+    common.join(joining)
+    from cir_jax import experiment as experiments
     from cir_jax.evaluation import runner
-    from cir_jax.training import experiment as experiments
+    from cir_jax.training import workdir as workdirs
 
     if BENCHMARKS.value:
         config.evaluation.benchmarks = tuple(BENCHMARKS.value)
@@ -58,7 +59,7 @@ def main() -> None:
         config.evaluation.split = SPLIT.value
     if ALLOW_PARTIAL.value:
         config.evaluation.allow_partial = True
-    experiments.check_workdir(common.workdir(), config)
+    workdirs.check(common.workdir(), config)
     common.prepare(config, training=False)
     experiment = experiments.setup(config)
     params = runner.trained_params(experiment, common.workdir())

@@ -19,7 +19,7 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
     from cir_jax.errors import CirError
-    from cir_jax.input.tables import default_data_dir
+    from cir_jax.storage.places import default_data_dir
     from cir_jax.training import inversion
 
     data_dir = Path(_DATA_DIR.value).expanduser() if _DATA_DIR.value else default_data_dir()

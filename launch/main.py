@@ -21,25 +21,27 @@ DRY_RUN = flags.DEFINE_bool(
 
 
 def main() -> None:
-    from cir_jax.training import distributed
+    from cir_jax.sharding import joining
 
     pixel_limit.apply()
-    common.join(distributed)
+    common.join(joining)
+    from cir_jax import experiment as experiments
     from cir_jax.evaluation import runner
-    from cir_jax.training import experiment as experiments
+    from cir_jax.training import stages
+    from cir_jax.training import workdir as workdirs
 
     config, workdir = common.CONFIG.value, common.workdir()
-    experiments.check_workdir(workdir, config)
+    workdirs.check(workdir, config)
     common.prepare(config, training=True)
     experiment = experiments.setup(config, shapes_only=DRY_RUN.value)
-    plan = experiments.dry_run(experiment)  # mistakes show before the workdir belongs to them
+    plan = stages.dry_run(experiment)  # mistakes show before the workdir belongs to them
     if DRY_RUN.value:
         print(plan)
         return
-    experiments.claim_workdir(workdir, config)
-    with experiments.only_run(workdir):
-        params = experiments.train(experiment, workdir)
-        experiments.export(experiment, params)
+    workdirs.claim(workdir, config)
+    with workdirs.only_run(workdir):
+        params = stages.train(experiment, workdir)
+        stages.export(experiment, params)
         runner.run(experiment, params, workdir, common.command())
 
 

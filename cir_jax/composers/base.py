@@ -83,7 +83,7 @@ class Composer:
         return {}
 
     def read_official(self, path: Path, frozen: Params) -> Params:
-        """Trainable parameters from a checkpoint of the authors; see `weights.official`."""
+        """Trainable parameters from a checkpoint of the authors; see `composers.official`."""
         raise TypeError(f"{type(self).__name__} has no official_format")
 
     def write_official(self, path: Path, params: Params, frozen: Params) -> None:

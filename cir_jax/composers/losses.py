@@ -32,3 +32,9 @@ def nt_xent(a: jax.Array, b: jax.Array, temperature: float) -> jax.Array:
     logits = jnp.where(jnp.eye(len(rows), dtype=bool), -jnp.inf, logits)
     labels = jnp.roll(jnp.arange(len(rows)), len(a))
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+
+def cosine_loss(a: jax.Array, b: jax.Array) -> jax.Array:
+    """1 - cosine of float[..., dim] rows, in float32: `torch.nn.CosineEmbeddingLoss`, target 1."""
+    a, b = normalise(a.astype(jnp.float32)), normalise(b.astype(jnp.float32))
+    return 1 - jnp.sum(a * b, axis=-1)

@@ -8,7 +8,7 @@ compiled program, from tables that lie in `frozen["phrases"]`:
 
 original            uint16[phrases, length] ids of all phrases (int32 of large vocabularies)
 suffixes            uint16[phrases, length'] ids with the placeholder, without the beginning
-prefix, prefixes    int32[phrases], int32[beginnings, length''], `beginnings`: see `Split`
+prefix, prefixes    int32[phrases], int32[beginnings, length''], `beginnings`: see `suffixes.Split`
 lengths             int32[phrases, 2] of original and suffix, with start and end token
 first, count        int32[concepts] a concept's rows; count 0 = discarded (`PhraseBook.discarded`)
 concepts            float32[concepts, dim] unit features: mean over the templates (METHODS 2.1)
@@ -28,10 +28,8 @@ of their length and table: 0.9 GB for both at length 40, on each device. The tab
 their longest phrase; LONG_TAIL says how the few long ones are kept from slowing down the others.
 """
 
-import collections
 import dataclasses
 import functools
-import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -42,62 +40,20 @@ import numpy as np
 from tqdm import tqdm
 
 from cir_jax.composers.base import normalise
+from cir_jax.composers.losses import cosine_loss
+from cir_jax.composers.phrase_features import concept_features, phrase_features
 from cir_jax.composers.pseudo_word import PseudoWord
+from cir_jax.composers.suffixes import Split, Suffixes, lengths_of
 from cir_jax.errors import ConfigError, DataError
 from cir_jax.input import phrases as files
 from cir_jax.input.text import BUCKET, Tokenizer
-from cir_jax.models import clip_suffix
 from cir_jax.models.backbone import Backbone
-from cir_jax.models.clip import overwrite_tokens
-from cir_jax.retrieval.cache import ChunkStore, default_cache_dir, fingerprint
-from cir_jax.weights.files import places
+from cir_jax.storage.places import places
 
 LONG_TAIL = 1e-4
 """The share of phrases longer than `Phrases.usual`: small, as one of them slows down its batch."""
 
-MAX_PREFIXES = 64
-"""Beginnings whose states are kept; texts that begin otherwise are read as a whole."""
-
-TEXTS_AT_ONCE = 4096
 Tables = dict[str, jax.Array]
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Split:
-    """Texts with a placeholder, cut in front of it (models.clip_suffix).
-
-    ids: int[texts, length], from the placeholder on. prefix: int32[texts], row of the beginning in
-    prefixes: int32[beginnings, length], prefix_lengths: int32[beginnings] long. Row 0 is empty: it
-    goes with texts that are whole. lengths: int32[texts] of ids, with the end token.
-    """
-
-    ids: np.ndarray
-    lengths: np.ndarray
-    prefix: np.ndarray
-    prefixes: np.ndarray
-    prefix_lengths: np.ndarray
-
-    @classmethod
-    def of(cls, token_ids: np.ndarray, mark: int, eos: int | None, causal: bool = True) -> "Split":
-        """token_ids: int[texts, length], each with a placeholder `mark`. causal: False cuts
-        nothing. eos: None = padding counts, too."""
-        at = (token_ids == mark).argmax(axis=1)
-        begins = [bytes(row[:n].tobytes()) for row, n in zip(token_ids, at, strict=True)]
-        common = collections.Counter(b for b in begins if b).most_common(MAX_PREFIXES)
-        rows = {b"": 0} | ({b: i + 1 for i, (b, _) in enumerate(common)} if causal else {})
-        prefix = np.asarray([rows.get(b, 0) for b in begins], np.int32)
-        at = np.where(prefix > 0, at, 0)
-        # rows shifted to the left; what comes in from the right is padding behind the end
-        columns = np.minimum(at[:, None] + np.arange(token_ids.shape[1]), token_ids.shape[1] - 1)
-        ids = np.take_along_axis(token_ids, columns, axis=1)
-        lengths = _lengths(ids, eos)
-        parts = [np.frombuffer(b, token_ids.dtype) for b in rows]
-        widest = max(1, *map(len, parts)) if len(parts) > 1 else 1
-        prefixes = np.zeros((len(parts), widest), np.int32)
-        for row, part in zip(prefixes, parts, strict=True):
-            row[: len(part)] = part
-        sizes = np.asarray(list(map(len, parts)), np.int32)
-        return cls(ids, lengths, prefix, prefixes, sizes)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -183,7 +139,7 @@ class Phrases:
         count = np.bincount(np.asarray(owners)[keep], minlength=len(number)).astype(np.int32)
         original = original[keep]
         split = Split.of(replaced[keep], placeholder, eos, causal)
-        lengths = np.stack([_lengths(original, eos), split.lengths], axis=1)
+        lengths = np.stack([lengths_of(original, eos), split.lengths], axis=1)
         longest = lengths.max(axis=0)
         usual = np.quantile(lengths, 1 - LONG_TAIL, axis=0, method="higher").astype(int)
         if (longest - usual < BUCKET).all():
@@ -236,7 +192,8 @@ class Phrases:
         phrases = len(self.tables["lengths"])
         features = {"concepts": (len(self.names), functools.partial(concept_features, self.book))}
         if phrases <= cached:
-            features["features"] = (phrases, self.features)
+            ids = self.tables["original"]
+            features["features"] = (phrases, functools.partial(phrase_features, ids))
         return self.tables | {
             name: np.zeros((rows, backbone.dim), np.float32)
             if shapes_only
@@ -253,16 +210,6 @@ class Phrases:
         if "features" in frozen["phrases"]:
             return frozen["phrases"]["features"][rows]
         return jax.lax.stop_gradient(backbone.encode_text(frozen["backbone"], ids))
-
-    def features(self, backbone: Backbone, params: Any) -> np.ndarray:
-        """float32[phrases, dim]: un-normalised text features of all phrases, once and stored."""
-        ids = self.tables["original"]
-
-        def encode(start: int, stop: int) -> np.ndarray:
-            return np.asarray(_encode(backbone, params, ids[start:stop].astype(np.int32)))
-
-        what = {"features": "phrases", "phrases": hashlib.sha256(ids.tobytes()).hexdigest()}
-        return _once(what, len(ids), TEXTS_AT_ONCE, encode, backbone, params)
 
     def associate(self, tables: Tables, features: jax.Array) -> jax.Array:
         """The top_k concepts nearest to each image, best first: int32[batch, top_k].
@@ -337,39 +284,6 @@ class Phrases:
         return jax.lax.cond(fits.all(), lambda: cut(self.usual), lambda: cut(longest))
 
 
-class Suffixes:
-    """Text features of split texts; the states of their beginnings are computed once.
-
-    backbone: parameters of the text tower.
-    """
-
-    def __init__(
-        self, composer: PseudoWord, backbone: Any, prefixes: jax.Array, prefix_lengths: jax.Array
-    ):
-        self.composer, self.params, self.past = composer, backbone, None
-        if composer.backbone.family == "clip":
-            model = composer.backbone.model
-            past = clip_suffix.read_prefixes(
-                model.config, backbone, prefixes, prefix_lengths, model.dtype
-            )
-            self.past = jax.lax.stop_gradient(past)
-
-    def features(self, prefix: jax.Array, token_ids: jax.Array, words: jax.Array) -> jax.Array:
-        """float32[batch, dim] of the texts with `words`, float[batch, token_dim], put in.
-
-        prefix: int32[batch]; token_ids: int32[batch, length] from there on. Only the first
-        placeholder is replaced, as in SEARLE.
-        """
-        if self.past is None:  # not causal: the texts are whole
-            return self.composer.text_features(self.params, token_ids, words)
-        backbone = self.composer.backbone
-        at = (token_ids == self.composer.placeholder_id).argmax(axis=-1)
-        embeddings = backbone.embed_tokens(self.params, token_ids)
-        embeddings = overwrite_tokens(embeddings, at, words)
-        past = clip_suffix.of_rows(self.past, prefix)
-        return clip_suffix.encode(backbone.config, self.params, past, token_ids, embeddings)
-
-
 def phrase_loss(
     composer: PseudoWord, phrases: Phrases, frozen: Any, rows: jax.Array, words: jax.Array
 ) -> jax.Array:
@@ -386,75 +300,6 @@ def phrase_loss(
         return cosine_loss(suffixes.features(tables["prefix"][rows], suffix, words), target)
 
     return phrases.at_usual_length(run, tables, rows)
-
-
-def cosine_loss(a: jax.Array, b: jax.Array) -> jax.Array:
-    """1 - cosine of float[..., dim] rows, in float32: `torch.nn.CosineEmbeddingLoss`, target 1."""
-    a, b = normalise(a.astype(jnp.float32)), normalise(b.astype(jnp.float32))
-    return 1 - jnp.sum(a * b, axis=-1)
-
-
-def concept_features(book: files.PhraseBook, backbone: Backbone, params: Any) -> np.ndarray:
-    """float32[concepts, dim] of unit norm: mean of the unit features of all templates (2.1).
-
-    Stored in `cache.default_cache_dir()`, as image features are.
-    """
-    names, templates = list(book.concepts), book.templates
-
-    def encode(start: int, stop: int) -> np.ndarray:
-        some = names[start:stop]
-        texts = [template.format(f" {name} ") for name in some for template in templates]
-        return np.asarray(_ensemble(backbone, len(templates), params, backbone.tokenizer(texts)))
-
-    identity = files.PhraseBook(templates, {name: () for name in names}).identity
-    what = {"features": "concepts", "concepts": identity}
-    return _once(what, len(names), TEXTS_AT_ONCE // len(templates), encode, backbone, params)
-
-
-def _once(
-    what: dict[str, str],
-    rows: int,
-    size: int,
-    encode: Callable[[int, int], np.ndarray],
-    backbone: Backbone,
-    params: Any,
-) -> np.ndarray:
-    """float32[rows, dim] of encode(start, stop), `size` rows or fewer at a time; stored."""
-    description = {
-        **what,
-        "weights": backbone.weights_id,
-        "dtype": np.dtype(backbone.model.dtype).name,
-        "parameters": fingerprint(params),
-    }
-    store = ChunkStore(default_cache_dir(), description, rows)
-    stored = store.load()
-    parts = [] if stored is None else [stored]
-    done = 0 if stored is None else len(stored)
-    with tqdm(
-        total=rows, initial=done, desc=f"{what['features']}: text features", unit="text", delay=2,
-        disable=jax.process_index() != 0,
-    ) as progress:  # fmt: skip
-        while done < rows:
-            chunk = []
-            end = min(done + store.chunk_rows, rows)
-            for start in range(done, end, size):
-                chunk.append(encode(start, min(start + size, end)))
-                progress.update(len(chunk[-1]))
-            parts.append(np.concatenate(chunk))
-            store.write(done // store.chunk_rows, parts[-1])
-            done = end
-    return parts[0] if len(parts) == 1 else np.concatenate(parts)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _encode(backbone: Backbone, params: Any, ids: jax.Array) -> jax.Array:
-    return backbone.encode_text(params, ids)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _ensemble(backbone: Backbone, templates: int, params: Any, ids: jax.Array) -> jax.Array:
-    features = normalise(backbone.encode_text(params, ids))
-    return normalise(features.reshape(-1, templates, features.shape[-1]).mean(axis=1))
 
 
 @functools.lru_cache(maxsize=2)  # a dry run and the run build the same composer; minutes at scale
@@ -480,12 +325,6 @@ def _resolve(path: str | Path) -> Path:
     """A path as given, or relative to the repository (the embedded world's phrases)."""
     given, ours = places(path)
     return ours if ours.is_file() and not given.is_file() else given
-
-
-def _lengths(token_ids: np.ndarray, eos: int | None) -> np.ndarray:
-    """int32[texts]: up to the end token, or of int[texts, length] all columns; see `Split.of`."""
-    last = token_ids.shape[1] - 1 if eos is None else (token_ids == eos).argmax(axis=1)
-    return np.full(len(token_ids), last + 1, np.int32)
 
 
 def _ids(tokenizer: Tokenizer, texts: Sequence[str]) -> np.ndarray:

@@ -24,9 +24,9 @@ import jax
 import jax.numpy as jnp
 
 from cir_jax.composers.base import Params
-from cir_jax.composers.losses import nt_xent
+from cir_jax.composers.losses import cosine_loss, nt_xent
 from cir_jax.composers.phi import PhiWord, check_weight
-from cir_jax.composers.phrases import Phrases, cosine_loss, phrase_loss
+from cir_jax.composers.phrases import Phrases, phrase_loss
 from cir_jax.errors import ConfigError, unknown
 from cir_jax.models.backbone import Backbone
 

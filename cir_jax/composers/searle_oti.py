@@ -27,8 +27,10 @@ import numpy as np
 import optax
 
 from cir_jax.composers.base import Params, Query
-from cir_jax.composers.phrases import Phrases, Suffixes, cosine_loss
+from cir_jax.composers.losses import cosine_loss
+from cir_jax.composers.phrases import Phrases
 from cir_jax.composers.pseudo_word import PseudoWord
+from cir_jax.composers.suffixes import Suffixes
 from cir_jax.errors import ConfigError, DataError, unknown
 from cir_jax.models.backbone import Backbone
 from cir_jax.weights import oti_tokens

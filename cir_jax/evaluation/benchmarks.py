@@ -15,7 +15,8 @@ from cir_jax.errors import DataError, unknown
 from cir_jax.evaluation import protocols
 from cir_jax.evaluation.protocols import Protocol
 from cir_jax.evaluation.queries import Benchmark, CaptionBenchmark, Query, Truth, pad_rows
-from cir_jax.input.tables import Table, default_data_dir, is_prepared
+from cir_jax.input.tables import Table, is_prepared
+from cir_jax.storage.places import default_data_dir
 
 __all__ = [
     "REGISTRY", "Benchmark", "CaptionBenchmark", "Entry", "Query", "Truth", "find", "incomplete",

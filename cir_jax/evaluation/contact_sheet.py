@@ -11,8 +11,8 @@ from PIL import Image, ImageDraw, ImageFont
 from cir_jax.evaluation.queries import Benchmark
 from cir_jax.evaluation.result import Result
 from cir_jax.input.images import reading, to_rgb
-from cir_jax.retrieval.cache import write_atomically
 from cir_jax.retrieval.features import open_image
+from cir_jax.storage.atomic import write_atomically
 
 TILE = 128
 GAP = 14

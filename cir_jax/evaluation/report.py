@@ -15,7 +15,7 @@ from cir_jax.evaluation import published, submissions
 from cir_jax.evaluation.metrics import Estimate
 from cir_jax.evaluation.published import Row
 from cir_jax.evaluation.result import Result
-from cir_jax.retrieval.cache import write_atomically
+from cir_jax.storage.atomic import write_atomically
 
 PACKAGES = ("cir_jax", "jax", "jaxlib", "flax", "numpy", "pillow")
 

@@ -15,14 +15,10 @@ from cir_jax.evaluation.evaluate import evaluate_with_baselines
 from cir_jax.evaluation.page import Section, write_page
 from cir_jax.evaluation.queries import Benchmark, CaptionBenchmark
 from cir_jax.evaluation.result import Result
-from cir_jax.retrieval.batches import to_host
-from cir_jax.retrieval.cache import default_cache_dir
-from cir_jax.training.experiment import (
-    Experiment,
-    official_params,
-    scored_params,
-    stage_names,
-)
+from cir_jax.experiment import Experiment, stage_names
+from cir_jax.sharding.placement import to_host
+from cir_jax.storage.places import default_cache_dir
+from cir_jax.training.stages import official_params, scored_params
 from cir_jax.weights.files import content_id
 
 

@@ -21,8 +21,10 @@ from cir_jax.errors import DataError
 from cir_jax.evaluation.benchmarks import REGISTRY, incomplete
 from cir_jax.evaluation.queries import Benchmark
 from cir_jax.evaluation.result import Result
+from cir_jax.input.identity import source_identity
 from cir_jax.input.tables import Table
-from cir_jax.retrieval.cache import default_cache_dir, source_identity, write_atomically
+from cir_jax.storage.atomic import write_atomically
+from cir_jax.storage.places import default_cache_dir
 
 LENGTH = {"recall": 50, "recall_subset": 3, "circo": 50}
 """Images per query of each kind of file."""

@@ -73,7 +73,7 @@ class DictionaryTagger:
     @classmethod
     def read(cls, path: str | Path) -> "DictionaryTagger":
         """From a JSON file, also relative to the repository."""
-        from cir_jax.weights.files import places
+        from cir_jax.storage.places import places
 
         found = next((place for place in places(path) if place.is_file()), Path(path))
         try:

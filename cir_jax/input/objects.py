@@ -29,7 +29,7 @@ class Objects:
     @classmethod
     def read(cls, path: str | Path) -> "Objects":
         """From a file, also relative to the repository. Raises DataError naming what is wrong."""
-        from cir_jax.weights.files import places
+        from cir_jax.storage.places import places
 
         file = next((place for place in places(path) if place.is_file()), Path(path))
         try:

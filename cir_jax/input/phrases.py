@@ -16,6 +16,7 @@ from typing import Any
 
 from cir_jax.errors import DataError
 from cir_jax.input import pickles
+from cir_jax.storage.atomic import write_atomically
 
 PLACEHOLDER = "$"
 
@@ -130,8 +131,6 @@ def _checked(content: Any, path: Path) -> PhraseBook:
 
 def write(path: Path, book: PhraseBook) -> None:
     """As JSON, whole or not at all."""
-    from cir_jax.retrieval.cache import write_atomically
-
     content = {"templates": book.templates, "concepts": book.concepts}
     text = json.dumps(content, ensure_ascii=False, indent=1)
     write_atomically(path, lambda file: file.write(text.encode() + b"\n"))

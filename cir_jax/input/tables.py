@@ -3,8 +3,8 @@
 A table is one TFDS configuration in ArrayRecord: `<data_dir>/<dataset>/<table>/<version>/`.
 """
 
+import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any, SupportsIndex
 
@@ -12,7 +12,6 @@ import numpy as np
 
 from cir_jax.errors import DataError, unknown
 
-DATA_VARIABLE = "CIR_JAX_DATA"
 OWN_DATA = {  # table of a training corpus: the --dataset of launch/prepare.py that makes it
     "images": "images",
     "captions": "pairs",
@@ -20,12 +19,6 @@ OWN_DATA = {  # table of a training corpus: the --dataset of launch/prepare.py t
     "text_triplets": "text_triplets",
     "triplets": "image_triplets",
 }
-
-
-def default_data_dir() -> Path:
-    """`$CIR_JAX_DATA`, else `~/.cache/cir_jax/data`."""
-    value = os.environ.get(DATA_VARIABLE)
-    return Path(value).expanduser() if value else Path.home() / ".cache" / "cir_jax" / "data"
 
 
 def is_prepared(data_dir: Path, dataset: str, table: str) -> bool:
@@ -104,6 +97,12 @@ class Table:
                 f"{file}: not readable ({error}). Delete {self.data_dir / self.dataset} and "
                 "prepare it again."
             ) from error
+
+    def identity(self) -> str:
+        """Its name and its files' names, sizes and times: a table prepared again is another one."""
+        root = self.data_dir / self.dataset / self.table / self.version
+        files = sorted((f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in root.iterdir())
+        return f"{self!r} {hashlib.sha256(repr(files).encode()).hexdigest()[:24]}"
 
     def column(self, name: str) -> np.ndarray:
         """All values of one scalar field, in record order."""

@@ -14,11 +14,14 @@ from PIL import Image
 from cir_jax.composers.base import Composer, Params
 from cir_jax.errors import DataError
 from cir_jax.input import images
+from cir_jax.input.identity import CROP, source_identity
 from cir_jax.input.images import ImageTransform
 from cir_jax.models.backbone import Backbone
-from cir_jax.retrieval.batches import map_rows, on_mesh
-from cir_jax.retrieval.cache import CROP, ChunkStore, fingerprint, source_identity
-from cir_jax.training.mesh import replicated
+from cir_jax.sharding.mesh import replicated
+from cir_jax.sharding.placement import on_mesh
+from cir_jax.sharding.rows import map_rows
+from cir_jax.storage.chunk_store import ChunkStore
+from cir_jax.weights.fingerprint import fingerprint
 
 Records = Sequence[Mapping[str, Any]]
 """Random access to records with an encoded image: a `Table`, or any list of dictionaries."""
@@ -59,7 +62,7 @@ def image_features(
     """The backbone's image features of all records: float32[n, dim], un-normalised by default.
 
     params: of the backbone, on the host or sharded over the mesh. batch_size: global, rounded up to
-        what the mesh needs. cache_dir: None = not stored; else see `cache.default_cache_dir`.
+        what the mesh needs. cache_dir: None = not stored; else see `places.default_cache_dir`.
     skip_unreadable: rows of NaN for images that do not decode, instead of DataError naming them.
     transform: None = the backbone's.
     """

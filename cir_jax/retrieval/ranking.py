@@ -16,7 +16,7 @@ import numpy as np
 
 from cir_jax.composers.base import Composer
 from cir_jax.errors import CirError
-from cir_jax.retrieval.batches import to_host
+from cir_jax.sharding.placement import to_host
 
 SCORE_BYTES = 64 << 20
 GALLERY_BLOCK = 16384

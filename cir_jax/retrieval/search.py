@@ -15,9 +15,9 @@ from cir_jax.composers.base import Composer, Params
 from cir_jax.errors import CirError, DataError
 from cir_jax.input import images
 from cir_jax.retrieval import features, ranking
-from cir_jax.retrieval.batches import on_mesh
-from cir_jax.retrieval.cache import default_cache_dir
-from cir_jax.training.mesh import make_mesh
+from cir_jax.sharding.mesh import make_mesh
+from cir_jax.sharding.placement import on_mesh
+from cir_jax.storage.places import default_cache_dir
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 

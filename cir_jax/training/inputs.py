@@ -3,21 +3,20 @@
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import grain
 import jax
 import numpy as np
 
 from cir_jax.errors import ConfigError, unknown
+from cir_jax.experiment import Experiment
 from cir_jax.input import images, keywords, objects, records, text
 from cir_jax.input.pipeline import Part, Pipeline
 from cir_jax.input.tables import Table
-from cir_jax.retrieval.cache import default_cache_dir
 from cir_jax.retrieval.features import image_features
-
-if TYPE_CHECKING:
-    from cir_jax.training.experiment import Experiment
+from cir_jax.storage.places import default_cache_dir
+from cir_jax.training import inversion
 
 TABLES = {
     "captions": "pairs",
@@ -38,7 +37,7 @@ class Example:
     """
 
     fields: tuple[str, ...]
-    make: Callable[["Experiment", Any, records.Records], grain.transforms.RandomMap]
+    make: Callable[[Experiment, Any, records.Records], grain.transforms.RandomMap]
     whole: bool = False
 
 
@@ -47,23 +46,21 @@ def _suffix(data: Any) -> str:
     return "features" if data.features else "images"
 
 
-def _pairs(experiment: "Experiment", data: Any, source: records.Records) -> records.CaptionPairs:
+def _pairs(experiment: Experiment, data: Any, source: records.Records) -> records.CaptionPairs:
     mixed = "triplets" in data.tables or data.with_reference
     return records.CaptionPairs(experiment.backbone.tokenizer, _suffix(data), mixed)
 
 
-def _cropped(experiment: "Experiment", data: Any, source: records.Records) -> records.CroppedImages:
+def _cropped(experiment: Experiment, data: Any, source: records.Records) -> records.CroppedImages:
     size = experiment.backbone.image_transform.crop
     return records.CroppedImages(images.RandomResizedCrop(size, tuple(data.crop)))
 
 
-def _masked(experiment: "Experiment", data: Any, source: records.Records) -> Any:
+def _masked(experiment: Experiment, data: Any, source: records.Records) -> Any:
     return keywords.MaskedCaptions(experiment.backbone.tokenizer, keywords.tagger(data.keywords))
 
 
-def _object_sets(
-    experiment: "Experiment", data: Any, source: records.Records
-) -> objects.ObjectSets:
+def _object_sets(experiment: Experiment, data: Any, source: records.Records) -> objects.ObjectSets:
     known = getattr(experiment.composer, "objects", None)
     if known is None:
         raise ConfigError(
@@ -90,7 +87,7 @@ EXAMPLES = {
 
 
 def make_pipeline(
-    experiment: "Experiment", name: str, workdir: Path | None = None, shapes_only: bool = False
+    experiment: Experiment, name: str, workdir: Path | None = None, shapes_only: bool = False
 ) -> Pipeline:
     """Grain pipeline of stage `name`: the mixture of tables that config.stage.<name>.data says.
 
@@ -139,7 +136,7 @@ def make_pipeline(
     )
 
 
-def _features(experiment: "Experiment", table: Table, field: str) -> Any:
+def _features(experiment: Experiment, table: Table, field: str) -> Any:
     return image_features(
         experiment.backbone,
         experiment.frozen["backbone"],
@@ -152,18 +149,16 @@ def _features(experiment: "Experiment", table: Table, field: str) -> Any:
     )
 
 
-def _no_features(experiment: "Experiment", table: Table, field: str) -> Any:
+def _no_features(experiment: Experiment, table: Table, field: str) -> Any:
     row = np.zeros((1, experiment.backbone.dim), np.float32)
     return np.broadcast_to(row, (len(table), experiment.backbone.dim))
 
 
 def _pseudo_words(
-    experiment: "Experiment", stage: str, table: Table, workdir: Path | None
+    experiment: Experiment, stage: str, table: Table, workdir: Path | None
 ) -> np.ndarray:
     """float32[n, token_dim] of stage `stage`; zeros without a workdir (dry run)."""
     if workdir is None:
         row = np.zeros((1, experiment.backbone.token_dim), np.float32)
         return np.broadcast_to(row, (len(table), row.shape[1]))
-    from cir_jax.training import inversion
-
     return inversion.read(experiment, stage, workdir, table)

@@ -16,7 +16,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,21 +27,17 @@ from jax.sharding import Mesh
 from cir_jax import composers
 from cir_jax.composers.pseudo_word import PseudoWord
 from cir_jax.errors import CheckpointError, ConfigError, DataError
+from cir_jax.experiment import Experiment
+from cir_jax.input.identity import source_identity
 from cir_jax.input.tables import Table
-from cir_jax.retrieval.batches import map_rows
-from cir_jax.retrieval.cache import (
-    default_cache_dir,
-    fingerprint,
-    source_identity,
-    write_atomically,
-)
 from cir_jax.retrieval.features import image_features
+from cir_jax.sharding.mesh import replicated
+from cir_jax.sharding.rows import map_rows
+from cir_jax.storage.atomic import write_atomically
+from cir_jax.storage.places import default_cache_dir
 from cir_jax.training.differences import differing_fields
-from cir_jax.training.mesh import replicated
 from cir_jax.weights import oti_tokens
-
-if TYPE_CHECKING:
-    from cir_jax.training.experiment import Experiment
+from cir_jax.weights.fingerprint import fingerprint
 
 IDENTITY = "identity.json"
 SCRATCH = ".words."
@@ -51,7 +47,7 @@ SHARD_ROWS = 1024
 """Images per shard, rounded up to whole batches: what a kill can cost."""
 
 
-def run(experiment: "Experiment", name: str, workdir: Path) -> None:
+def run(experiment: Experiment, name: str, workdir: Path) -> None:
     """Inverts what is not stored yet in `workdir / name`.
 
     An image that does not decode gets a word of NaN; these are counted and printed. Raises
@@ -77,7 +73,7 @@ def run(experiment: "Experiment", name: str, workdir: Path) -> None:
         multihost_utils.sync_global_devices(f"{name} is stored")
 
 
-def read(experiment: "Experiment", name: str, workdir: Path, table: Table) -> np.ndarray:
+def read(experiment: Experiment, name: str, workdir: Path, table: Table) -> np.ndarray:
     """float32[n, token_dim]: the pseudo-words of the records of `table`, in record order.
 
     Raises CheckpointError when stage `name` has not finished, or inverted another table.
@@ -116,7 +112,7 @@ def export(directory: Path, output: Path, data_dir: Path) -> None:
     print(f"{len(words)} words of {table!r} written to {output}")
 
 
-def describe(experiment: "Experiment", name: str) -> str:
+def describe(experiment: Experiment, name: str) -> str:
     """What the stage will do, without computing (--dry_run)."""
     table, composer = _table(experiment, name), experiment.composer
     mib = len(table) * 4 * experiment.backbone.token_dim / 2**20
@@ -247,7 +243,7 @@ def read_identity(directory: Path) -> dict[str, Any]:
         raise CheckpointError(f"{file}: not valid JSON ({error}). Delete {directory}.") from error
 
 
-def _table(experiment: "Experiment", name: str) -> Table:
+def _table(experiment: Experiment, name: str) -> Table:
     data = experiment.config.stage[name].data
     names = [table for table, weight in data.tables.items() if weight]
     if len(names) != 1:
@@ -261,19 +257,19 @@ def _table(experiment: "Experiment", name: str) -> Table:
     return table
 
 
-def _batch_size(experiment: "Experiment", name: str) -> int:
+def _batch_size(experiment: Experiment, name: str) -> int:
     size = experiment.config.stage[name].batch_size
     if size < 1:
         raise ConfigError(f"config.stage.{name}.batch_size={size}; it must be 1 or more.")
     return size
 
 
-def _settings(experiment: "Experiment", name: str) -> dict[str, Any]:
+def _settings(experiment: Experiment, name: str) -> dict[str, Any]:
     own = experiment.config.stage[name].composer.to_dict()
     return own or experiment.config.composer.to_dict()
 
 
-def _identity(experiment: "Experiment", name: str, table: Table) -> dict[str, Any]:
+def _identity(experiment: Experiment, name: str, table: Table) -> dict[str, Any]:
     composer, backbone = experiment.composer, experiment.backbone
     if not isinstance(composer, PseudoWord) or composer.trained:
         raise ConfigError(
@@ -303,7 +299,7 @@ def _identity(experiment: "Experiment", name: str, table: Table) -> dict[str, An
     }
 
 
-def _words(experiment: "Experiment", name: str, table: Table, first: int) -> Iterator[np.ndarray]:
+def _words(experiment: Experiment, name: str, table: Table, first: int) -> Iterator[np.ndarray]:
     """float32[rows, token_dim + concepts] of the records first..n-1, in order."""
     size = _batch_size(experiment, name)
     features = image_features(

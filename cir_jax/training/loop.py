@@ -20,7 +20,8 @@ from jax.sharding import Mesh
 from cir_jax.composers.base import Composer
 from cir_jax.errors import CheckpointError, CirError, ConfigError
 from cir_jax.input.pipeline import Pipeline
-from cir_jax.training import mesh as meshes
+from cir_jax.sharding import mesh as meshes
+from cir_jax.sharding import placement
 from cir_jax.training.checkpoints import Checkpoints
 from cir_jax.training.logs import MetricsLog
 from cir_jax.training.step import Step, TrainState, init_state, sharded
@@ -176,7 +177,7 @@ class Trainer:
         guard = jax.transfer_guard("disallow")
         with bar, contextlib.closing(batches), _preemption() as preempted, guard:
             for number, local in enumerate(batches, start + 1):
-                batch = meshes.global_batch(self.mesh, local)
+                batch = placement.global_batch(self.mesh, local)
                 state, metrics = self.step(state, self.frozen, batch)
                 pending.append((number, metrics))
                 bar.update()
@@ -253,7 +254,7 @@ def describe(trainer: Trainer) -> str:
         "trainable": (trainer.abstract.params, trainer.step.state_shardings.params),
         "average": (trainer.abstract.ema, trainer.step.state_shardings.ema),
         "optimizer": (trainer.abstract.opt_state, trainer.step.state_shardings.opt_state),
-        "frozen": (trainer.frozen, meshes.parameter_shardings(trainer.mesh, trainer.frozen)),
+        "frozen": (trainer.frozen, placement.parameter_shardings(trainer.mesh, trainer.frozen)),
     }
     batch = trainer.abstract_batch()
     groups["batch"] = (batch, {name: x.sharding for name, x in batch.items()})

@@ -11,7 +11,8 @@ from jax.sharding import Mesh
 
 from cir_jax.composers.base import Composer
 from cir_jax.models import chunks
-from cir_jax.training import mesh as meshes
+from cir_jax.sharding import mesh as meshes
+from cir_jax.sharding import placement
 
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
@@ -86,7 +87,7 @@ class Step:
     def __init__(self, mesh: Mesh, state: Any, frozen: Any, **bound: Any):
         """state, frozen: trees of arrays or of shapes; they give the shardings."""
         self.traces = 0
-        self.state_shardings = meshes.parameter_shardings(mesh, state)
+        self.state_shardings = placement.parameter_shardings(mesh, state)
 
         def counted(state: TrainState, frozen: Any, batch: Batch) -> tuple[TrainState, Metrics]:
             self.traces += 1
@@ -96,7 +97,7 @@ class Step:
             counted,
             in_shardings=(
                 self.state_shardings,
-                meshes.parameter_shardings(mesh, frozen),
+                placement.parameter_shardings(mesh, frozen),
                 meshes.batch_sharding(mesh),
             ),
             out_shardings=(self.state_shardings, meshes.replicated(mesh)),
@@ -113,5 +114,5 @@ class Step:
 
 def sharded(mesh: Mesh, make: Callable[..., Any], *args: Any) -> Any:
     """Runs `make(*args)` compiled, its results born sharded by the rules: no host copy."""
-    shardings = meshes.parameter_shardings(mesh, jax.eval_shape(make, *args))
+    shardings = placement.parameter_shardings(mesh, jax.eval_shape(make, *args))
     return jax.jit(make, out_shardings=shardings)(*args)

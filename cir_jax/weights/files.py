@@ -16,11 +16,10 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from cir_jax.errors import WeightsError
+from cir_jax.storage.places import places
 from cir_jax.weights import kinds, shards, torch_files
 from cir_jax.weights.convert import flatten
 from cir_jax.weights.torch_files import Lazy
-
-REPOSITORY = Path(__file__).resolve().parents[2]
 
 HUGGING_FACE, OPEN_CLIP = "config.json", "open_clip_config.json"
 
@@ -133,11 +132,6 @@ def renamed(
 ) -> Mapping[str, np.ndarray]:
     """The same under other names, not read yet."""
     return Lazy({rename(name): _reader(tensors, name) for name in tensors})
-
-
-def places(name_or_path: str | Path) -> tuple[Path, Path]:
-    """Where a path may lie: as it is given, or relative to the repository."""
-    return Path(name_or_path).expanduser(), REPOSITORY / name_or_path
 
 
 def find(name_or_path: str | Path, what: str = "backbone") -> Source:

@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cir_jax.training import mesh as meshes
+from cir_jax.sharding import mesh as meshes
+from cir_jax.sharding import placement
 
 ROWS = 16
 
@@ -34,8 +35,8 @@ def assert_independent_of_devices_and_parts(composer, params, frozen, batch):
     assert max(np.abs(x).max() for x in jax.tree.leaves(expected[1])) > 0
     assert_same(loss_and_gradient(composer, params, frozen, batch, 2), expected)
     mesh = meshes.make_mesh({"data": 4, "fsdp": 2, "tensor": 1})
-    placed = (meshes.place(mesh, params), meshes.place(mesh, frozen))
-    batch = meshes.global_batch(mesh, jax.tree.map(np.asarray, batch))
+    placed = (placement.place(mesh, params), placement.place(mesh, frozen))
+    batch = placement.global_batch(mesh, jax.tree.map(np.asarray, batch))
     assert_same(loss_and_gradient(composer, *placed, batch), expected)
 
 

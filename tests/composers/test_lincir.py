@@ -7,11 +7,11 @@ import jax
 import numpy as np
 import pytest
 
+from cir_jax.composers import official
 from cir_jax.composers.base import normalise
 from cir_jax.composers.lincir import LinCir
 from cir_jax.errors import ConfigError, DataError, WeightsError
 from cir_jax.input import keywords
-from cir_jax.weights import official
 from data.shapes.speech import parts_of_speech
 from data.shapes.words import vocabulary
 from tests import tiny as factory

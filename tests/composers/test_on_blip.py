@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from cir_jax import composers, weights
+from cir_jax.composers import official
 from cir_jax.errors import ConfigError, DataError
 from cir_jax.input.records import TrimText
 from cir_jax.input.text import BUCKET, placeholder_positions
 from cir_jax.models.clip import overwrite_tokens
-from cir_jax.weights import official
 from tests.weights import worlds
 
 # compiled once and run once: compiling is all that takes time

@@ -10,14 +10,15 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from cir_jax import composers, weights
+from cir_jax.composers import official
 from cir_jax.composers.phrases import Phrases
 from cir_jax.errors import ConfigError, DataError
+from cir_jax.experiment import Experiment
 from cir_jax.input import keywords
 from cir_jax.input.phrases import PhraseBook
+from cir_jax.sharding import mesh as meshes
+from cir_jax.sharding import placement
 from cir_jax.training import inputs
-from cir_jax.training import mesh as meshes
-from cir_jax.training.experiment import Experiment
-from cir_jax.weights import official
 from experiments import base
 from tests import tiny as factory
 from tests.weights import siglip_worlds
@@ -166,14 +167,14 @@ def test_a_step_over_a_mesh_that_shards_the_towers(build, images, files):
     batch = batch_of("pic2word", composer, images, files)
     expected = jit(composer.loss)(trained, frozen, batch, jax.random.key(1))[0]
     mesh = meshes.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
-    placed = meshes.place(mesh, trained), meshes.place(mesh, frozen)
-    loss, _ = jit(composer.loss)(*placed, meshes.global_batch(mesh, batch), jax.random.key(1))
+    placed = placement.place(mesh, trained), placement.place(mesh, frozen)
+    loss, _ = jit(composer.loss)(*placed, placement.global_batch(mesh, batch), jax.random.key(1))
     np.testing.assert_allclose(loss, expected, rtol=2e-5)
 
 
 def test_parameters_are_sharded_like_those_of_other_towers(loaded):
     mesh = meshes.make_mesh({"data": 1, "fsdp": 4, "tensor": 2})
-    found = meshes.parameter_shardings(mesh, loaded(1)[1])
+    found = placement.parameter_shardings(mesh, loaded(1)[1])
     pool, text = found["vision"]["pool"], found["text"]
     for tree in (pool["pool_attention"]["query"], pool["fc1"], text["layers_0"]["fc1"]):
         assert tree["kernel"].spec == P("fsdp", "tensor")

@@ -7,14 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cir_jax.composers import losses
+from cir_jax.composers import losses, official
 from cir_jax.composers.base import normalise
 from cir_jax.composers.palavra import Palavra
 from cir_jax.errors import ConfigError, DataError, WeightsError
 from cir_jax.input import objects
 from cir_jax.input.records import Records
 from cir_jax.training import optimizers
-from cir_jax.weights import official
 from data.shapes.objects import objects as world_objects
 from experiments import base
 from tests import tiny as factory

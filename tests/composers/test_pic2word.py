@@ -5,12 +5,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cir_jax.composers import losses
+from cir_jax.composers import losses, official
 from cir_jax.composers.base import normalise
 from cir_jax.composers.pic2word import Pic2Word
 from cir_jax.errors import ConfigError, DataError, WeightsError
 from cir_jax.input.images import RandomResizedCrop
-from cir_jax.weights import official
 from tests import tiny as factory
 from tests.composers import inversion
 

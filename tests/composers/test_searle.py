@@ -7,12 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cir_jax.composers import losses
-from cir_jax.composers.phrases import cosine_loss
+from cir_jax.composers import losses, official
+from cir_jax.composers.losses import cosine_loss
 from cir_jax.composers.searle import Searle
 from cir_jax.errors import ConfigError, DataError, WeightsError
 from cir_jax.input.records import Images, Records
-from cir_jax.weights import official
 from tests import tiny as factory
 from tests.composers import inversion
 

@@ -11,8 +11,9 @@ import pytest
 
 from cir_jax import composers
 from cir_jax.composers import searle_oti
-from cir_jax.composers.phrases import Phrases, Split, Suffixes
+from cir_jax.composers.phrases import Phrases
 from cir_jax.composers.searle_oti import SearleOti, Texts
+from cir_jax.composers.suffixes import Split, Suffixes
 from cir_jax.errors import ConfigError, DataError
 from cir_jax.evaluation import evaluate, protocols
 from cir_jax.input.phrases import PhraseBook

@@ -8,40 +8,40 @@ import pytest
 from cir_jax.errors import CheckpointError, DataError
 from cir_jax.evaluation import benchmarks, runner
 from cir_jax.loading import read_experiment
-from cir_jax.training import experiment as experiments
+from cir_jax.training import workdir as workdirs
 from tests.evaluation import worlds
 
 
 def test_settings_of_inference_may_differ_from_those_of_the_training_run(tmp_path):
     config = read_experiment("experiments/compodiff.py:smoke")
-    experiments.claim_workdir(tmp_path, config)
+    workdirs.claim(tmp_path, config)
     config.composer.guidance, config.composer.steps = (1.0, 3.0), 5
     config.composer.samples_per_query, config.composer.source_mixing = 2, 0.2
-    experiments.check_workdir(tmp_path, config)
+    workdirs.check(tmp_path, config)
     config.composer.depth = 3
     with pytest.raises(CheckpointError, match=r"differ: composer.depth \(was [0-9]+, is 3\)\."):
-        experiments.check_workdir(tmp_path, config)
+        workdirs.check(tmp_path, config)
 
 
 def test_a_workdir_is_that_of_an_earlier_version_or_of_more_memory(tmp_path):
     config = read_experiment("experiments/searle.py:smoke")
-    experiments.claim_workdir(tmp_path, config)
-    file = tmp_path / experiments.CONFIG_FILE
+    workdirs.claim(tmp_path, config)
+    file = tmp_path / workdirs.CONFIG_FILE
     old = json.loads(file.read_text())
     del old["stage"]["distil"]["composer"]["temperature"]
     old["stage"]["distil"]["composer"]["cached_phrases"] = 7
     file.write_text(json.dumps(old))
-    experiments.check_workdir(tmp_path, config)
+    workdirs.check(tmp_path, config)
     config.stage.distil.composer.weight_gpt = 0.5
     with pytest.raises(CheckpointError, match=r"differ: stage.distil.composer.weight_gpt \(was 0"):
-        experiments.check_workdir(tmp_path, config)
+        workdirs.check(tmp_path, config)
 
 
 def test_settings_of_a_method_without_training_may_differ(tmp_path):
     config = read_experiment("experiments/searle_oti.py:smoke")
-    experiments.claim_workdir(tmp_path, config)
+    workdirs.claim(tmp_path, config)
     config.composer.starts, config.composer.words = 3, "words"
-    experiments.check_workdir(tmp_path, config)
+    workdirs.check(tmp_path, config)
 
 
 def fake_experiment(*names, **evaluation):

@@ -86,6 +86,6 @@ class ColourOracle(Composer):
 
 
 def mesh(devices):
-    from cir_jax.training.mesh import make_mesh
+    from cir_jax.sharding.mesh import make_mesh
 
     return make_mesh({"data": -1}, jax.devices()[:devices])

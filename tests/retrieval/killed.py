@@ -6,8 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
-from cir_jax.retrieval import cache, features
-from cir_jax.training.mesh import make_mesh
+from cir_jax.retrieval import features
+from cir_jax.sharding.mesh import make_mesh
+from cir_jax.storage import chunk_store
 from tests import tiny
 
 ROWS, CHUNK = 60, 4
@@ -36,7 +37,7 @@ def records():
 
 
 def main(directory, output):
-    cache.CHUNK_ROWS = CHUNK
+    chunk_store.CHUNK_ROWS = CHUNK
     table = SlowTable(records(), output.with_suffix(".log"))
     backbone, params = tiny.backbone()
     found = features.image_features(

@@ -14,10 +14,11 @@ from PIL import Image
 
 from cir_jax.composers.base import Composer, normalise
 from cir_jax.errors import DataError
-from cir_jax.input import images
-from cir_jax.retrieval import cache, features
-from cir_jax.retrieval.batches import map_rows
-from cir_jax.training.mesh import make_mesh, replicated
+from cir_jax.input import identity, images
+from cir_jax.retrieval import features
+from cir_jax.sharding.mesh import make_mesh, replicated
+from cir_jax.sharding.rows import map_rows
+from cir_jax.storage import atomic, chunk_store
 from tests import tiny as factory
 
 
@@ -123,7 +124,7 @@ def test_features_are_the_backbones_and_stored_once(tiny, table, tmp_path):
 
 
 def test_a_killed_extraction_resumes_with_the_same_features(tiny, table, tmp_path, monkeypatch):
-    monkeypatch.setattr(cache, "CHUNK_ROWS", 6)
+    monkeypatch.setattr(chunk_store, "CHUNK_ROWS", 6)
     whole = run(tiny, table, None)
     table.reads.clear()
     table.dies_at = 19
@@ -140,7 +141,7 @@ def test_a_killed_extraction_resumes_with_the_same_features(tiny, table, tmp_pat
 
 
 def test_a_damaged_chunk_is_computed_again(tiny, table, tmp_path, monkeypatch):
-    monkeypatch.setattr(cache, "CHUNK_ROWS", 6)
+    monkeypatch.setattr(chunk_store, "CHUNK_ROWS", 6)
     whole = run(tiny, table, tmp_path)
     second = next(tmp_path.glob("*/chunk_00001.npy"))
     second.write_bytes(second.read_bytes()[:100])
@@ -205,10 +206,10 @@ def test_a_description_that_does_not_match_is_not_trusted(tiny, table, tmp_path)
 
 def test_records_without_an_identity_are_told_apart_by_content(table):
     records = [dict(record) for record in table.records]
-    before = cache.source_identity(records, "image")
-    assert before == cache.source_identity([dict(r) for r in records], "image")
+    before = identity.source_identity(records, "image")
+    assert before == identity.source_identity([dict(r) for r in records], "image")
     records[3]["image"] += b"0"
-    assert before != cache.source_identity(records, "image")
+    assert before != identity.source_identity(records, "image")
 
 
 def test_unreadable_images_are_errors_or_rows_of_nan(tiny, table, tmp_path):
@@ -331,9 +332,9 @@ def test_a_full_disk_is_an_error_that_says_what_to_do(tiny, table, tmp_path, mon
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with pytest.raises(DataError, match="x.json: cannot be written .No space left on device.*Free"):
-        cache.write_atomically(tmp_path / "x.json", full)
+        atomic.write_atomically(tmp_path / "x.json", full)
     assert not list(tmp_path.iterdir())  # nothing half-written
-    monkeypatch.setattr(cache.np, "save", lambda file, rows: full(file))
+    monkeypatch.setattr(chunk_store.np, "save", lambda file, rows: full(file))
     with pytest.raises(DataError, match="chunk_00000.npy: cannot be written"):
         run(tiny, table, tmp_path)
     assert not list(tmp_path.glob("*/chunk*"))

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from cir_jax.retrieval import features
-from cir_jax.training.mesh import make_mesh
+from cir_jax.sharding.mesh import make_mesh
 from tests.launch.binaries import ROOT
 from tests.retrieval.killed import CHUNK, ROWS, records
 

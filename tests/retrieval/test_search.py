@@ -12,7 +12,7 @@ from cir_jax import composers
 from cir_jax.errors import CirError, DataError
 from cir_jax.retrieval.features import unit
 from cir_jax.retrieval.search import Searcher
-from cir_jax.training.mesh import make_mesh
+from cir_jax.sharding.mesh import make_mesh
 from tests import tiny as factory
 
 

@@ -15,14 +15,16 @@ from ml_collections import ConfigDict
 from PIL import Image, PngImagePlugin
 
 from cir_jax import composers, loading
+from cir_jax import experiment as experiments
 from cir_jax.errors import CheckpointError, ConfigError, DataError, WeightsError
 from cir_jax.evaluation import runner
 from cir_jax.input import images
 from cir_jax.input.images import ImageTransform, targetpad
 from cir_jax.input.records import Records
-from cir_jax.training import durations, experiment, inputs, optimizers
+from cir_jax.sharding.mesh import make_mesh
+from cir_jax.training import durations, inputs, optimizers, stages
+from cir_jax.training import workdir as workdirs
 from cir_jax.training.checkpoints import Checkpoints
-from cir_jax.training.mesh import make_mesh
 from cir_jax.training.step import init_state
 from experiments import base, compodiff
 from tests import tiny as factory
@@ -95,7 +97,7 @@ def test_unknown_names_say_the_closest():
     config = compodiff.get_config("smoke")
     config.stages = ("stage3",)
     with pytest.raises(ConfigError, match="stage of experiment compodiff: 'stage3'. Did you mean"):
-        experiment.stage_names(config)
+        experiments.stage_names(config)
     with pytest.raises(ConfigError, match="experiments/nothing.py is no file"):
         loading.read_experiment("experiments/nothing.py")
 
@@ -109,51 +111,51 @@ def test_unknown_composer_setting_is_named(tiny):
 
 def test_preprocessing_of_the_config_takes_the_place_of_that_of_the_weights():
     config = loading.read_experiment("experiments/slerp.py:smoke")
-    before = experiment.setup(config).backbone.image_transform
+    before = experiments.setup(config).backbone.image_transform
     assert before.pad == "none"
     config.preprocessing = "targetpad"
-    made = experiment.setup(config)
+    made = experiments.setup(config)
     assert made.composer.backbone.image_transform == dataclasses.replace(
         targetpad(before.crop), mean=before.mean, std=before.std
     )
     config.preprocessing = "targetpat"
     with pytest.raises(ConfigError, match="config.preprocessing.*Did you mean 'targetpad'"):
-        experiment.setup(config)
+        experiments.setup(config)
 
 
 def test_the_backbone_is_loaded_for_another_image_size():
     config = loading.read_experiment("experiments/slerp.py:smoke")
-    own = experiment.setup(config).backbone
+    own = experiments.setup(config).backbone
     config.image_size = own.config.vision.image_size + own.config.vision.patch_size
-    made = experiment.setup(config).composer.backbone
+    made = experiments.setup(config).composer.backbone
     assert made.config.vision.image_size == made.image_transform.crop == config.image_size
     assert made.weights_id != own.weights_id
     config.image_size += 1
     with pytest.raises(WeightsError, match=f"image_size={config.image_size}: no multiple of"):
-        experiment.setup(config)
+        experiments.setup(config)
 
 
 def test_a_workdir_without_the_field_has_the_size_of_its_backbone(tmp_path):
     config = compodiff.get_config("smoke")
-    experiment.claim_workdir(tmp_path, config)
-    file = tmp_path / experiment.CONFIG_FILE
+    workdirs.claim(tmp_path, config)
+    file = tmp_path / workdirs.CONFIG_FILE
     older = {k: v for k, v in json.loads(file.read_text()).items() if k != "image_size"}
     file.write_text(json.dumps(older))
-    experiment.claim_workdir(tmp_path, config)
+    workdirs.claim(tmp_path, config)
     config.image_size = 64
     with pytest.raises(CheckpointError, match=r"image_size \(was 0, is 64\)"):
-        experiment.claim_workdir(tmp_path, config)
+        workdirs.claim(tmp_path, config)
 
 
 def test_workdir_of_another_run_names_the_fields(tmp_path):
     config = compodiff.get_config("smoke")
-    experiment.claim_workdir(tmp_path, config)
+    workdirs.claim(tmp_path, config)
     config.log_every = 7  # does not change what is learned
-    experiment.claim_workdir(tmp_path, config)
+    workdirs.claim(tmp_path, config)
     config.seed = 5
     config.stage.stage2.batch_size = 64
     with pytest.raises(CheckpointError) as error:
-        experiment.claim_workdir(tmp_path, config)
+        workdirs.claim(tmp_path, config)
     assert "seed (was 0, is 5)" in str(error.value)
     assert "stage.stage2.batch_size (was 32, is 64)" in str(error.value)
     assert "log_every" not in str(error.value)
@@ -161,20 +163,20 @@ def test_workdir_of_another_run_names_the_fields(tmp_path):
 
 def test_config_survives_the_workdir(tmp_path):
     config = compodiff.get_config("smoke")
-    experiment.claim_workdir(tmp_path, config)
-    again = ConfigDict(experiment.read_config(tmp_path))
+    workdirs.claim(tmp_path, config)
+    again = ConfigDict(workdirs.read_config(tmp_path))
     assert json.loads(again.to_json()) == json.loads(config.to_json())
 
 
 def test_unwritable_workdir(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match="file/run cannot be written .*: choose another"):
-        experiment.claim_workdir(tmp_path / "file" / "run", compodiff.get_config("smoke"))
+        workdirs.claim(tmp_path / "file" / "run", compodiff.get_config("smoke"))
 
 
 def test_no_workdir_at_all(tmp_path):
     with pytest.raises(CheckpointError, match="no config.json, so this is no workdir"):
-        experiment.read_config(tmp_path)
+        workdirs.read_config(tmp_path)
 
 
 @pytest.fixture
@@ -184,12 +186,12 @@ def stand_in(tiny):
     composer = composers.build("compodiff", backbone, depth=1, heads=2, dim_head=8)
     config = compodiff.get_config("smoke")
     mesh = make_mesh({"data": 1}, jax.devices()[:1])
-    return experiment.Experiment(config, mesh, backbone, composer, {"backbone": params})
+    return experiments.Experiment(config, mesh, backbone, composer, {"backbone": params})
 
 
 def test_stage_without_the_stage_it_continues(stand_in, tmp_path):
     with pytest.raises(CheckpointError, match="stage 'stage2' continues stage 'stage1'.*init_from"):
-        experiment.initial_params(stand_in, "stage2", tmp_path, None)
+        stages.initial_params(stand_in, "stage2", tmp_path, None)
 
 
 def test_eval_of_a_workdir_without_checkpoint(stand_in, tmp_path):
@@ -208,17 +210,17 @@ def save(stand_in, directory, **position):
 def test_stage_continues_a_given_workdir(stand_in, tmp_path):
     state = save(stand_in, tmp_path / "other" / "stage1")
     stand_in.config.init_from = str(tmp_path / "other")
-    found = experiment.initial_params(stand_in, "stage2", tmp_path / "new", None)
+    found = stages.initial_params(stand_in, "stage2", tmp_path / "new", None)
     jax.tree.map(np.testing.assert_array_equal, found, state.params)
     stand_in.config.init_from = str(tmp_path / "othr")  # never replaced by the workdir's own
     with pytest.raises(CheckpointError, match="no checkpoint in .*othr"):
-        experiment.initial_params(stand_in, "stage2", tmp_path / "other", None)
+        stages.initial_params(stand_in, "stage2", tmp_path / "other", None)
 
 
 def test_stage_does_not_continue_a_half_trained_one(stand_in, tmp_path):
     save(stand_in, tmp_path / "stage1", next_batch=4)
     with pytest.raises(CheckpointError, match="stopped at step 4 of 8.*Finish it first"):
-        experiment.initial_params(stand_in, "stage2", tmp_path, None)
+        stages.initial_params(stand_in, "stage2", tmp_path, None)
 
 
 def test_checkpoint_of_other_weights_is_refused(stand_in, tmp_path):
@@ -235,9 +237,9 @@ def test_eval_says_when_training_is_unfinished(stand_in, tmp_path, capsys):
 
 
 def test_only_one_run_at_a_time_in_a_workdir(tmp_path):
-    with experiment.only_run(tmp_path):
+    with workdirs.only_run(tmp_path):
         with pytest.raises(CheckpointError, match="another run is at work there"):
-            with experiment.only_run(tmp_path):
+            with workdirs.only_run(tmp_path):
                 pass
 
 
@@ -249,7 +251,7 @@ def test_dataset_that_is_not_prepared(stand_in, tmp_path):
         inputs.make_pipeline(stand_in, "stage1")
     stand_in.config.stage.stage1.data.dataset = ""
     with pytest.raises(ConfigError, match="stage.stage1.data.dataset is empty"):
-        experiment.required_tables(stand_in.config)
+        stages.required_tables(stand_in.config)
 
 
 def test_corrupt_records_are_counted_replaced_and_limited(caplog):
@@ -325,7 +327,7 @@ def test_every_preset_of_every_experiment_builds(name, tiny):
         settings = config.composer.to_dict()
         composer = composers.build(settings.pop("name"), tiny[0], **settings)
         jax.eval_shape(composer.init, jax.random.key(0))
-        for stage in experiment.stage_names(config):
+        for stage in experiments.stage_names(config):
             recipe = config.stage[stage]
             assert not recipe.after or recipe.after in config.stages
             assert set(recipe.data.tables) <= set(inputs.TABLES)

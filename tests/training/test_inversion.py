@@ -10,9 +10,10 @@ from ml_collections import ConfigDict
 
 from cir_jax import composers
 from cir_jax.errors import CheckpointError, ConfigError, DataError
+from cir_jax.experiment import Experiment
+from cir_jax.sharding import mesh as meshes
+from cir_jax.sharding import placement
 from cir_jax.training import inversion
-from cir_jax.training import mesh as meshes
-from cir_jax.training.experiment import Experiment
 from cir_jax.weights import oti_tokens
 from experiments import base
 from tests import tiny as factory
@@ -52,7 +53,7 @@ def experiment(made, table, tmp_path, monkeypatch):
         config = base.experiment("test", settings)
         config.stage.oti = base.inversion_stage(composer={}, table="captions", batch_size=BATCH)
         mesh = meshes.make_mesh({"data": -1}, jax.devices()[:devices])
-        frozen = meshes.place(mesh, composer.freeze(params))
+        frozen = placement.place(mesh, composer.freeze(params))
         return Experiment(config, mesh, backbone, composer, frozen)
 
     return build

@@ -12,10 +12,10 @@ from cir_jax.composers.clip_pretraining import ClipPretraining
 from cir_jax.errors import CheckpointError, MeshError
 from cir_jax.input.pipeline import Part, Pipeline
 from cir_jax.input.records import CaptionPairs, Records, TrimText
+from cir_jax.sharding.mesh import make_mesh
 from cir_jax.training import logs
 from cir_jax.training.checkpoints import load_scored
 from cir_jax.training.loop import NanLoss, Stage, Trainer, describe
-from cir_jax.training.mesh import make_mesh
 from tests import tiny as factory
 
 ONE = {"data": 1, "fsdp": 1, "tensor": 1}

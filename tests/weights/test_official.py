@@ -5,11 +5,14 @@ import numpy as np
 import pytest
 
 from cir_jax import composers
+from cir_jax import experiment as experiments
+from cir_jax.composers import official
 from cir_jax.errors import CheckpointError, ConfigError, WeightsError
 from cir_jax.evaluation import runner
-from cir_jax.training import experiment as experiments
-from cir_jax.training.mesh import make_mesh
-from cir_jax.weights import official, torch_files
+from cir_jax.sharding.mesh import make_mesh
+from cir_jax.training import stages
+from cir_jax.weights import official as files
+from cir_jax.weights import torch_files
 from experiments import compodiff, lincir
 
 torch = pytest.importorskip("torch")
@@ -35,7 +38,7 @@ def made(tiny):
 def test_export_then_evaluation_and_training_start_there(made, tmp_path, capsys, monkeypatch):
     experiment, params = made
     experiment.config.export_to = str(tmp_path / "phi.pt")
-    experiments.export(experiment, params)
+    stages.export(experiment, params)
     experiment.config.init_from = f"official:{tmp_path / 'phi.pt'}"
     found = runner.trained_params(experiment, tmp_path / "no_workdir")
     assert "evaluating the weights of official:" in capsys.readouterr().out
@@ -53,8 +56,8 @@ def test_export_then_evaluation_and_training_start_there(made, tmp_path, capsys,
     def make_trainer(experiment, name, initial, workdir):
         return Trainer(name, initial)
 
-    monkeypatch.setattr(experiments, "make_trainer", make_trainer)
-    assert experiments.train(experiment, tmp_path) == "trained"
+    monkeypatch.setattr(stages, "make_trainer", make_trainer)
+    assert stages.train(experiment, tmp_path) == "trained"
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(starts["smp"]), params)
     experiment.config.init_from = ""
     with pytest.raises(CheckpointError, match="no checkpoint of smp. Train first"):
@@ -77,8 +80,8 @@ def test_later_stages_continue_the_first(tiny, tmp_path, monkeypatch):
             starts.append(self.initial)
             return directory.name
 
-    monkeypatch.setattr(experiments, "make_trainer", lambda e, name, initial, w: Trainer(initial))
-    assert experiments.train(experiment, tmp_path) == "stage2"
+    monkeypatch.setattr(stages, "make_trainer", lambda e, name, initial, w: Trainer(initial))
+    assert stages.train(experiment, tmp_path) == "stage2"
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(starts[0]), params)
     assert starts[1] == "stage1"
 
@@ -110,4 +113,4 @@ def test_parts_of_a_file(tmp_path):
 def test_torch_is_asked_for_before_anything_is_computed(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "torch", None)
     with pytest.raises(ConfigError, match=r"export_to='x': only PyTorch.*cir_jax\[torch\]"):
-        official.check_torch("config.export_to='x'")
+        files.check_torch("config.export_to='x'")

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from cir_jax.retrieval import batches
+from cir_jax.sharding import rows as over_rows
 
 HOSTS = range(1, 34)
 
@@ -17,17 +17,17 @@ def spans(size, hosts):
 def test_every_row_is_loaded_once_over_all_hosts(hosts, monkeypatch):
     """Grain's IndexSampler loses rows here with drop_remainder=False."""
     devices = 1 + hosts % 4
-    monkeypatch.setattr(batches.jax, "process_count", lambda: hosts)
-    monkeypatch.setattr(batches, "row_shards", lambda mesh: hosts * devices)
+    monkeypatch.setattr(over_rows.jax, "process_count", lambda: hosts)
+    monkeypatch.setattr(over_rows, "row_shards", lambda mesh: hosts * devices)
     for n in (1, 2, hosts, 97, 220, 1003):
         for first in (0, min(16, n - 1)):  # an extraction that was resumed
-            size = batches.round_up(None, 64, n - first)
+            size = over_rows.round_up(None, 64, n - first)
             assert size % (hosts * devices) == 0
             counted = np.zeros(n, int)
             loaded = np.zeros(n, int)
             for start in range(first, n, size):
                 for rows in spans(size, hosts):
-                    wanted, where = batches._wanted(start, rows, n)
+                    wanted, where = over_rows._wanted(start, rows, n)
                     real = start + rows < n
                     np.testing.assert_array_equal(wanted[where][real], (start + rows)[real])
                     assert set(wanted) <= {*(start + rows[real]), n - 1}  # padding: the last row
@@ -39,7 +39,7 @@ def test_every_row_is_loaded_once_over_all_hosts(hosts, monkeypatch):
 
 
 def test_a_batch_is_no_larger_than_needed(monkeypatch):
-    monkeypatch.setattr(batches.jax, "process_count", lambda: 3)
-    monkeypatch.setattr(batches, "row_shards", lambda mesh: 4)
+    monkeypatch.setattr(over_rows.jax, "process_count", lambda: 3)
+    monkeypatch.setattr(over_rows, "row_shards", lambda mesh: 4)
     for batch_size, n, expected in ((256, 5, 12), (5, 100, 12), (24, 100, 24)):
-        assert batches.round_up(None, batch_size, n) == expected
+        assert over_rows.round_up(None, batch_size, n) == expected

@@ -1,12 +1,9 @@
-"""Meshes, sharding rules by parameter path, and global arrays from process-local data."""
+"""Meshes: which axes there are, and how rows of a batch lie on them."""
 
-import re
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import jax
 import numpy as np
-from absl import logging
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -15,17 +12,6 @@ from cir_jax.errors import MeshError
 AXES = ("data", "fsdp", "tensor")
 BATCH = P(("data", "fsdp"))
 """The batch is split over both: fsdp shards parameters *and* rows."""
-
-Rules = Sequence[tuple[str, P]]
-RULES: Rules = (
-    (r".*/(query|key|value|key_value|fc1|gate)/kernel", P("fsdp", "tensor")),
-    (r".*/(out|fc2)/kernel", P("tensor", "fsdp")),
-    (r".*/(token_embedding/embedding)", P("tensor", "fsdp")),
-    (r".*/kernel", P("fsdp", None)),
-    (r".*", P()),
-)
-"""First match wins. Columns of the first matmul and rows of the second lie on `tensor`, so one
-reduction per block suffices. Everything else is small: replicated."""
 
 
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -90,68 +76,3 @@ def check_batch(mesh: Mesh, batch_size: int, field: str) -> None:
             f"({jax.process_count()} processes). Use a multiple of "
             f"{int(np.lcm(shards, jax.process_count()))}."
         )
-
-
-def global_batch(mesh: Mesh, batch: Any) -> Any:
-    """Process-local rows (numpy, equal on all processes in number) -> global arrays."""
-    sharding = batch_sharding(mesh)
-    # the one transfer to the devices that a loop means; JAX's guard would call it implicit
-    with jax.transfer_guard("allow"):
-        return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
-
-
-def replicate(mesh: Mesh, tree: Any) -> Any:
-    """The same host values on every process -> replicated global arrays."""
-    sharding = replicated(mesh)
-    return jax.tree.map(
-        lambda x: jax.make_array_from_callback(
-            np.shape(x), sharding, lambda index, x=x: np.asarray(x)[index]
-        ),
-        tree,
-    )
-
-
-def parameter_shardings(mesh: Mesh, tree: Any, rules: Rules = RULES) -> Any:
-    """NamedSharding for each leaf of a tree of arrays or shapes: the first rule matching its path.
-
-    An axis that the mesh does not divide stays whole (logged at level info). Raises MeshError
-    for a parameter that no rule matches.
-    """
-
-    def shard(path: Any, leaf: Any) -> NamedSharding:
-        name = "/" + "/".join(_key(key) for key in path)
-        for pattern, spec in rules:
-            if re.fullmatch(pattern, name):
-                fitted = _fit(mesh, spec, np.shape(leaf))
-                if any(fitted) != any(spec):
-                    logging.info("%s %s stays whole: not divisible", name, np.shape(leaf))
-                return NamedSharding(mesh, fitted)
-        raise MeshError(f"no sharding rule matches parameter {name}; add one to the rules.")
-
-    return jax.tree_util.tree_map_with_path(shard, tree)
-
-
-def place(mesh: Mesh, tree: Any, rules: Rules = RULES) -> Any:
-    """The same host values on every process -> global arrays, sharded by the rules."""
-    return jax.tree.map(
-        lambda x, sharding: jax.make_array_from_callback(
-            np.shape(x), sharding, lambda index: np.asarray(x)[index]
-        ),
-        tree,
-        parameter_shardings(mesh, tree, rules),
-    )
-
-
-def _key(key: Any) -> str:
-    return str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key))))
-
-
-def _fit(mesh: Mesh, spec: P, shape: tuple[int, ...]) -> P:
-    if len(spec) > len(shape):
-        return P()
-    return P(
-        *(
-            axis if axis is not None and size % mesh.shape[axis] == 0 else None
-            for axis, size in zip(spec, shape, strict=False)
-        )
-    )

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from cir_jax.errors import ConfigError
-from cir_jax.training import distributed
+from cir_jax.sharding import joining
 
 
 def free_port():
@@ -19,9 +19,7 @@ def free_port():
 def roll_call(count, present, seconds):
     coordinator = f"localhost:{free_port()}"
     with ThreadPoolExecutor() as pool:
-        calls = [
-            pool.submit(distributed._roll_call, coordinator, count, i, seconds) for i in present
-        ]
+        calls = [pool.submit(joining._roll_call, coordinator, count, i, seconds) for i in present]
         return [call.exception() for call in calls]
 
 
@@ -55,16 +53,16 @@ def test_missing_coordinator_is_named():
     ],
 )
 def test_only_more_than_one_process_is_proof(environment, kind):
-    assert distributed.detect(environment) == kind
+    assert joining.detect(environment) == kind
 
 
 def test_flags_belong_together():
     with pytest.raises(ConfigError, match="give all three"):
-        distributed.initialize(num_processes=2)
+        joining.initialize(num_processes=2)
     with pytest.raises(ConfigError, match=r"--process_id=2 is not in 0..1"):
-        distributed.initialize("localhost:1", 2, 2)
+        joining.initialize("localhost:1", 2, 2)
     with pytest.raises(ConfigError, match="is not host:port"):
-        distributed.initialize("localhost", 2, 1)
+        joining.initialize("localhost", 2, 1)
 
 
 @pytest.mark.parametrize(
@@ -84,14 +82,14 @@ def test_flags_belong_together():
     ],
 )
 def test_rendezvous_of_a_cluster(kind, environment, expected):
-    assert distributed.rendezvous(kind, environment) == expected
+    assert joining.rendezvous(kind, environment) == expected
 
 
 def test_a_cluster_names_who_is_missing_and_goes_on_waiting(capsys):
     joined = threading.Event()
     where = (f"localhost:{free_port()}", 3, 0)
-    distributed._name_missing(where, 1, joined)
+    joining._name_missing(where, 1, joined)
     assert "Still waiting: after 1 s process(es) 1,2 of 3 have not come" in capsys.readouterr().out
     joined.set()
-    distributed._name_missing(where, 1, joined)  # JAX got through: nothing to say
+    joining._name_missing(where, 1, joined)  # JAX got through: nothing to say
     assert capsys.readouterr().out == ""

@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from cir_jax.training.mesh import batch_sharding, replicate, row_shards
+from cir_jax.sharding.mesh import batch_sharding, row_shards
 
 AHEAD = 2
 """Batches loaded ahead of the device: host memory holds at most AHEAD + 2 of them."""
@@ -26,29 +26,6 @@ def round_up(mesh: Mesh, batch_size: int, n: int) -> int:
     """The smallest batch size >= min(batch_size, n) that divides over the mesh and processes."""
     unit = int(np.lcm(row_shards(mesh), jax.process_count()))
     return -(-max(1, min(batch_size, n)) // unit) * unit
-
-
-def on_mesh(mesh: Mesh, tree: Any) -> Any:
-    """Host values and arrays of other devices -> replicated on the mesh; arrays on it stay."""
-    devices = set(mesh.devices.flat)
-
-    def put(x: Any) -> Any:
-        if isinstance(x, jax.Array) and x.sharding.device_set == devices:
-            return x
-        return replicate(mesh, x)
-
-    return jax.tree.map(put, tree)
-
-
-def to_host(leaf: Any) -> np.ndarray:
-    """The whole array, on every process; all must call it for an array sharded over hosts."""
-    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
-        if leaf.is_fully_replicated:
-            return np.asarray(leaf.addressable_data(0))
-        from jax.experimental import multihost_utils
-
-        return multihost_utils.process_allgather(leaf, tiled=True)
-    return np.asarray(leaf)
 
 
 def map_rows(

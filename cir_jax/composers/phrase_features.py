@@ -1,0 +1,89 @@
+"""Text features of phrases and of concepts: computed once, stored as image features are."""
+
+import functools
+import hashlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from cir_jax.composers.base import normalise
+from cir_jax.input import phrases as files
+from cir_jax.models.backbone import Backbone
+from cir_jax.storage.chunk_store import ChunkStore
+from cir_jax.storage.places import default_cache_dir
+from cir_jax.weights.fingerprint import fingerprint
+
+TEXTS_AT_ONCE = 4096
+
+
+def phrase_features(ids: np.ndarray, backbone: Backbone, params: Any) -> np.ndarray:
+    """float32[phrases, dim]: un-normalised text features of int[phrases, length] ids."""
+
+    def encode(start: int, stop: int) -> np.ndarray:
+        return np.asarray(_encode(backbone, params, ids[start:stop].astype(np.int32)))
+
+    what = {"features": "phrases", "phrases": hashlib.sha256(ids.tobytes()).hexdigest()}
+    return _once(what, len(ids), TEXTS_AT_ONCE, encode, backbone, params)
+
+
+def concept_features(book: files.PhraseBook, backbone: Backbone, params: Any) -> np.ndarray:
+    """float32[concepts, dim] of unit norm: mean of the unit features of all templates (2.1)."""
+    names, templates = list(book.concepts), book.templates
+
+    def encode(start: int, stop: int) -> np.ndarray:
+        some = names[start:stop]
+        texts = [template.format(f" {name} ") for name in some for template in templates]
+        return np.asarray(_ensemble(backbone, len(templates), params, backbone.tokenizer(texts)))
+
+    identity = files.PhraseBook(templates, {name: () for name in names}).identity
+    what = {"features": "concepts", "concepts": identity}
+    return _once(what, len(names), TEXTS_AT_ONCE // len(templates), encode, backbone, params)
+
+
+def _once(
+    what: dict[str, str],
+    rows: int,
+    size: int,
+    encode: Callable[[int, int], np.ndarray],
+    backbone: Backbone,
+    params: Any,
+) -> np.ndarray:
+    """float32[rows, dim] of encode(start, stop), `size` rows or fewer at a time; stored."""
+    description = {
+        **what,
+        "weights": backbone.weights_id,
+        "dtype": np.dtype(backbone.model.dtype).name,
+        "parameters": fingerprint(params),
+    }
+    store = ChunkStore(default_cache_dir(), description, rows)
+    stored = store.load()
+    parts = [] if stored is None else [stored]
+    done = 0 if stored is None else len(stored)
+    with tqdm(
+        total=rows, initial=done, desc=f"{what['features']}: text features", unit="text", delay=2,
+        disable=jax.process_index() != 0,
+    ) as progress:  # fmt: skip
+        while done < rows:
+            chunk = []
+            end = min(done + store.chunk_rows, rows)
+            for start in range(done, end, size):
+                chunk.append(encode(start, min(start + size, end)))
+                progress.update(len(chunk[-1]))
+            parts.append(np.concatenate(chunk))
+            store.write(done // store.chunk_rows, parts[-1])
+            done = end
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _encode(backbone: Backbone, params: Any, ids: jax.Array) -> jax.Array:
+    return backbone.encode_text(params, ids)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _ensemble(backbone: Backbone, templates: int, params: Any, ids: jax.Array) -> jax.Array:
+    features = normalise(backbone.encode_text(params, ids))
+    return normalise(features.reshape(-1, templates, features.shape[-1]).mean(axis=1))

@@ -1,0 +1,92 @@
+"""Texts cut in front of a placeholder: what they begin with is read once (`models.clip_suffix`)."""
+
+import collections
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+
+from cir_jax.composers.pseudo_word import PseudoWord
+from cir_jax.models import clip_suffix
+from cir_jax.models.clip import overwrite_tokens
+
+MAX_PREFIXES = 64
+"""Beginnings whose states are kept; texts that begin otherwise are read as a whole."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Split:
+    """Texts with a placeholder, cut in front of it (models.clip_suffix).
+
+    ids: int[texts, length], from the placeholder on. prefix: int32[texts], row of the beginning in
+    prefixes: int32[beginnings, length], prefix_lengths: int32[beginnings] long. Row 0 is empty: it
+    goes with texts that are whole. lengths: int32[texts] of ids, with the end token.
+    """
+
+    ids: np.ndarray
+    lengths: np.ndarray
+    prefix: np.ndarray
+    prefixes: np.ndarray
+    prefix_lengths: np.ndarray
+
+    @classmethod
+    def of(cls, token_ids: np.ndarray, mark: int, eos: int | None, causal: bool = True) -> "Split":
+        """token_ids: int[texts, length], each with a placeholder `mark`. causal: False cuts
+        nothing. eos: None = padding counts, too."""
+        at = (token_ids == mark).argmax(axis=1)
+        begins = [bytes(row[:n].tobytes()) for row, n in zip(token_ids, at, strict=True)]
+        common = collections.Counter(b for b in begins if b).most_common(MAX_PREFIXES)
+        rows = {b"": 0} | ({b: i + 1 for i, (b, _) in enumerate(common)} if causal else {})
+        prefix = np.asarray([rows.get(b, 0) for b in begins], np.int32)
+        at = np.where(prefix > 0, at, 0)
+        # rows shifted to the left; what comes in from the right is padding behind the end
+        columns = np.minimum(at[:, None] + np.arange(token_ids.shape[1]), token_ids.shape[1] - 1)
+        ids = np.take_along_axis(token_ids, columns, axis=1)
+        lengths = lengths_of(ids, eos)
+        parts = [np.frombuffer(b, token_ids.dtype) for b in rows]
+        widest = max(1, *map(len, parts)) if len(parts) > 1 else 1
+        prefixes = np.zeros((len(parts), widest), np.int32)
+        for row, part in zip(prefixes, parts, strict=True):
+            row[: len(part)] = part
+        sizes = np.asarray(list(map(len, parts)), np.int32)
+        return cls(ids, lengths, prefix, prefixes, sizes)
+
+
+def lengths_of(token_ids: np.ndarray, eos: int | None) -> np.ndarray:
+    """int32[texts]: up to the end token, or of int[texts, length] all columns; see `Split.of`."""
+    last = token_ids.shape[1] - 1 if eos is None else (token_ids == eos).argmax(axis=1)
+    return np.full(len(token_ids), last + 1, np.int32)
+
+
+class Suffixes:
+    """Text features of split texts; the states of their beginnings are computed once.
+
+    backbone: parameters of the text tower.
+    """
+
+    def __init__(
+        self, composer: PseudoWord, backbone: Any, prefixes: jax.Array, prefix_lengths: jax.Array
+    ):
+        self.composer, self.params, self.past = composer, backbone, None
+        if composer.backbone.family == "clip":
+            model = composer.backbone.model
+            past = clip_suffix.read_prefixes(
+                model.config, backbone, prefixes, prefix_lengths, model.dtype
+            )
+            self.past = jax.lax.stop_gradient(past)
+
+    def features(self, prefix: jax.Array, token_ids: jax.Array, words: jax.Array) -> jax.Array:
+        """float32[batch, dim] of the texts with `words`, float[batch, token_dim], put in.
+
+        prefix: int32[batch]; token_ids: int32[batch, length] from there on. Only the first
+        placeholder is replaced, as in SEARLE.
+        """
+        if self.past is None:  # not causal: the texts are whole
+            return self.composer.text_features(self.params, token_ids, words)
+        backbone = self.composer.backbone
+        at = (token_ids == self.composer.placeholder_id).argmax(axis=-1)
+        embeddings = backbone.embed_tokens(self.params, token_ids)
+        embeddings = overwrite_tokens(embeddings, at, words)
+        past = clip_suffix.of_rows(self.past, prefix)
+        return clip_suffix.encode(backbone.config, self.params, past, token_ids, embeddings)

@@ -1,0 +1,1 @@
+"""The Gaussian diffusion of CompoDiff: noise schedules and samplers."""

@@ -1,0 +1,1 @@
+"""Benchmarks, protocols and metrics; results, submissions and pages."""

@@ -1,0 +1,102 @@
+"""A config brought to life: mesh, backbone, composer, frozen parameters."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import ml_collections
+from jax.sharding import Mesh
+
+from cir_jax import composers, weights
+from cir_jax.composers import official
+from cir_jax.composers.base import Composer
+from cir_jax.errors import ConfigError, unknown
+from cir_jax.models.backbone import Backbone
+from cir_jax.sharding import placement
+from cir_jax.sharding.mesh import make_mesh
+from cir_jax.storage.places import default_data_dir
+from cir_jax.weights.official import check_torch
+
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+
+@dataclasses.dataclass
+class Experiment:
+    """A config brought to life: mesh, backbone, composer, frozen parameters."""
+
+    config: ml_collections.ConfigDict
+    mesh: Mesh
+    backbone: Backbone
+    composer: Composer
+    frozen: Any
+
+    @property
+    def data_dir(self) -> Path:
+        return data_dir(self.config)
+
+
+def data_dir(config: ml_collections.ConfigDict) -> Path:
+    """Where prepared datasets lie: `config.data_dir`, else `$CIR_JAX_DATA`, else the cache."""
+    return Path(config.data_dir).expanduser().absolute() if config.data_dir else default_data_dir()
+
+
+def setup(config: ml_collections.ConfigDict, shapes_only: bool = False) -> Experiment:
+    """Loads the backbone and builds the composer.
+
+    shapes_only: see `Composer.freeze`. Raises ConfigError, MeshError, WeightsError.
+    """
+    if config.dtype not in DTYPES:
+        raise ConfigError(unknown("config.dtype", config.dtype, DTYPES))
+    mesh = make_mesh(config.mesh)
+    settings = config.composer.to_dict()
+    name = settings.pop("name")
+    dtype = DTYPES[config.dtype]
+    size = config.get("image_size")  # not in configs of earlier versions
+    if composers.composer_class(name).pretrained_backbone:
+        backbone, params = weights.load(config.backbone, dtype, image_size=size)
+    else:
+        backbone, params = weights.load_architecture(config.backbone, dtype, image_size=size), {}
+    if config.preprocessing:
+        backbone = backbone.with_preprocessing(config.preprocessing)
+    if config.remat:
+        backbone = backbone.with_remat()
+    composer = composers.build(name, backbone, **settings)
+    frozen = composer.freeze(params, shapes_only)
+    if config.export_to and composer.pretrained_backbone:
+        official.check_known(composer, f"config.export_to={config.export_to!r}")
+        check_torch(f"config.export_to={config.export_to!r}")
+    if official.given(config.init_from):
+        official.check_known(composer, f"config.init_from={config.init_from!r}")
+    elif config.init_from and all(not config.stage[s].after for s in stage_names(config)):
+        raise ConfigError(
+            f"config.init_from={config.init_from!r}: none of the stages "
+            f"{', '.join(stage_names(config))} continues another one."
+        )
+    return Experiment(config, mesh, backbone, composer, placement.place(mesh, frozen))
+
+
+def of_stage(experiment: Experiment, name: str, shapes_only: bool = False) -> Experiment:
+    """The experiment with the composer of stage `name`, where the stage has one of its own.
+
+    shapes_only: see `Composer.freeze`.
+    """
+    settings = experiment.config.stage[name].composer.to_dict()
+    if not settings:
+        return experiment
+    composer = composers.build(settings.pop("name"), experiment.backbone, **settings)
+    frozen = composer.freeze(experiment.frozen["backbone"], shapes_only)
+    frozen = placement.place(experiment.mesh, frozen)
+    return dataclasses.replace(experiment, composer=composer, frozen=frozen)
+
+
+def stage_names(config: ml_collections.ConfigDict) -> tuple[str, ...]:
+    """The stages to run, checked against those that the experiment has."""
+    wanted = config.stages
+    wanted = [wanted] if isinstance(wanted, str) else wanted
+    # on the command line, stages=a,b arrives as one name
+    wanted = tuple(name.strip() for names in wanted for name in names.split(","))
+    for name in wanted:
+        if name not in config.stage:
+            raise ConfigError(unknown(f"stage of experiment {config.name}:", name, config.stage))
+    return wanted

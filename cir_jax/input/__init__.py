@@ -1,0 +1,1 @@
+"""Records, images and texts: from files to batches on the host."""

@@ -1,0 +1,26 @@
+"""What tells one list of images from another, for caches and for workdirs."""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+CROP = "crop"
+"""Field of records of which only a part is meant; see `retrieval.features.open_image`."""
+
+
+def source_identity(source: Sequence[Mapping[str, Any]], field: str) -> str:
+    """What tells one list of images from another.
+
+    A source with `identity()`, as a prepared table: that. Other records: a hash of the bytes
+    themselves, and of the part of the image that is meant.
+    """
+    if hasattr(source, "identity"):
+        return str(source.identity())
+    digest = hashlib.sha256()
+    for i in range(len(source)):
+        record = source[i]
+        data = bytes(record[field])
+        digest.update(len(data).to_bytes(8, "little") + data)
+        if CROP in record:  # the same file, another part of it
+            digest.update(f"black square {[int(x) for x in record[CROP]]}".encode())
+    return f"records {digest.hexdigest()}"

@@ -1,0 +1,1 @@
+"""Features of images, ranking of a gallery, and a searcher on top of both."""

@@ -1,0 +1,1 @@
+"""Devices and processes: meshes, where arrays lie, rows over devices, and who takes part."""

@@ -1,0 +1,1 @@
+"""Files: written whole, found where they belong, features in chunks that survive a kill."""

@@ -1,0 +1,25 @@
+"""Where files lie: cache, prepared data, and what comes with the library."""
+
+import os
+from pathlib import Path
+
+CACHE_VARIABLE = "CIR_JAX_CACHE"
+DATA_VARIABLE = "CIR_JAX_DATA"
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+def default_cache_dir() -> Path:
+    """`$CIR_JAX_CACHE`, else `~/.cache/cir_jax/features`."""
+    value = os.environ.get(CACHE_VARIABLE)
+    return Path(value).expanduser() if value else Path.home() / ".cache" / "cir_jax" / "features"
+
+
+def default_data_dir() -> Path:
+    """`$CIR_JAX_DATA`, else `~/.cache/cir_jax/data`."""
+    value = os.environ.get(DATA_VARIABLE)
+    return Path(value).expanduser() if value else Path.home() / ".cache" / "cir_jax" / "data"
+
+
+def places(name_or_path: str | Path) -> tuple[Path, Path]:
+    """Where a path may lie: as it is given, or relative to the repository."""
+    return Path(name_or_path).expanduser(), REPOSITORY / name_or_path

@@ -1,0 +1,1 @@
+"""Stages, their step, loop and checkpoints, and the workdir that holds them."""

@@ -1,0 +1,178 @@
+"""The stages of an experiment, in order, each resumed where it stopped."""
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+
+from cir_jax import weights
+from cir_jax.composers import official
+from cir_jax.errors import CheckpointError, ConfigError
+from cir_jax.experiment import Experiment, of_stage, stage_names
+from cir_jax.sharding import placement
+from cir_jax.training import durations, inversion, optimizers
+from cir_jax.training.checkpoints import load_scored
+from cir_jax.training.inputs import make_pipeline
+from cir_jax.training.loop import Stage, Trainer, check_weights, describe
+
+
+def train(experiment: Experiment, workdir: Path) -> Any:
+    """Runs the config's stages in order and returns the last one's scored parameters.
+
+    A finished stage is read back, an interrupted one resumed, so the same command always continues.
+    """
+    params, before = None, ""
+    # read before anything is computed: it may not fit
+    given = official_params(experiment)
+    for name in stage_names(experiment.config):
+        if experiment.config.stage[name].kind == "inversion":
+            inversion.run(of_stage(experiment, name), name, workdir)
+            continue
+        previous = params if before == experiment.config.stage[name].after else None
+        if before == "" and given is not None:
+            previous = given
+        initial = initial_params(experiment, name, workdir, previous)
+        trainer = make_trainer(experiment, name, initial, workdir)
+        params, before = trainer.run(workdir / name), name
+    return params
+
+
+def dry_run(experiment: Experiment) -> str:
+    """Shapes, shardings and bytes per device of every stage; nothing is encoded or trained.
+
+    Builds all stages, so it also finds what is wrong with any of them before the first one runs.
+    """
+    return "\n".join(
+        inversion.describe(of_stage(experiment, name, shapes_only=True), name)
+        if experiment.config.stage[name].kind == "inversion"
+        else describe(make_trainer(experiment, name, None, shapes_only=True))
+        for name in stage_names(experiment.config)
+    )
+
+
+def make_trainer(
+    experiment: Experiment,
+    name: str,
+    initial: Any,
+    workdir: Path | None = None,
+    shapes_only: bool = False,
+) -> Trainer:
+    """The trainer of stage `name`, starting from `initial` (None = fresh parameters).
+
+    shapes_only: zeros in place of everything precomputed, for a dry run.
+    """
+    config, experiment = experiment.config, of_stage(experiment, name, shapes_only)
+    recipe = config.stage[name]
+    pipeline = make_pipeline(experiment, name, workdir, shapes_only)
+    to_steps = functools.partial(
+        durations.to_steps,
+        batch_size=recipe.batch_size,
+        epoch_examples=pipeline.epoch_examples,
+    )
+    steps = to_steps(recipe.duration, field=f"stage.{name}.duration")
+    every = to_steps(config.checkpoint.every, field="checkpoint.every", total_steps=steps)
+    for field, value in (("log_every", config.log_every), ("checkpoint.every", every)):
+        if value < 1:
+            raise ConfigError(f"config.{field} comes to {value} steps; it must be 1 or more.")
+    stage = Stage(
+        name=name,
+        steps=steps,
+        seed=config.seed,
+        optimizer=optimizers.optimizer(recipe.optimizer, steps, to_steps),
+        ema=recipe.ema,
+        microbatches=recipe.microbatches,
+        log_every=config.log_every,
+        checkpoint_every=every,
+        keep=config.checkpoint.keep,
+    )
+    return Trainer(
+        stage, experiment.composer, experiment.frozen, pipeline, experiment.mesh, initial
+    )
+
+
+def official_params(experiment: Experiment) -> Any:
+    """The parameters of config.init_from=official:PATH, on the mesh; None where it is not set.
+
+    The first training stage starts from them.
+    """
+    path = official.given(experiment.config.init_from)
+    if path is None:
+        return None
+    host = jax.tree.map(placement.to_host, experiment.frozen)
+    return placement.place(experiment.mesh, official.load(experiment.composer, path, host))
+
+
+def initial_params(experiment: Experiment, name: str, workdir: Path, previous: Any) -> Any:
+    """What stage `name` starts from: the stage before, or config.init_from, or nothing.
+
+    Raises CheckpointError when the stage continues another one whose result is nowhere.
+    """
+    config = experiment.config
+    after = config.stage[name].after
+    if previous is not None or not after:
+        return previous
+    if config.init_from:
+        given = Path(config.init_from).expanduser()
+        candidates = [given / after, given]
+    else:
+        candidates = [workdir / after]
+    for directory in candidates:
+        if (directory / "checkpoints").is_dir():
+            params, position = scored_params(experiment, directory)
+            if position["next_batch"] < position["steps"]:
+                raise CheckpointError(
+                    f"{directory} stopped at step {position['next_batch']} of {position['steps']}: "
+                    f"stage {name!r} continues a finished stage. Finish it first."
+                )
+            return params
+    raise CheckpointError(
+        f"stage {name!r} continues stage {after!r}, of which there is no checkpoint in "
+        f"{' or '.join(map(str, candidates))}. Run --config.stages={after},{name}, or set "
+        "--config.init_from to a workdir with it."
+    )
+
+
+def scored_params(experiment: Experiment, directory: Path) -> tuple[Any, dict[str, Any]]:
+    """The scored parameters of a stage directory, on the mesh, and their position."""
+    like = jax.eval_shape(experiment.composer.init, jax.random.key(0))
+    tree, position = load_scored(directory / "checkpoints", like)
+    check_weights(position, experiment.composer, directory)
+    return placement.place(experiment.mesh, tree), position
+
+
+def required_tables(config: ml_collections.ConfigDict) -> dict[str, set[str]]:
+    """Dataset -> tables that the config's stages read."""
+    needed: dict[str, set[str]] = {}
+    for name in stage_names(config):
+        data = config.stage[name].data
+        tables = [table for table, weight in data.tables.items() if weight]
+        if not data.dataset:
+            raise ConfigError(
+                f"config.stage.{name}.data.dataset is empty: this preset's corpora do not come "
+                f"with the project. Name a prepared dataset with the tables "
+                f"{', '.join(tables)}: --config.stage.{name}.data.dataset=NAME."
+            )
+        needed.setdefault(data.dataset, set()).update(tables)
+    return needed
+
+
+def export(experiment: Experiment, params: Any) -> None:
+    """Writes what was trained to config.export_to, if set.
+
+    A backbone as a Hugging Face directory (fp16), a method's own parameters in the format of its
+    authors.
+    """
+    if not experiment.config.export_to:
+        return
+    path = Path(experiment.config.export_to).expanduser()
+    composer = experiment.composer
+    host, frozen = (jax.tree.map(placement.to_host, tree) for tree in (params, experiment.frozen))
+    if jax.process_index() == 0:
+        if composer.pretrained_backbone:
+            official.save(composer, path, host, frozen)
+        else:
+            weights.save(path, experiment.backbone, host, np.float16)
+        print(f"exported to {path}")
