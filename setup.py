@@ -1,8 +1,9 @@
-"""Installation: `pip install -e .`, with extras as needed."""
+"""Installation: `pip install -e .` or `pip install .`, with extras as needed."""
 
 from pathlib import Path
 
 from setuptools import find_namespace_packages, setup
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
 VERSION = next(
@@ -19,8 +20,6 @@ EXTRAS = {
     "coco": ["pycocotools>=2.0.8"],  # draws the masks of data/coco_object
     # LinCIR's keywords; besides: python -m spacy download en_core_web_sm
     "keywords": ["spacy>=3.7"],
-    "search": ["faiss-cpu>=1.9"],
-    "demo": ["gradio>=5"],
     "dev": [
         "pytest>=8",
         "pytest-xdist>=3.7",
@@ -35,7 +34,34 @@ EXTRAS = {
     ],
 }
 
+# what the library reads at run time, beside its own code
+BUNDLED = ("experiments/*.py", "data/shapes/*.json", "data/shapes/clip/*")
+
+
+class BuildWithBundle(build_py):
+    """A wheel carries copies in `cir_jax/bundled`; an editable installation reads the originals."""
+
+    def run(self) -> None:
+        super().run()
+        if not self.editable_mode:
+            for file in self._bundle():
+                target = self._target(file)
+                self.mkpath(str(target.parent))
+                self.copy_file(str(file), str(target))
+
+    def get_outputs(self, include_bytecode: bool = True) -> list[str]:
+        bundle = [] if self.editable_mode else self._bundle()
+        return [*super().get_outputs(include_bytecode), *(str(self._target(f)) for f in bundle)]
+
+    def _bundle(self) -> list[Path]:
+        return [f for pattern in BUNDLED for f in sorted(ROOT.glob(pattern)) if f.is_file()]
+
+    def _target(self, file: Path) -> Path:
+        return Path(self.build_lib, "cir_jax", "bundled", file.relative_to(ROOT))
+
+
 setup(
+    cmdclass={"build_py": BuildWithBundle},
     name="cir_jax",
     version=VERSION,
     description="Zero-shot composed image retrieval in JAX and Flax",

@@ -1,52 +1,115 @@
-"""`cir_jax.load`: from a workdir or a config to something that searches."""
+"""`cir_jax.load`: from a workdir, a config or a method's name to something that searches."""
 
+import contextlib
 import importlib.util
 import sys
+import types
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from cir_jax import experiment as experiments
-from cir_jax.errors import ConfigError
+from cir_jax.composers.official import FLAG
+from cir_jax.errors import ConfigError, unknown
 from cir_jax.evaluation.runner import trained_params
 from cir_jax.retrieval.search import Searcher
-from cir_jax.storage.places import REPOSITORY
+from cir_jax.storage.places import SHIPPED
 from cir_jax.training import workdir as workdirs
 
+EXPERIMENTS = SHIPPED / "experiments"
 
-def read_experiment(name: str) -> ConfigDict:
-    """The config of "experiments/slerp.py" or "experiments/compodiff.py:vit_l14".
 
-    Raises ConfigError when there is no such file.
+def methods() -> list[str]:
+    """Names of the experiments that come with the library."""
+    return sorted(file.stem for file in EXPERIMENTS.glob("*.py") if file.stem != "base")
+
+
+def read_experiment(name: str, backbone: str = "") -> ConfigDict:
+    """The config of "slerp", "compodiff:vit_l14" or "my/experiment.py:preset".
+
+    backbone: where no preset is named, the one made for this backbone, if there is such a one.
+    Raises ConfigError when there is no such experiment or preset.
     """
     file, _, preset = name.partition(":")
-    for path in (Path(file), REPOSITORY / file):
-        if path.is_file():
-            break
-    else:
-        raise ConfigError(
-            f"{file} is no file. Give the path of an experiment, experiments/NAME.py."
-        )
-    root = str(path.resolve().parents[1])
-    if root not in sys.path:
-        sys.path.insert(0, root)  # experiments import their neighbours
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = _execute(_find(file))
+    if not preset and backbone:
+        for key, changes in getattr(module, "PRESETS", {}).items():
+            if changes.get("backbone") == backbone:
+                preset = key
+                break
     return module.get_config(preset) if preset else module.get_config()
 
 
-def load(workdir: str | Path | None = None, config: Any = None) -> Searcher:
+def _find(name: str) -> Path:
+    for path in (Path(name).expanduser(), SHIPPED / name, EXPERIMENTS / f"{name}.py"):
+        if path.is_file() and path.suffix == ".py":
+            return path
+    if Path(name).name == name and not name.endswith(".py"):
+        raise ConfigError(f"{unknown('method', name, methods())} Or give the path of a file.")
+    raise ConfigError(f"{name} is no file. Give the path of an experiment, experiments/NAME.py.")
+
+
+def _execute(path: Path) -> types.ModuleType:
+    with _neighbours(path.resolve().parent):
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    return module
+
+
+@contextlib.contextmanager
+def _neighbours(directory: Path) -> Iterator[None]:
+    """`from experiments import base` means ours, whatever else is called so in this program."""
+
+    def ours(name: str) -> bool:
+        return name.partition(".")[0] == "experiments"
+
+    others = {name: sys.modules.pop(name) for name in filter(ours, list(sys.modules))}
+    package = types.ModuleType("experiments")
+    package.__path__ = [str(directory), str(EXPERIMENTS)]
+    sys.modules["experiments"] = package
+    try:
+        yield
+    finally:
+        for name in filter(ours, list(sys.modules)):
+            del sys.modules[name]
+        sys.modules.update(others)
+
+
+def load(
+    what: str | Path | None = None,
+    config: Any = None,
+    *,
+    backbone: str | Path | None = None,
+    weights: str | Path | None = None,
+) -> Searcher:
     """See `cir_jax.load`."""
+    workdir = None
+    if what is not None:
+        if (Path(what).expanduser() / workdirs.CONFIG_FILE).is_file() or not _is_method(what):
+            workdir = Path(what).expanduser()
+        elif config is None:
+            config = what
+        else:
+            raise ConfigError(f"load({str(what)!r}, config=...): both name a method. Give one.")
     if isinstance(config, str | Path):
-        config = read_experiment(str(config))
+        config = read_experiment(str(config), str(backbone or ""))
     if config is None:
         if workdir is None:
-            raise ConfigError("load: give a workdir, or config='experiments/NAME.py', or both.")
-        config = ConfigDict(workdirs.read_config(Path(workdir)))
+            raise ConfigError(
+                f"load: give a workdir, a method ({', '.join(methods())}), or config=..."
+            )
+        config = ConfigDict(workdirs.read_config(workdir))
     config = ConfigDict(config.to_dict())
     config.mesh = ConfigDict({"data": -1})  # of this machine, not of the one that trained
+    if backbone is not None:
+        config.backbone = str(backbone)
+    if weights is not None:
+        if workdir is not None:
+            raise ConfigError(f"load: weights={str(weights)!r} or a workdir, not both.")
+        config.init_from = f"{FLAG}{weights}"
     experiment = experiments.setup(config)
     if not experiment.composer.pretrained_backbone:
         raise ConfigError(
@@ -56,7 +119,12 @@ def load(workdir: str | Path | None = None, config: Any = None) -> Searcher:
     if experiment.composer.trained and workdir is None and not config.init_from:
         raise ConfigError(
             f"composer {config.composer.name} is trained: give the workdir of its training run, or "
-            "config.init_from='official:PATH' for its authors' weights."
+            "weights='PATH' for its authors' weights."
         )
-    params = trained_params(experiment, Path(workdir) if workdir else None)
+    params = trained_params(experiment, workdir)
     return Searcher(experiment.composer, params, experiment.frozen, mesh=experiment.mesh)
+
+
+def _is_method(what: str | Path) -> bool:
+    name = str(what).partition(":")[0]
+    return name in methods() or name.endswith(".py")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cir_jax.storage.places import REPOSITORY
+from cir_jax.storage.places import SHIPPED
 
 pytest.importorskip("importlinter")
 UPWARDS = {
@@ -34,9 +34,9 @@ def lint(directory: Path) -> subprocess.CompletedProcess:
 
 
 def test_each_room_imports_only_from_the_floors_below(tmp_path):
-    shutil.copy(REPOSITORY / "pyproject.toml", tmp_path)
+    shutil.copy(SHIPPED / "pyproject.toml", tmp_path)
     for name in ("cir_jax", "experiments"):
-        shutil.copytree(REPOSITORY / name, tmp_path / name, ignore=lambda *_: ["__pycache__"])
+        shutil.copytree(SHIPPED / name, tmp_path / name, ignore=lambda *_: ["__pycache__"])
     kept = lint(tmp_path)
     assert kept.returncode == 0, kept.stdout + kept.stderr
     for name, module in UPWARDS.items():

@@ -5,7 +5,10 @@ from pathlib import Path
 
 CACHE_VARIABLE = "CIR_JAX_CACHE"
 DATA_VARIABLE = "CIR_JAX_DATA"
-REPOSITORY = Path(__file__).resolve().parents[2]
+PACKAGE = Path(__file__).resolve().parents[1]
+BUNDLED = PACKAGE / "bundled"
+SHIPPED = BUNDLED if BUNDLED.is_dir() else PACKAGE.parent
+"""`experiments/` and the files of `data/shapes/`: in the repository, or in a wheel (`setup.py`)."""
 
 
 def default_cache_dir() -> Path:
@@ -21,5 +24,5 @@ def default_data_dir() -> Path:
 
 
 def places(name_or_path: str | Path) -> tuple[Path, Path]:
-    """Where a path may lie: as it is given, or relative to the repository."""
-    return Path(name_or_path).expanduser(), REPOSITORY / name_or_path
+    """Where a path may lie: as it is given, or among what comes with the library."""
+    return Path(name_or_path).expanduser(), SHIPPED / name_or_path

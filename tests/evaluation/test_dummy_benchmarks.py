@@ -8,9 +8,9 @@ import pytest
 
 from cir_jax.errors import DataError
 from cir_jax.evaluation import benchmarks, evaluate, protocols, runner, submissions
+from cir_jax.experiment import Experiment
 from cir_jax.input.tables import Table
 from cir_jax.loading import read_experiment
-from cir_jax.experiment import Experiment
 from data import build
 from tests.evaluation import worlds
 

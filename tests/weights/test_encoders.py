@@ -14,7 +14,7 @@ from cir_jax.errors import ConfigError, DataError, WeightsError
 from cir_jax.models import light
 from cir_jax.models.backbone import pixels
 from cir_jax.models.t5 import T5Config, T5Encoder
-from cir_jax.storage.places import REPOSITORY
+from cir_jax.storage.places import SHIPPED
 from cir_jax.weights import t5, timm
 from tests.weights import worlds
 from tests.weights.test_clip import edit, equal
@@ -195,7 +195,7 @@ def test_timms_names_are_hub_ids():
     with pytest.raises(WeightsError, match="mobilenetv2_035': say which of timm's weights"):
         timm.hub_id(LIGHT)
     # of the encoders in the fixture of true shapes, the default transform is timm's
-    shapes = json.loads((REPOSITORY / "tests/golden/light_shapes.json").read_text())
+    shapes = json.loads((SHIPPED / "tests/golden/light_shapes.json").read_text())
     for name in timm.TAGS:
         known, transform = shapes[name], timm.image_transform(name, {})
         assert transform.crop == known["default_input_size"][1]

@@ -10,12 +10,12 @@ from safetensors.numpy import save_file
 
 from cir_jax import weights
 from cir_jax.models import light
-from cir_jax.storage.places import REPOSITORY
+from cir_jax.storage.places import SHIPPED
 from cir_jax.weights import files, timm
 from tests.weights import worlds
 from tests.weights.test_encoders import write_t5
 
-SECTION = (REPOSITORY / "README.md").read_text().partition("## Real weights")[2]
+SECTION = (SHIPPED / "README.md").read_text().partition("## Real weights")[2]
 SECTION = SECTION.partition("\n## ")[0]
 SNIPPETS = re.findall(r"```python\n(.*?)```", SECTION, re.S)
 
