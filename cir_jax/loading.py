@@ -88,8 +88,11 @@ def load(
     """See `cir_jax.load`."""
     workdir = None
     if what is not None:
-        if (Path(what).expanduser() / workdirs.CONFIG_FILE).is_file() or not _is_method(what):
-            workdir = Path(what).expanduser()
+        directory = Path(what).expanduser()
+        if (directory / workdirs.CONFIG_FILE).is_file() or not _is_method(what):
+            if not directory.exists():
+                raise ConfigError(unknown("workdir or method", str(what), methods()))
+            workdir = directory
         elif config is None:
             config = what
         else:

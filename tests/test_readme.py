@@ -136,8 +136,8 @@ def test_python_example_runs(tmp_path, monkeypatch, capsys):
         Image.fromarray(rng.integers(0, 255, (64, 64, 3), np.uint8)).save(tmp_path / name)
     code = re.search(r"```python\n(.*?)```", README, re.S)[1]
     code = code.replace('cir_jax.load("runs/compodiff/shapes")', "load")
-    assert 'load(config="experiments/slerp.py")' in code
-    code = code.replace("load  ", 'cir_jax.load(config="experiments/slerp.py")')
+    assert '# or: cir_jax.load("slerp")' in code
+    code = code.replace("load  ", 'cir_jax.load("slerp")')
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("CIR_JAX_CACHE", str(tmp_path / "cache"))
     exec(code, {})
