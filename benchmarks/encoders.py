@@ -298,9 +298,7 @@ def run(
         }
         kept = resumable(before, measured) if before else {}
         plan = list(itertools.product(names, dtypes, KINDS))
-        for asked in itertools.product(names, dtypes, KINDS, batches):
-            if "skipped" in kept.get(asked, {}):
-                del kept[asked]
+        stand = {key for key, cell in kept.items() if "skipped" not in cell}
         # on CPU the other types are for warning of them only
         cpu = platforms["jax"] == "cpu"
         limits = {d: limit / 8 if cpu and d != "float32" else limit for d in dtypes}
@@ -312,12 +310,12 @@ def run(
                 count = flops(complete(MODELS[model]), kind, text_length(kind, batch)) * batch
                 passes = len(about) * count / matrix[dtype]["jax"]
                 more = max(seconds, passes) if passes < most / 4 else 0
-                is_left = passes < most and (model, dtype, kind, batch) not in kept
+                is_left = passes < most and (model, dtype, kind, batch) not in stand
                 work[model, dtype, kind, batch] = passes + more if is_left else 0.0
         bar = tqdm.tqdm(total=sum(work.values()), bar_format=BAR)
         loaded: tuple[str, str] | None = None
         for model, dtype, kind in plan:
-            needed = any((model, dtype, kind, batch) not in kept for batch in batches)
+            needed = any((model, dtype, kind, batch) not in stand for batch in batches)
             if needed and loaded != (model, dtype):
                 bar.set_description(f"{model} {dtype} loading")
                 loaded, missing = (model, dtype), dict(absent)
@@ -329,7 +327,8 @@ def run(
             slowest = 0.0  # seconds per row of all sides, of the batch before
             for batch in batches:
                 bar.set_description(f"{model} {dtype} {kind} x{batch}")
-                if cell := kept.pop((model, dtype, kind, batch), None):
+                cell = kept.pop((model, dtype, kind, batch), {})
+                if (model, dtype, kind, batch) in stand:
                     slowest = row_seconds(cell)
                     measured["cells"].append(cell)
                     continue

@@ -16,9 +16,9 @@ MEASURED = {"jax", "torch", "missing", "ratio", "ratio_fastest", "rounds"}
 
 
 def check(measured):
-    assert {"date", "command", "machine", "versions", "settings", "matrix_rate", "cells"} == set(
-        measured
-    )
+    head = {"date", "command", "machine", "versions", "settings", "matrix_rate"}
+    assert head | {"cells"} == set(measured) - {"resumed"}
+    assert all(set(run) == head for run in measured.get("resumed", ()))
     assert measured["machine"].keys() == {"device", "platform", "cpu", "threads", "load_before"}
     assert measured["versions"].keys() >= {"python", "jax", "jaxlib", "torch", "transformers"}
     for cell in measured["cells"]:
@@ -135,6 +135,29 @@ def test_it_runs_and_says_what_it_skips(tmp_path):
         for cell in measured["cells"][::2]
     )
     assert "skipped: expected" in done.stdout and measured["cells"][0]["jax"]["compile_s"] > 0
+    # another batch is added to what was measured, which stands, and so does what is still too long
+    command = [*command[:-2], "--batches=3,10000000", f"--output={output}", "--resume"]
+    done = subprocess.run([*command, "--sides=jax,torch"], capture_output=True, text=True)
+    assert not done.returncode, done.stderr
+    again = json.loads(output.read_text())
+    check(again)
+    assert [c for c in again["cells"] if c["batch"] == 2] == measured["cells"][::2]
+    assert sorted(c["batch"] for c in again["cells"]) == sorted(3 * [2, 3, 10_000_000])
+    assert [run["date"] for run in again["resumed"]] == [measured["date"]]
+
+
+def test_only_a_record_of_this_machine_and_these_versions_is_resumed(tmp_path):
+    same = {"versions": {"jax": "1"}, "settings": {}, "machine": {"cpu": "a", "load_before": 0.1}}
+    key = ("tiny", "float32", "image", 4)
+    cell = dict(zip(("model", "dtype", "kind", "batch"), key, strict=True))
+    before, now = same | {"cells": [cell]}, same | {"machine": {"cpu": "a", "load_before": 9.0}}
+    assert encoders.resumable(before, now) == {key: cell} and now["resumed"] == [same]
+    with pytest.raises(SystemExit, match="the record is of another versions: .*'jax': '1'"):
+        encoders.resumable(before | {"versions": {"jax": "0"}}, dict(now))
+    script, absent = Path(encoders.__file__), tmp_path / "none.json"
+    command = [sys.executable, str(script), "--resume", f"--output={absent}"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode and "Leave --resume out for a first run" in done.stderr
 
 
 def test_unknown_model_is_named():
