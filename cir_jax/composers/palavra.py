@@ -40,7 +40,7 @@ from flax import linen as nn
 
 from cir_jax.composers.base import Params, Query, normalise
 from cir_jax.composers.losses import nt_xent
-from cir_jax.composers.phi import check_share, linear
+from cir_jax.composers.phi import check_share, check_weight, linear
 from cir_jax.composers.pseudo_word import PseudoWord
 from cir_jax.errors import ConfigError, WeightsError, unknown
 from cir_jax.input.objects import Objects
@@ -105,6 +105,7 @@ class Palavra(PseudoWord):
 
     trained = True
     placeholder = "*"
+    inference_settings = ("coarse", "refine_steps", "refine_learning_rate")
     official_format = "a directory with deep_set_model_first_save_* and txt_vis_model_first_save_*"
 
     def __init__(
@@ -125,6 +126,8 @@ class Palavra(PseudoWord):
         templates: with one {} each; the 24 that SEARLE took from PALAVRA, in SEARLE's wording.
         """
         check_share("dropout", dropout)
+        check_weight("weight_object", weight_object)
+        check_weight("refine_learning_rate", refine_learning_rate)
         if train not in TRAINED:
             raise ConfigError(unknown("train of palavra:", train, TRAINED))
         if refine_steps < 0 or hidden_dim < 1:

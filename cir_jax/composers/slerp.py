@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from cir_jax.composers.base import Composer, Params, Query, normalise
+from cir_jax.errors import ConfigError
 from cir_jax.models.backbone import Backbone
 
 NEARLY_PARALLEL = 0.9995  # |cosine| above which the official code blends linearly
@@ -29,8 +30,11 @@ def slerp(image: jax.Array, text: jax.Array, alpha: float) -> jax.Array:
 
 class Slerp(Composer):
     def __init__(self, backbone: Backbone, alpha: float = 0.8):
+        """alpha: in [0, 1]; 0 = the image alone, 1 = the text alone. Raises ConfigError."""
         super().__init__(backbone)
-        self.alpha = alpha
+        if not 0 <= alpha <= 1:
+            raise ConfigError(f"slerp: alpha={alpha}; the share of the text lies in 0..1.")
+        self.alpha = float(alpha)
 
     def compose(self, params: Params, frozen: Params, query: Query, rng: jax.Array) -> jax.Array:
         image = normalise(self.reference_features(frozen, query))

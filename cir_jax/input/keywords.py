@@ -122,7 +122,9 @@ def mask(caption: str, words: Sequence[str], rng: np.random.Generator) -> str:
 
     Replaced as a substring and everywhere, so inside longer words too. A keyword that is no
     substring (it is joined by other spaces than the caption's) makes a random word the last to be
-    replaced; so does a caption without keywords. An empty caption becomes a prompt.
+    replaced; so does a caption without keywords. Words are what single spaces part, as in the
+    release: the one word of an empty caption is "", so that it becomes " $ "; between double spaces
+    there is an empty word, whose replacement puts " $ " around every letter.
     """
     masked = caption
     for word in words:
@@ -132,9 +134,7 @@ def mask(caption: str, words: Sequence[str], rng: np.random.Generator) -> str:
     else:
         if words:
             return masked
-    parts = caption.split()
-    if not parts:
-        return f"a photo of {PLACEHOLDER} that {caption}"
+    parts = caption.split(" ")
     return masked.replace(parts[rng.integers(len(parts))], f" {PLACEHOLDER} ")
 
 

@@ -113,9 +113,11 @@ class Draw:
         ("red star on red", ["red star", "red"], "$ on $"),
         ("a cat is a star", ["a"], "$ c $ t is $ st $ r"),  # inside words too
         ("blue is far", [], "blue $ far"),  # the second word is drawn
-        ("a  star is red", ["a star"], "a $ is red"),  # no substring: another word, then no more
+        ("a star, is red", ["a star ,"], "a $ is red"),  # no substring: another word, then no more
+        # double spaces hold an empty word: the release replaces it between all letters
+        ("a  b", ["a b"], "$ a $ $ $ b $"),
         ("red   is a star", ["red", "a star", "is"], "$ is $"),
-        ("", [], "a photo of $ that"),
+        ("", [], "$"),
     ],
 )
 def test_masking(caption, words, expected):
@@ -139,7 +141,7 @@ def test_examples(tiny, dictionary):
     expected = [
         ("that is a red star", "that is $"),
         ("is", "$"),
-        ("", "a photo of $ that"),
+        ("", "$"),
         ("it has it has it has it has it has it has it has", "a photo of $"),
     ]
     for row, (caption, masked) in zip(rows[:3], expected[:3], strict=True):
