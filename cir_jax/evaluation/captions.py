@@ -71,19 +71,11 @@ def evaluate(
     found, headline, ranked = measured(benchmark, queries, gallery, owner)
     ended = time.perf_counter()
     return Result(
+        **Result.what(composer, benchmark),
         method=method or type(composer).__name__,
-        benchmark=benchmark.name,
-        split=benchmark.split,
-        protocol=benchmark.protocol,
         metrics=found,
         headline=headline,
-        counts=benchmark.counts,
-        weights_id=composer.backbone.weights_id,
-        preprocessing=repr(composer.backbone.image_transform),
-        dtype=np.dtype(composer.backbone.model.dtype).name,
         seed=seed,
-        data=benchmark.data,
-        partial=benchmark.partial,
         seconds=ended - began,
         queries_per_second=len(texts) / (ended - encoded),
         top=ranked.top,

@@ -84,19 +84,11 @@ def evaluate(
         )
     protocol = benchmark.protocol
     return Result(
+        **Result.what(composer, benchmark),
         method=method,
-        benchmark=benchmark.name,
-        split=benchmark.split,
-        protocol=protocol,
         metrics=protocols.measure(protocol, outcome) if outcome else {},
         headline=protocol.headline,
-        counts=benchmark.counts,
-        weights_id=composer.backbone.weights_id,
-        preprocessing=repr(composer.backbone.image_transform),
-        dtype=np.dtype(composer.backbone.model.dtype).name,
         seed=seed,
-        data=benchmark.data,
-        partial=benchmark.partial,
         seconds=ended - began,
         queries_per_second=len(queries) / (ended - encoded),
         top=ranked.top,

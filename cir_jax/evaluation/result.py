@@ -2,12 +2,15 @@
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
+from cir_jax.composers.base import Composer
 from cir_jax.evaluation import protocols
 from cir_jax.evaluation.metrics import Estimate, best_rank
 from cir_jax.evaluation.protocols import Outcome, Protocol
+from cir_jax.evaluation.queries import Benchmark, CaptionBenchmark
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -45,6 +48,21 @@ class Result:
     dtype: str = ""
     data: str = ""
     partial: bool = False
+
+    @staticmethod
+    def what(composer: Composer, benchmark: Benchmark | CaptionBenchmark) -> dict[str, Any]:
+        """The fields that say what was measured on what, as keyword arguments."""
+        return {
+            "benchmark": benchmark.name,
+            "split": benchmark.split,
+            "protocol": benchmark.protocol,
+            "counts": benchmark.counts,
+            "weights_id": composer.backbone.weights_id,
+            "preprocessing": repr(composer.backbone.image_transform),
+            "dtype": np.dtype(composer.backbone.model.dtype).name,
+            "data": benchmark.data,
+            "partial": benchmark.partial,
+        }
 
     @property
     def best_rank(self) -> np.ndarray:

@@ -238,14 +238,6 @@ def config_of(tensors: Mapping[str, np.ndarray], what: str = "BLIP weights") -> 
     )
 
 
-def shapes(model: Blip) -> dict[str, Any]:
-    """The model's parameters as shapes; nothing is computed."""
-    size = model.config.vision.image_size
-    images = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
-    token_ids = jax.ShapeDtypeStruct((1, 2), jnp.int32)
-    return jax.eval_shape(model.init, jax.random.key(0), images, token_ids)["params"]
-
-
 def to_params(
     tensors: Mapping[str, np.ndarray],
     config: BlipConfig,
@@ -265,7 +257,7 @@ def to_params(
     if tokens == round((tokens - 1) ** 0.5) ** 2 + 1 != side * side + 1:
         positions = interpolate_positions(jnp.asarray(positions, jnp.float32), (side, side))
         params["vision"]["position_embedding"] = np.asarray(positions, stored)
-    convert.check_shapes(params, shapes(Blip(config)), what)
+    convert.check_shapes(params, convert.joint_shapes(Blip(config)), what)
     return params
 
 

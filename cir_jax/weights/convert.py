@@ -8,6 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -151,6 +152,14 @@ def to_source(params: Mapping[str, Any], names: Mapping[str, Target]) -> dict[st
         joined = np.concatenate(parts) if len(parts) > 1 else parts[0]
         tensors[name] = np.asarray(joined, order="C")
     return tensors
+
+
+def joint_shapes(model: Any) -> dict[str, Any]:
+    """Parameters of a `Blip` or `Siglip` as shapes; nothing is computed."""
+    size = model.config.vision.image_size
+    images = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
+    token_ids = jax.ShapeDtypeStruct((1, 2), jnp.int32)
+    return jax.eval_shape(model.init, jax.random.key(0), images, token_ids)["params"]
 
 
 def check_shapes(params: Mapping[str, Any], expected: Mapping[str, Any], what: str) -> None:

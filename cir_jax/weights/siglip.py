@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from cir_jax.errors import WeightsError
@@ -182,14 +181,6 @@ def names(config: SiglipConfig) -> convert.Names:
     return table
 
 
-def shapes(model: Siglip) -> dict[str, Any]:
-    """The model's parameters as shapes; nothing is computed."""
-    size = model.config.vision.image_size
-    images = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
-    token_ids = jax.ShapeDtypeStruct((1, 2), jnp.int32)
-    return jax.eval_shape(model.init, jax.random.key(0), images, token_ids)["params"]
-
-
 def to_params(
     tensors: Mapping[str, np.ndarray],
     config: SiglipConfig,
@@ -204,7 +195,7 @@ def to_params(
     for name in SCALARS:
         if params[name].shape == (1,):
             params[name] = params[name].reshape(())
-    convert.check_shapes(params, shapes(Siglip(config)), what)
+    convert.check_shapes(params, convert.joint_shapes(Siglip(config)), what)
     return params
 
 

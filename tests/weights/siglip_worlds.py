@@ -13,7 +13,7 @@ from cir_jax.input.images import ImageTransform
 from cir_jax.input.siglip_text import SiglipTokenizer
 from cir_jax.models.backbone import Backbone
 from cir_jax.models.siglip import Siglip, SiglipConfig, SiglipTextConfig, SiglipVisionConfig
-from cir_jax.weights import siglip
+from cir_jax.weights import convert
 from tests.input.test_sentencepiece import model
 
 WORDS = "a photo of that is red blue cat cats star make it and has two item".split()
@@ -109,7 +109,8 @@ def make(
     vision = SiglipVisionConfig(hidden_size=32, image_size=image_size, patch_size=8, **shared)
     network = Siglip(SiglipConfig(text, vision))
     rng = np.random.default_rng(seed)
-    params = jax.tree.map(lambda x: np.float32(rng.normal(0, 0.2, x.shape)), siglip.shapes(network))
+    shapes = convert.joint_shapes(network)
+    params = jax.tree.map(lambda x: np.float32(rng.normal(0, 0.2, x.shape)), shapes)
     filters = {1: 3, 2: 2}  # bicubic, bilinear
     transform = ImageTransform(
         *(image_size, image_size, HALF, HALF),

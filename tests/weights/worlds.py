@@ -100,7 +100,8 @@ def make_blip(folder: Path, seed: int = 0, image_size: int = 32) -> tuple[Backbo
         cleaned=False,
     )
     rng = np.random.default_rng(seed)
-    params = jax.tree.map(lambda x: np.float32(rng.normal(0, 0.2, x.shape)), blip.shapes(model))
+    shapes = convert.joint_shapes(model)
+    params = jax.tree.map(lambda x: np.float32(rng.normal(0, 0.2, x.shape)), shapes)
     return Backbone(model, tokenizer, images.blip(image_size), "blip@0"), params
 
 
