@@ -29,6 +29,7 @@ from tests import (  # noqa: E402, the path is set above
     parity_core,
     parity_open_clip,
     parity_oti,
+    parity_palavra,
     parity_siglip,
     parity_words,
 )
@@ -192,7 +193,14 @@ def check(fixture: Fixture, handlers: Mapping[str, Handler]) -> Result:
 
 def all_handlers() -> dict[str, Handler]:
     """Of every family that is implemented."""
-    light = (parity_core, parity_open_clip, parity_oti, parity_siglip, parity_words)
+    light = (
+        parity_core,
+        parity_open_clip,
+        parity_oti,
+        parity_palavra,
+        parity_siglip,
+        parity_words,
+    )
     handlers = {name: run for module in light for name, run in module.HANDLERS.items()}
     try:
         from tests import parity_heavy

@@ -3,7 +3,7 @@
 Training, over sets of `set_size` images that show one class of objects:
 
     f(images) = word         DeepSet: three equivariant layers, mean over the set, two layers
-    T(t) = t + W t + b       text features -> where the images of such texts lie
+    T(t) = t + W t + b       un-normalised text features -> where the images of such texts lie
     L_map    = || norm(T(t)) - norm(i) ||^2 / dim                 stage `map`, T alone
     L_cycle  = NT-Xent(text(prompt of the label), text(prompt of the word)), temperature 0.25
     L_object = 512 || norm(first token of the label) - norm(word) ||^2 / token_dim
@@ -29,6 +29,7 @@ From the released code (NVlabs/PALAVRA), and what is done otherwise here:
 """
 
 import dataclasses
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,7 @@ class TextToVisual(nn.Module):
 
     @nn.compact
     def __call__(self, text: jax.Array) -> jax.Array:
-        """float32[..., dim] of unit norm -> float32[..., dim]."""
+        """float32[..., dim] -> float32[..., dim]."""
         return text + linear(text.shape[-1], text.shape[-1], "linear")(text)
 
 
@@ -207,8 +208,11 @@ class Palavra(PseudoWord):
         if image is None:
             image = self.backbone.encode_image(frozen["backbone"], batch["target_images"])
         text = self.backbone.encode_text(frozen["backbone"], batch["token_ids"])
-        error = jnp.square(self._visual(params, text) - normalise(image))
-        return {"map": error.mean(axis=-1)}
+        return {"map": self.map_error(params, text, image)}
+
+    def map_error(self, params: Params, text: jax.Array, image: jax.Array) -> jax.Array:
+        """float32[...] from un-normalised float32[..., dim] of texts and of their images."""
+        return jnp.square(self.visual(params, text) - normalise(image)).mean(axis=-1)
 
     def _set_rows(
         self, params: Params, frozen: Params, batch: dict[str, jax.Array], rngs: jax.Array
@@ -227,25 +231,42 @@ class Palavra(PseudoWord):
         if images is None:
             pixels = batch["reference_images"]
             images = self.backbone.encode_image(backbone, pixels.reshape(-1, *pixels.shape[2:]))
+        images, text = normalise(images), self.visual(params, text)
+        keys, of_set = jax.vmap(jax.random.split)(rngs), functools.partial(self.set_rows, params)
         template = batch["template"]
+        return {
+            "image": of_set(
+                frozen, images.reshape(*shape, -1), batch["label"], template, keys[:, 0]
+            ),
+            "text": of_set(
+                frozen, text.reshape(*shape, -1), batch["augmented"], template, keys[:, 1]
+            ),
+        }
+
+    def set_rows(
+        self,
+        params: Params,
+        frozen: Params,
+        sets: jax.Array,
+        label: jax.Array,
+        template: jax.Array,
+        rngs: jax.Array | None,
+    ) -> Params:
+        """Of one modality: unit float32[batch, set, dim]; label and template are int32[batch].
+
+        label, word: float32[batch, dim], texts with the class's name and with the word; object:
+        float32[batch], the word's distance from the class's first token. rngs: None = no dropout.
+        """
+        backbone = frozen["backbone"]
+        words = self._words(params, sets, rngs)
+        first = self.backbone.embed_tokens(backbone, frozen["first_tokens"][label][:, None])
+        error = jnp.square(normalise(first[:, 0].astype(jnp.float32)) - normalise(words))
         prompts = jnp.asarray(self.prompt_ids)[template]
-        keys = jax.vmap(jax.random.split)(rngs)
-        rows = {}
-        for i, (name, unit, label) in enumerate(
-            (
-                ("image", normalise(images), batch["label"]),
-                ("text", self._visual(params, text), batch["augmented"]),
-            )
-        ):
-            words = self._words(params, unit.reshape(*shape, -1), keys[:, i])
-            first = self.backbone.embed_tokens(backbone, frozen["first_tokens"][label][:, None])
-            error = jnp.square(normalise(first[:, 0].astype(jnp.float32)) - normalise(words))
-            rows[name] = {
-                "label": self.backbone.encode_text(backbone, frozen["labels"][template, label]),
-                "word": self.text_features(backbone, prompts, words),
-                "object": error.mean(axis=-1),
-            }
-        return rows
+        return {
+            "label": self.backbone.encode_text(backbone, frozen["labels"][template, label]),
+            "word": self.text_features(backbone, prompts, words),
+            "object": error.mean(axis=-1),
+        }
 
     def objective(self, params: Params, rows: Params) -> tuple[jax.Array, dict[str, jax.Array]]:
         if self.train == "map":
@@ -269,19 +290,14 @@ class Palavra(PseudoWord):
     ) -> jax.Array:
         """Words after the steps at query time; each row alone, whatever the batch.
 
-        image: float32[batch, dim], unit mean feature of each set; words: [batch, token_dim].
+        image: float32[batch, dim], mean of each set's unit features; words: [batch, token_dim].
         """
-        backbone = frozen["backbone"]
-        coarse = self.backbone.encode_text(backbone, jnp.asarray(self.coarse_ids))
-        coarse = self._visual(params, coarse)
-        ids = jnp.broadcast_to(self.word_ids, (len(words), self.word_ids.shape[1]))
+        coarse = self.coarse_features(params, frozen)
         optimizer = optax.adam(self.refinement.learning_rate)
 
         def loss(words: jax.Array) -> jax.Array:
-            text = self.text_features(backbone, ids, words)
-            pairs = (jnp.stack([x, jnp.broadcast_to(coarse, x.shape)], 1) for x in (image, text))
             # the sum: rows do not see each other's gradients
-            return jax.vmap(lambda a, b: nt_xent(a, b, TEMPERATURE))(*pairs).sum()
+            return self.refinement_loss(frozen, image, coarse, words).sum()
 
         def step(carry: Any, _: None) -> tuple[Any, None]:
             words, state = carry
@@ -290,6 +306,20 @@ class Palavra(PseudoWord):
 
         start = (words, optimizer.init(words))
         return jax.lax.scan(step, start, None, self.refinement.steps)[0][0]
+
+    def coarse_features(self, params: Params, frozen: Params) -> jax.Array:
+        """C, float32[1, dim]. Here T reads a unit feature, as in the release; not in training."""
+        coarse = self.backbone.encode_text(frozen["backbone"], jnp.asarray(self.coarse_ids))
+        return self.visual(params, normalise(coarse))
+
+    def refinement_loss(
+        self, frozen: Params, image: jax.Array, coarse: jax.Array, words: jax.Array
+    ) -> jax.Array:
+        """float32[batch]: NT-Xent of two rows for each word alone; arguments as of `refine`."""
+        ids = jnp.broadcast_to(self.word_ids, (len(words), self.word_ids.shape[1]))
+        text = self.text_features(frozen["backbone"], ids, words)
+        pairs = (jnp.stack([x, jnp.broadcast_to(coarse, x.shape)], 1) for x in (image, text))
+        return jax.vmap(lambda a, b: nt_xent(a, b, TEMPERATURE))(*pairs)
 
     def _words(self, params: Params, images: jax.Array, rngs: jax.Array | None = None) -> jax.Array:
         """Unit float32[batch, set, dim] -> float32[batch, token_dim]; rngs: a key per row."""
@@ -300,9 +330,9 @@ class Palavra(PseudoWord):
             images, rngs
         )
 
-    def _visual(self, params: Params, text: jax.Array) -> jax.Array:
-        """norm(T(norm(text)))."""
-        return normalise(self.map.apply({"params": params["map"]}, normalise(text)))
+    def visual(self, params: Params, text: jax.Array) -> jax.Array:
+        """norm(T(text)) of float32[..., dim]; un-normalised in training."""
+        return normalise(self.map.apply({"params": params["map"]}, text))
 
     def read_official(self, path: Path, frozen: Params) -> Params:
         del frozen
