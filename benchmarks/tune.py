@@ -1,0 +1,155 @@
+"""Query-time settings of every method, tuned alike on val of the embedded world.
+
+    python benchmarks/tune.py --workdir=runs/table
+
+Each method gets up to BUDGET settings of its query; nothing is trained for them. Trained methods
+are read from the runs of seed 0 that benchmarks/shapes.py leaves in the workdir, and trained there
+if there are none. Chosen is the best CIRCO-like mAP@10 on val; the test worlds are not looked at.
+Writes benchmarks/tune.json after each setting and goes on there; --methods=palavra,slerp tunes
+these alone. README's numbers use the settings in experiments/, which this file must confirm.
+"""
+
+import datetime
+import itertools
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import tqdm  # noqa: E402
+from absl import app, flags, logging  # noqa: E402
+
+BUDGET = 9
+"""Settings per method, the default among them."""
+
+GRIDS: dict[str, dict[str, tuple[Any, ...]]] = {
+    "slerp": {"alpha": (0.5, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)},
+    "palavra": {"refine_steps": (30, 100), "refine_learning_rate": (0.01, 0.02, 0.05, 0.1)},
+    "pic2word": {"link": (",", "that", "and", "but", "which", "of", "with", "which is", "that is")},
+    "searle_oti": {"iterations": (50, 100, 200), "learning_rate": (1e-2, 2e-2, 5e-2)},
+    "compodiff": {"steps": (2, 5, 10), "guidance": ((2.5, 2.0), (1.5, 7.5), (1.0, 1.0))},
+}
+"""Method -> setting -> values; the product is tried. SEARLE and LinCIR have no such settings."""
+
+CHOSEN_BY = ("circo", "mAP@10")
+
+WORKDIR = flags.DEFINE_string("workdir", "runs/table", "Runs of benchmarks/shapes.py")
+OUTPUT = flags.DEFINE_string("output", str(ROOT / "benchmarks" / "tune.json"), "File to write")
+PRESET = flags.DEFINE_string("preset", "shapes", "Preset of the experiments: shapes or smoke")
+METHODS = flags.DEFINE_list("methods", list(GRIDS), "Methods to tune")
+
+
+def settings(method: str, default: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The grid's points, that of the experiment among them; BUDGET at most."""
+    grid = GRIDS[method]
+    points = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
+    own = {name: default[name] for name in grid}
+    points = [own, *(point for point in points if point != own)]
+    if len(points) > BUDGET:
+        raise ValueError(f"{method}: {len(points)} settings, the budget is {BUDGET}")
+    return points
+
+
+def tune(method: str, preset: str, workdir: Path, known: Sequence[Mapping[str, Any]]) -> Iterator:
+    """Yields {"setting", "val": {"circo mAP@10": ...}} of each setting; those `known` are kept."""
+    from cir_jax import experiment as experiments
+    from cir_jax.evaluation import benchmarks
+    from cir_jax.evaluation.evaluate import evaluate
+    from cir_jax.evaluation.runner import trained_params
+    from cir_jax.loading import read_experiment
+    from cir_jax.storage.places import default_cache_dir
+    from cir_jax.training import stages
+    from cir_jax.training import workdir as workdirs
+    from data import build
+
+    config = read_experiment(f"{method}:{preset}")
+    config.evaluation.split = "test_0"  # as benchmarks/shapes.py stores it; val is read below
+    build.prepare_needed(
+        stages.required_tables(config),
+        benchmarks.required(config.evaluation.benchmarks),
+        data_dir=experiments.data_dir(config),
+    )
+    directory = workdir.absolute() / f"{method}-0"
+    if config.stages:
+        workdirs.claim(directory, config)
+        stages.train(experiments.setup(config), directory)
+    loaded = [
+        benchmarks.load(name, "val", experiments.data_dir(config))
+        for name in config.evaluation.benchmarks
+    ]
+    done = {json.dumps(row["setting"]): row for row in known}
+    points = settings(method, config.composer.to_dict())
+    for point in tqdm.tqdm(points, desc=f"tuning {method}", unit="setting"):
+        key = json.dumps(point)
+        if key in done:
+            yield done[key]
+            continue
+        config.composer.update(point)
+        experiment = experiments.setup(config)
+        params = trained_params(experiment, directory)
+        val = {}
+        for benchmark in loaded:
+            result = evaluate(
+                experiment.composer,
+                params,
+                experiment.frozen,
+                benchmark,
+                mesh=experiment.mesh,
+                batch_size=config.evaluation.batch_size,
+                cache_dir=default_cache_dir(),
+                method=method,
+            )
+            kind = benchmark.name.partition("/")[2]
+            for name in result.headline:
+                val[f"{kind} {name}"] = round(result.metrics[name].value, 3)
+        yield {"setting": json.loads(key), "val": val}
+
+
+def best(rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """The first of the best: the experiment's own setting where others are only as good."""
+    return max(rows, key=lambda row: row["val"][" ".join(CHOSEN_BY)])
+
+
+def table(measured: Mapping[str, Any]) -> str:
+    """Markdown: each method's settings with their val numbers, the chosen one bold."""
+    lines = [f"| method | setting | val {' '.join(CHOSEN_BY)} |", "| --- | --- | --- |"]
+    for method, rows in measured["methods"].items():
+        chosen = best(rows)
+        for row in rows:
+            said = ", ".join(f"{name}={value}" for name, value in row["setting"].items())
+            value = f"{row['val'][' '.join(CHOSEN_BY)]:.1f}"
+            lines.append(f"| {method} | {said} | {f'**{value}**' if row is chosen else value} |")
+    return "\n".join(lines)
+
+
+def main(_: list[str]) -> None:
+    logging.set_verbosity(logging.WARNING)
+    if wrong := sorted(set(METHODS.value) - set(GRIDS)):
+        raise app.UsageError(f"--methods: no {wrong[0]}; there are {', '.join(GRIDS)}")
+    output = Path(OUTPUT.value)
+    before = json.loads(output.read_text()) if output.is_file() else {"methods": {}}
+    measured: dict[str, Any] = {
+        "command": "python benchmarks/tune.py",
+        "split": "val",
+        "chosen_by": " ".join(CHOSEN_BY),
+        "date": datetime.date.today().isoformat(),
+        "methods": dict(before["methods"]),
+    }
+    for method in METHODS.value:
+        known = before["methods"].get(method, [])
+        rows: list[Mapping[str, Any]] = []
+        for row in tune(method, PRESET.value, Path(WORKDIR.value), known):
+            rows.append(row)
+            # those that come later, of a run that was cut, stay until they are reached
+            later = [r for r in known if all(r["setting"] != done["setting"] for done in rows)]
+            measured["methods"][method] = rows + later
+            output.write_text(json.dumps(measured, indent=1) + "\n")
+    print(table(measured))
+
+
+if __name__ == "__main__":
+    app.run(main)

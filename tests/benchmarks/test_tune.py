@@ -1,0 +1,61 @@
+"""Tuning: every method alike, on val, from a committed command; what it says is what we use."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from benchmarks import tune
+from cir_jax.loading import read_experiment
+
+
+@pytest.mark.parametrize("method", tune.GRIDS)
+def test_the_budget_is_the_same_for_all_and_holds_the_default(method):
+    default = read_experiment(f"{method}:shapes").composer.to_dict()
+    points = tune.settings(method, default)
+    assert points[0] == {name: default[name] for name in tune.GRIDS[method]}
+    assert tune.BUDGET - 1 <= len(points) <= tune.BUDGET
+    assert len({json.dumps(point) for point in points}) == len(points)
+
+
+def test_the_best_on_val_is_chosen_and_the_default_where_it_is_as_good():
+    def row(value, **setting):
+        return {"setting": setting, "val": {"circo mAP@10": value, "cirr R@1": -value}}
+
+    rows = [row(3.0, alpha=0.8), row(5.0, alpha=0.5), row(5.0, alpha=0.6)]
+    assert tune.best(rows) is rows[1]
+    shown = tune.table({"methods": {"slerp": rows}}).splitlines()
+    assert shown[2:] == [
+        "| slerp | alpha=0.8 | 3.0 |",
+        "| slerp | alpha=0.5 | **5.0** |",
+        "| slerp | alpha=0.6 | 5.0 |",
+    ]
+
+
+@pytest.mark.slow
+def test_it_runs_and_goes_on_where_it_was_cut(tmp_path):
+    output = tmp_path / "tune.json"
+    command = [sys.executable, tune.__file__, "--methods=slerp", "--preset=smoke"]
+    command += [f"--workdir={tmp_path}", f"--output={output}"]
+    known = {"setting": {"alpha": 0.5}, "val": {"circo mAP@10": 99.0}}
+    output.write_text(json.dumps({"methods": {"slerp": [known]}}))
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(output.read_text())["methods"]["slerp"]
+    assert [r["setting"]["alpha"] for r in rows] == [
+        0.8,
+        0.5,
+        0.6,
+        0.65,
+        0.7,
+        0.75,
+        0.85,
+        0.9,
+        0.95,
+    ]
+    assert rows[1] == known  # not measured again
+    assert {"circo mAP@10", "cirr R@1", "genecis R@1"} <= set(rows[0]["val"])
+    assert "| slerp | alpha=0.5 | **99.0** |" in done.stdout
+    done = subprocess.run([*command, "--methods=text"], capture_output=True, text=True)
+    assert done.returncode and "no text; there are slerp, palavra" in done.stdout + done.stderr
