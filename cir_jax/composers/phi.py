@@ -16,6 +16,7 @@ from cir_jax.composers.base import Params, Query
 from cir_jax.composers.pseudo_word import PseudoWord
 from cir_jax.errors import ConfigError
 from cir_jax.models.backbone import Backbone
+from cir_jax.sharding.constraints import split_rows
 from cir_jax.weights import convert, official
 
 
@@ -78,11 +79,14 @@ class LearnedWord(PseudoWord):
         rngs: a key per row, for dropout; None = no dropout.
         """
         variables = {"params": params}
+        features, apply = split_rows(features), self.network.apply
         if rngs is None:
-            return self.network.apply(variables, features)
-        apply = self.network.apply
-        return jax.vmap(lambda x, rng: apply(variables, x, True, rngs={"dropout": rng}))(
-            features, rngs
+            return split_rows(apply(variables, features))
+        # around the map: inside of it, a row has no axis of rows
+        return split_rows(
+            jax.vmap(lambda x, rng: apply(variables, x, True, rngs={"dropout": rng}))(
+                features, rngs
+            )
         )
 
     def invert(self, params: Params, frozen: Params, query: Query, rng: jax.Array) -> jax.Array:

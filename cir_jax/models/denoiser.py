@@ -17,6 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from cir_jax.sharding.constraints import split_rows
+
 
 @dataclasses.dataclass(frozen=True)
 class DenoiserConfig:
@@ -181,7 +183,7 @@ class CrossAttention(nn.Module):
             self.null_key_value.astype(self.dtype)[None, None, :, None], (1, 1, *split)
         )
         parts = [null] + [
-            self.key_value(part).reshape(*part.shape[:-1], *split) for part in context
+            split_rows(self.key_value(part).reshape(*part.shape[:-1], *split)) for part in context
         ]
         both = jnp.concatenate(
             [jnp.broadcast_to(part, (rows, *part.shape[1:])) for part in parts], axis=1
@@ -231,9 +233,9 @@ class Layer(nn.Module):
         return self.cross_attention.keys_values(*context)
 
     def __call__(self, x: jax.Array, bias: jax.Array, keys_values: KeysValues) -> jax.Array:
-        x = x + self.self_attention(x, bias)
-        x = x + self.cross_attention(x, keys_values)
-        return x + self.feed_forward(x)
+        x = split_rows(x + self.self_attention(x, bias))
+        x = split_rows(x + self.cross_attention(x, keys_values))
+        return split_rows(x + self.feed_forward(x))
 
 
 def released_names(config: DenoiserConfig) -> dict[str, tuple[tuple[str, ...], str]]:
