@@ -95,10 +95,10 @@ class Denoiser(nn.Module):
         text: float[rows, length, text_dim]; image: float[rows, embed_dim], zeros = none;
         mask: float[rows, mask_size, mask_size], zeros = none. Any of them may have one row for all.
         """
-        text = split_rows(self.text_embedding(text))
+        text = split_rows(self.text_embedding(split_rows(text)))
         image = image.astype(self.dtype)[:, None]
         # rows flattened; a mask of zeros is a token too: what the biases make of it
-        mask = split_rows(self.mask_embedding(mask.reshape(mask.shape[0], 1, -1)))
+        mask = self.mask_embedding(mask.reshape(mask.shape[0], 1, -1))
         return [layer.keys_values(text, image, mask) for layer in self.layers]
 
     def denoise(
@@ -110,6 +110,7 @@ class Denoiser(nn.Module):
         it is the same for all; conditions: from `condition`, with as many rows.
         """
         dim = x.shape[-1]
+        x = split_rows(x)
         time = jnp.broadcast_to(self.embed_time(time), x.shape)
         tokens = split_rows(jnp.stack([x.astype(self.dtype), time], axis=-2))
         bias = self.position_bias()
@@ -117,7 +118,8 @@ class Denoiser(nn.Module):
             tokens = layer(tokens, bias, keys_values)
         clean = tokens[:, :, 0].astype(jnp.float32)
         clean = self.final_norm(layers.stabilised(clean))
-        return self.out(clean).astype(jnp.float32).reshape(*x.shape[:-1], dim)
+        clean = split_rows(self.out(split_rows(clean)))
+        return clean.astype(jnp.float32).reshape(*x.shape[:-1], dim)
 
     def embed_time(self, time: jax.Array) -> jax.Array:
         """int32[...] -> float[..., embed_dim]."""

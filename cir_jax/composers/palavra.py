@@ -46,7 +46,7 @@ from cir_jax.errors import ConfigError, WeightsError, unknown
 from cir_jax.input.objects import Objects
 from cir_jax.input.phrases import TEMPLATES
 from cir_jax.models.backbone import Backbone
-from cir_jax.sharding.constraints import split_rows
+from cir_jax.sharding.constraints import each_row, split_rows
 from cir_jax.weights import convert, official
 
 TEMPERATURE = 0.25
@@ -68,9 +68,9 @@ class DeepSet(nn.Module):
         for i in range(LAYERS):
             own = linear(x.shape[-1], self.hidden_dim, f"gamma_{i}")
             shared = linear(x.shape[-1], self.hidden_dim, f"lambda_{i}", bias=False)
-            x = nn.elu(own(x) - shared(x.mean(axis=-2, keepdims=True)))
+            x = split_rows(nn.elu(own(x) - shared(x.mean(axis=-2, keepdims=True))))
         x = nn.Dropout(self.dropout, deterministic=not train)(x.mean(axis=-2))
-        x = nn.elu(linear(self.hidden_dim, self.hidden_dim, "fc")(x))
+        x = split_rows(nn.elu(linear(self.hidden_dim, self.hidden_dim, "fc")(x)))
         x = nn.Dropout(self.dropout, deterministic=not train)(x)
         return linear(self.hidden_dim, self.token_dim, "out")(x)
 
@@ -295,9 +295,8 @@ class Palavra(PseudoWord):
         images = split_rows(images)
         if rngs is None:
             return split_rows(apply(variables, images))
-        return split_rows(
-            jax.vmap(lambda x, rng: apply(variables, x, True, rngs={"dropout": rng}))(images, rngs)
-        )
+        train = each_row(lambda x, rng: apply(variables, x, True, rngs={"dropout": rng}))
+        return split_rows(train(images, rngs))
 
     def _visual(self, params: Params, text: jax.Array) -> jax.Array:
         """norm(T(norm(text)))."""

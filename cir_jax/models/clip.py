@@ -23,6 +23,7 @@ from cir_jax.models.transformer import (
     check_token_ids,
     run_blocks,
 )
+from cir_jax.sharding.constraints import split_rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,7 +191,7 @@ class TextTower(nn.Module):
             embeddings.astype(self.dtype)
             + self.position_embedding.astype(self.dtype)[None, :length]
         )
-        return self.final_norm(run_blocks(self.layers, x, mask, at))
+        return split_rows(self.final_norm(run_blocks(self.layers, x, mask, at)))
 
 
 class Clip(nn.Module):

@@ -87,7 +87,7 @@ def encode(
 
 def of_rows(past: Past, rows: jax.Array) -> Past:
     """The beginning of each row, rows: int32[batch]."""
-    return split_rows(jax.tree.map(lambda x: x[rows], past))
+    return jax.tree.map(lambda x: x[rows], past)
 
 
 def _layers(config: ClipConfig, text: Any) -> list[Any]:

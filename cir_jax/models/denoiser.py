@@ -113,9 +113,11 @@ class Mlp(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        x = nn.silu(linear(2 * self.width, "fc1", bias=True, dtype=self.dtype)(x))
-        x = nn.silu(linear(2 * self.width, "fc2", bias=True, dtype=self.dtype)(x))
-        return linear(self.width, "fc3", bias=True, dtype=self.dtype)(x)
+        x = split_rows(x)
+        for name in ("fc1", "fc2"):
+            x = linear(2 * self.width, name, bias=True, dtype=self.dtype)(x)
+            x = nn.silu(split_rows(x))
+        return split_rows(linear(self.width, "fc3", bias=True, dtype=self.dtype)(x))
 
 
 class SelfAttention(nn.Module):

@@ -10,16 +10,17 @@ nothing. The transpose of a constraint is the same constraint, so that gradients
 
 import contextlib
 import contextvars
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from cir_jax.sharding.mesh import BATCH, row_shards
+from cir_jax.sharding.mesh import BATCH, ROW_AXES, row_shards
 
 _mesh: contextvars.ContextVar[Mesh | None] = contextvars.ContextVar("mesh", default=None)
+_in_row = contextvars.ContextVar("in_row", default=False)
 
 
 @contextlib.contextmanager
@@ -39,9 +40,18 @@ def rows_over(mesh: Mesh) -> Iterator[None]:
 def split_rows(tree: Any) -> Any:
     """The same arrays [rows, ...], row by row on the devices of the batch; a tree of them or None.
 
-    Rows that the devices do not divide lie whole on each: the one null text of a batch.
+    Rows that the devices do not divide lie whole on each: the one null text of a batch. Inside of
+    `each_row` arrays have no axis of rows, and the one that is mapped over is meant.
     """
-    return jax.tree.map(lambda x: _constrain(x, BATCH), tree)
+
+    def split(x: jax.Array) -> jax.Array:
+        if _in_row.get():
+            return _constrain(x, P(*[P.UNCONSTRAINED] * x.ndim))
+        mesh = _mesh.get()
+        divides = mesh is not None and x.shape[0] % row_shards(mesh) == 0
+        return _constrain(x, BATCH if divides else P())
+
+    return jax.tree.map(split, tree)
 
 
 def whole(tree: Any) -> Any:
@@ -54,10 +64,23 @@ def gathered(table: jax.Array) -> jax.Array:
     return _constrain(table, P(P.UNCONSTRAINED, None))
 
 
+def each_row(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`jax.vmap` over rows, for what draws random numbers of its own in each; see `split_rows`."""
+    if _mesh.get() is None:
+        return jax.vmap(function)
+
+    def of_row(*args: Any) -> Any:
+        token = _in_row.set(True)
+        try:
+            return function(*args)
+        finally:
+            _in_row.reset(token)
+
+    return jax.vmap(of_row, spmd_axis_name=ROW_AXES)
+
+
 def _constrain(x: jax.Array, spec: P) -> jax.Array:
     mesh = _mesh.get()
     if mesh is None:
         return x
-    if spec == BATCH and (not x.ndim or x.shape[0] % row_shards(mesh)):
-        spec = P()
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
