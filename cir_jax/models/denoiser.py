@@ -185,7 +185,7 @@ class CrossAttention(nn.Module):
             self.null_key_value.astype(self.dtype)[None, None, :, None], (1, 1, *split)
         )
         parts = [null] + [
-            split_rows(self.key_value(part).reshape(*part.shape[:-1], *split)) for part in context
+            self.key_value(part).reshape(*part.shape[:-1], *split) for part in context
         ]
         both = jnp.concatenate(
             [jnp.broadcast_to(part, (rows, *part.shape[1:])) for part in parts], axis=1

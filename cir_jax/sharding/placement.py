@@ -15,7 +15,7 @@ from cir_jax.sharding.mesh import batch_sharding, replicated
 
 Rules = Sequence[tuple[str, P]]
 RULES: Rules = (
-    (r".*/(query|key|value|fc1|gate)/kernel", P("fsdp", "tensor")),
+    (r".*/(query|key|value|key_value|fc1|gate)/kernel", P("fsdp", "tensor")),
     (r".*/(out|fc2)/kernel", P("tensor", "fsdp")),
     (r".*/(token_embedding/embedding)", P("tensor", "fsdp")),
     (r".*/kernel", P("fsdp", None)),
