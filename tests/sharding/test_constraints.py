@@ -30,8 +30,6 @@ ROW, WORD, TOKEN = 13, 11, 5
 ROWS = 8 * ROW
 LENGTH = WORD
 MESHES = [(2, 4, 1), (2, 2, 2)]
-# what makes the same program for the devices in a third of the time
-OPTIONS = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
 BOOK = {
     "templates": ["a photo of a {}", "{} and it"],
     "concepts": {"star": ["a star is red", "two star and star"], "circle": ["a circle", "circle"]},
@@ -170,7 +168,7 @@ def moved(text, sizes, compares=True, kinds=("all-reduce",)):
 
 
 def check(lowered, *args):
-    compiled = lowered.compile(compiler_options=OPTIONS)
+    compiled = hlo.compiled(lowered)
     assert not moved(compiled.as_text(), *args)
     return compiled
 
@@ -202,7 +200,7 @@ def test_without_constraints_they_do(backbones, files, monkeypatch):
     monkeypatch.setattr(constraints, "_constrain", lambda x, spec: x)
     for name, stage in (("pic2word", "contrastive"), ("compodiff", "stage2")):
         lowered = lower(name, stage, (2, 4, 1), *backbones("clip"), files)
-        text = lowered.compile(compiler_options=OPTIONS).as_text()
+        text = hlo.compiled(lowered).as_text()
         assert len(moved(text, (2, 4, 1), STAGES[name, stage][1])) > 5
 
 
