@@ -118,7 +118,7 @@ class Composer:
         so that only one part's activations are held; the objective still sees all negatives, and
         loss and gradients are those of the whole batch (GradCache, arXiv 2101.06983).
         """
-        rngs = split_rows(jax.random.split(rng, len(next(iter(batch.values())))))
+        rngs = jax.random.split(rng, len(next(iter(batch.values()))))
 
         def encode(batch: dict[str, jax.Array], rngs: jax.Array) -> Params:
             return split_rows(self.encode(params, frozen, split_rows(batch), split_rows(rngs)))

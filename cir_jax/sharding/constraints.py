@@ -2,7 +2,7 @@
 
 fsdp splits rows and parameters alike, so a compiler that meets both may gather the weights of a
 layer, or leave them where they lie and move the activations of the whole batch; left alone, it does
-the latter. A constraint at each border of a tower and of a layer leaves it the first way alone.
+the latter. A constraint at each border of a tower and of a layer leaves it the first way only.
 
 Models call `split_rows` without knowing of devices: outside `rows_over`, and on one device, it does
 nothing. The transpose of a constraint is the same constraint, so that gradients obey it, too.
@@ -25,7 +25,7 @@ _in_row = contextvars.ContextVar("in_row", default=False)
 
 @contextlib.contextmanager
 def rows_over(mesh: Mesh) -> Iterator[None]:
-    """Inside, `split_rows` and `whole` mean this mesh; for the time a function is traced.
+    """Inside, the functions below mean this mesh; for the time a function is traced.
 
     Enter it within the function that is compiled: traces that JAX keeps are found by their
     arguments, among which a mesh outside would not be.
