@@ -78,7 +78,7 @@ def encode(
         key = jnp.concatenate([past.keys[i].astype(dtype), key], axis=1)
         value = jnp.concatenate([past.values[i].astype(dtype), value], axis=1)
         if i == len(layers) - 1:  # of the last block the pooled row alone counts
-            query, x = _row(query, end), _row(x, end)
+            query, x = _row(query, end), split_rows(_row(x, end))
             mask = jnp.take_along_axis(mask, end[:, None, None, None], axis=2)
         x = split_rows(_block(config, layer, x, attend(query, key, value, mask)))
     pooled = _norm(config, text["final_norm"], x[:, 0])

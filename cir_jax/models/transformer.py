@@ -107,7 +107,7 @@ class Attention(nn.Module):
                 width, dtype=self.dtype, kernel_init=nn.initializers.normal(std), name=name
             )
 
-        asking = x if at is None else take_position(x, at)
+        asking = x if at is None else split_rows(take_position(x, at))
         # [batch, length, width] -> [batch, length, heads, head_dim]
         query, key, value = (
             dense(name, std)(of).reshape(*of.shape[:-1], heads, width // heads)
@@ -143,7 +143,7 @@ class Block(nn.Module):
 
         attention = Attention(config, self.dtype, self.causal, name="attention")
         mixed = attention(norm("norm1")(x), mask, at=at)
-        x = (x if at is None else take_position(x, at)) + mixed
+        x = (x if at is None else split_rows(take_position(x, at))) + mixed
         return x + mlp(config, self.dtype, norm("norm2")(x))
 
 
