@@ -17,6 +17,7 @@ from cir_jax.input import images
 from cir_jax.input.identity import CROP, source_identity
 from cir_jax.input.images import ImageTransform
 from cir_jax.models.backbone import Backbone
+from cir_jax.sharding.constraints import rows_over
 from cir_jax.sharding.mesh import replicated
 from cir_jax.sharding.placement import on_mesh
 from cir_jax.sharding.rows import map_rows
@@ -319,7 +320,8 @@ def _what(source: Records, row: int, record: Mapping[str, Any]) -> str:
 def _encode_images(
     backbone: Backbone, mesh: Mesh, params: Params, batch: dict[str, jax.Array]
 ) -> jax.Array:
-    features = backbone.encode_image(params, batch["image"]) * batch["ok"][:, None]
+    with rows_over(mesh):
+        features = backbone.encode_image(params, batch["image"]) * batch["ok"][:, None]
     return jax.lax.with_sharding_constraint(features, replicated(mesh))
 
 
@@ -327,7 +329,8 @@ def _encode_images(
 def _embed_gallery(
     composer: Composer, mesh: Mesh, params: Params, frozen: Params, batch: dict[str, jax.Array]
 ) -> jax.Array:
-    features = composer.embed_gallery(params, frozen, batch["image"]) * batch["ok"][:, None]
+    with rows_over(mesh):
+        features = composer.embed_gallery(params, frozen, batch["image"]) * batch["ok"][:, None]
     return jax.lax.with_sharding_constraint(features, replicated(mesh))
 
 
@@ -341,5 +344,6 @@ def _compose(
     seed: jax.Array,
 ) -> jax.Array:
     # the key is made here: a host's key array would have to be placed on every mesh
-    features = composer.compose(params, frozen, query, jax.random.key(seed))
+    with rows_over(mesh):
+        features = composer.compose(params, frozen, query, jax.random.key(seed))
     return jax.lax.with_sharding_constraint(features, replicated(mesh))

@@ -31,6 +31,7 @@ from cir_jax.experiment import Experiment
 from cir_jax.input.identity import source_identity
 from cir_jax.input.tables import Table
 from cir_jax.retrieval.features import image_features
+from cir_jax.sharding.constraints import rows_over
 from cir_jax.sharding.mesh import replicated
 from cir_jax.sharding.rows import map_rows
 from cir_jax.storage.atomic import write_atomically
@@ -346,7 +347,8 @@ def _shards(
 def _invert(
     composer: PseudoWord, mesh: Mesh, frozen: Any, query: dict[str, jax.Array], seed: jax.Array
 ) -> jax.Array:
-    rows = composer.invert({}, frozen, query, jax.random.key(seed))
+    with rows_over(mesh):
+        rows = composer.invert({}, frozen, query, jax.random.key(seed))
     if "phrases" in frozen:
         top = composer.phrases.associate(frozen["phrases"], query["reference_features"])
         rows = jnp.concatenate([rows, top.astype(jnp.float32)], axis=1)  # exact below 2**24

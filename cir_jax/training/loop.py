@@ -254,27 +254,36 @@ def describe(trainer: Trainer) -> str:
         "trainable": (trainer.abstract.params, trainer.step.state_shardings.params),
         "average": (trainer.abstract.ema, trainer.step.state_shardings.ema),
         "optimizer": (trainer.abstract.opt_state, trainer.step.state_shardings.opt_state),
-        "frozen": (trainer.frozen, placement.parameter_shardings(trainer.mesh, trainer.frozen)),
+        "frozen": (trainer.frozen, trainer.step.frozen_shardings),
     }
     batch = trainer.abstract_batch()
     groups["batch"] = (batch, {name: x.sharding for name, x in batch.items()})
     for group, (tree, shardings) in groups.items():
         leaves = jax.tree_util.tree_leaves_with_path(tree)
         specs = jax.tree.leaves(shardings)
-        total = device = count = 0
-        rows = []
-        for (path, leaf), sharding in zip(leaves, specs, strict=True):
-            size = math.prod(leaf.shape) * leaf.dtype.itemsize
-            part = math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-            total, device, count = total + size, device + part, count + math.prod(leaf.shape)
-            if group in ("trainable", "batch"):
-                rows.append(
-                    f"    {jax.tree_util.keystr(path)} {leaf.dtype}{list(leaf.shape)} "
-                    f"{sharding.spec}"
-                )
-        lines.append(f"  {group}: {count:,} values, {_size(total)}, {_size(device)} per device")
-        lines += rows
+        count = sum(math.prod(leaf.shape) for _, leaf in leaves)
+        total = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for _, leaf in leaves)
+        line = f"  {group}: {count:,} values, {_size(total)}"
+        line += f", {_size(_per_device(tree, shardings))} per device"
+        if group == "frozen" and leaves:
+            ways = []
+            for name, rules in placement.FROZEN.items():
+                where = placement.parameter_shardings(trainer.mesh, tree, rules)
+                ways.append(f"config.frozen={name}: {_size(_per_device(tree, where))}")
+            line += f" ({', '.join(ways)})"
+        lines.append(line)
+        if group in ("trainable", "batch"):
+            lines += [
+                f"    {jax.tree_util.keystr(path)} {leaf.dtype}{list(leaf.shape)} {sharding.spec}"
+                for (path, leaf), sharding in zip(leaves, specs, strict=True)
+            ]
     return "\n".join(lines)
+
+
+def _per_device(tree: Any, shardings: Any) -> int:
+    """Bytes."""
+    leaves = zip(jax.tree.leaves(tree), jax.tree.leaves(shardings), strict=True)
+    return sum(math.prod(s.shard_shape(x.shape)) * x.dtype.itemsize for x, s in leaves)
 
 
 def _size(count: int) -> str:

@@ -20,6 +20,7 @@ from cir_jax.training.differences import differing_fields
 CONFIG_FILE = "config.json"
 FREE_FIELDS = (
     "mesh",
+    "frozen",
     "remat",
     "evaluation",
     "log_every",
