@@ -163,8 +163,8 @@ class Checkpoints:
         if jax.tree.leaves(like.ema):
             wanted["ema"] = like.ema
         for item, tree in wanted.items():
-            if not (path / item).is_dir():
-                metadata = {}
+            if item == "ema" and not (path / item).is_dir():
+                metadata = {}  # of a stage that did not average
             elif (metadata := stored.get(item)) is None:
                 raise ValueError(f"{path / item}: no metadata")
             if item == "optimizer" and metadata:

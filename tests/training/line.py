@@ -21,7 +21,7 @@ class Line(Composer):
         self.width = width
 
     def init(self, rng):
-        return {"slope": jax.random.normal(rng, (self.width, 8)), "offset": jnp.zeros(8)}
+        return {"slope": jax.random.normal(rng, (self.width, 8)), "offset": jnp.zeros((1, 8))}
 
     def encode(self, params, frozen, batch, rngs):
         return batch["x"] @ params["slope"][:1] + params["offset"] - 2 * batch["x"]
