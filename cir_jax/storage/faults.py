@@ -35,6 +35,8 @@ def cause(error: BaseException) -> str:
         return found
     while error.__cause__ is not None:
         error = error.__cause__
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0][:LIMIT] if lines else type(error).__name__
 
