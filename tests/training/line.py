@@ -45,14 +45,16 @@ class Rows:
         for number in range(start, stop):
             if self.before:
                 self.before(number + 1)
-            yield {"x": np.random.default_rng(number).normal(size=(8, 1)).astype(np.float32)}
+            rows = np.random.default_rng(number).normal(size=(8, 1)).astype(np.float32)
+            yield {"x": np.split(rows, jax.process_count())[jax.process_index()]}
 
     def __repr__(self):
         return self.data
 
 
 def trainer(steps=4, width=8, before=None, ema=0.0, optimizer=None, **stage):
-    mesh = make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1])
+    devices = jax.devices()[: jax.process_count()]  # one of each
+    mesh = make_mesh({"data": len(devices), "fsdp": 1, "tensor": 1}, devices)
     defaults = {"log_every": 1, "checkpoint_every": 2}
     optimizer = optimizer or optax.adam(1e-2)
     stage = Stage("line", steps, seed=0, optimizer=optimizer, ema=ema, **(defaults | stage))
