@@ -4,10 +4,12 @@ Ctrl-C and SIGTERM: exit status 130 and 143; in the training loop they save firs
 (`cir_jax.training.loop`). A disk that is full or fails: 2, as for all that a user can mend.
 """
 
+import contextlib
 import os
 import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from types import FrameType
 
 from cir_jax.storage import faults
@@ -28,8 +30,9 @@ def phase(doing: str, kept: str) -> None:
 
 
 def run(main: Callable[[], None]) -> None:
-    """main(), which a signal ends with a sentence. A second signal leaves at once."""
-    status, message = _run(main)
+    """main(), which a signal ends with a sentence. A second Ctrl-C leaves at once."""
+    with _leaving_on_the_second():
+        status, message = _run(main)
     if not status:
         return
     # here the frames that main left are gone, and with them the generators that hold threads
@@ -61,6 +64,33 @@ def _run(main: Callable[[], None]) -> tuple[int, str]:
         for number, handler in before.items():
             signal.signal(number, handler)
     return 0, ""
+
+
+@contextlib.contextmanager
+def _leaving_on_the_second() -> Iterator[None]:
+    """Ends the program on a second Ctrl-C, even where Python's handlers cannot run.
+
+    They wait for the main thread, which may be inside a compilation for minutes; the wake-up file
+    is written to when the signal comes.
+    """
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+
+    def watch() -> None:
+        count = 0
+        while number := os.read(reader, 1):
+            count += number[0] == signal.SIGINT
+            if count > 1:
+                os._exit(128 + signal.SIGINT)
+        os.close(reader)
+
+    before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    threading.Thread(target=watch, daemon=True).start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        os.close(writer)
 
 
 def _stop(number: int, _: FrameType | None) -> None:

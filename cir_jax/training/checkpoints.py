@@ -1,6 +1,7 @@
 """Checkpoints of a stage: Orbax, asynchronous, sharded, every file with a digest.
 
 Damaged ones are passed over, not fatal. What cannot be read just now is never taken for damaged.
+Orbax has no digests of arrays: OCDBT's checksums guard its index, a flipped bit of a value loads.
 """
 
 import contextlib

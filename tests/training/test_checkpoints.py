@@ -13,7 +13,7 @@ import pytest
 
 from cir_jax.errors import CheckpointError
 from cir_jax.storage import digests
-from cir_jax.training import checkpoints
+from cir_jax.training import checkpoints, logs
 from cir_jax.training.checkpoints import Checkpoints, load_scored
 from tests.training.line import trainer
 
@@ -63,6 +63,10 @@ def same(found, state):
         if jax.dtypes.issubdtype(a.dtype, jax.dtypes.prng_key):
             a, b = jax.random.key_data(a), jax.random.key_data(b)
         np.testing.assert_array_equal(a, b)
+
+
+def losses(directory):
+    return [row["loss"] for row in logs.read(directory / "metrics.jsonl")]
 
 
 def files(directory):
@@ -145,6 +149,16 @@ def test_damage_falls_back_with_digests_and_without(saved, copy, damage, verifie
     same(state, saved[1][2])
     assert "4 is not readable" in caplog.text and "Traceback" not in caplog.text
     assert names(copy)[1].startswith("4.unreadable-")
+
+
+def test_a_run_goes_on_from_the_one_before_to_the_same_numbers(tmp_path):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    for directory in (whole, broken):
+        trainer().run(directory)
+    cut(broken / "checkpoints" / "4" / "params")
+    params = trainer(steps=6).run(broken)
+    same(jax.device_get(params), jax.device_get(trainer(steps=6).run(whole)))
+    assert losses(broken) == losses(whole) and len(losses(whole)) == 6
 
 
 def test_all_damaged_is_an_error_and_nothing_moves(copy):
