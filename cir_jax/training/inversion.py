@@ -34,6 +34,7 @@ from cir_jax.retrieval.features import image_features
 from cir_jax.sharding.constraints import rows_over
 from cir_jax.sharding.mesh import replicated
 from cir_jax.sharding.rows import map_rows
+from cir_jax.storage import faults
 from cir_jax.storage.atomic import write_atomically
 from cir_jax.storage.places import default_cache_dir
 from cir_jax.training.differences import differing_fields
@@ -176,14 +177,18 @@ class Store:
         return done
 
     def write(self, index: int, rows: np.ndarray) -> None:
-        """Stores shard `index`; rows: float32[n, token_dim + concepts]. Process 0 alone writes."""
+        """Stores shard `index`; rows: float32[n, token_dim + concepts]. Process 0 alone writes.
+
+        Raises CheckpointError when the disk is full or fails; the shards before are kept.
+        """
         from array_record.python.array_record_module import ArrayRecordWriter
 
         if jax.process_index() != 0:
             return
-        handle, scratch = tempfile.mkstemp(prefix=SCRATCH, dir=self.directory)
-        os.close(handle)
+        scratch = ""
         try:
+            handle, scratch = tempfile.mkstemp(prefix=SCRATCH, dir=self.directory)
+            os.close(handle)
             writer = ArrayRecordWriter(scratch, "group_size:1")
             for row in rows:
                 word, concepts = row[: self.width], row[self.width :].astype("<i4")
@@ -191,9 +196,15 @@ class Store:
             writer.close()
             os.chmod(scratch, 0o644)
             os.replace(scratch, self._file(index))
-        except BaseException:
-            Path(scratch).unlink(missing_ok=True)
-            raise
+        except BaseException as error:
+            if scratch:
+                Path(scratch).unlink(missing_ok=True)
+            if (reason := faults.reason(error)) is None:
+                raise
+            raise CheckpointError(
+                f"{self._file(index)}: cannot be written ({reason}). The words before it are kept: "
+                "make room and run the same command again."
+            ) from error
 
     def read(self) -> tuple[np.ndarray, np.ndarray]:
         """All stored rows: float32[n, token_dim], int32[n, concepts].
@@ -234,12 +245,17 @@ def read_identity(directory: Path) -> dict[str, Any]:
     """Raises CheckpointError when `directory` is none of a stage that inverts images."""
     file = directory / IDENTITY
     try:
-        return json.loads(file.read_text())
-    except OSError as error:
+        stored = json.loads(file.read_bytes())
+        if not isinstance(stored, dict):
+            raise ValueError("no object")
+        return stored
+    except FileNotFoundError as error:
         raise CheckpointError(
             f"{file} is missing: no images are inverted there. Run the stage "
             f"(--config.stages={directory.name},...) first."
         ) from error
+    except OSError as error:
+        raise CheckpointError(f"{file}: cannot be read now ({faults.cause(error)}).") from error
     except ValueError as error:
         raise CheckpointError(f"{file}: not valid JSON ({error}). Delete {directory}.") from error
 

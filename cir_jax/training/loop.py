@@ -3,10 +3,11 @@
 import contextlib
 import dataclasses
 import math
+import os
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,8 @@ from jax.sharding import Mesh
 from cir_jax.composers.base import Composer
 from cir_jax.errors import CheckpointError, CirError, ConfigError
 from cir_jax.input.pipeline import Pipeline
+from cir_jax.sharding import joining, placement
 from cir_jax.sharding import mesh as meshes
-from cir_jax.sharding import placement
 from cir_jax.training.checkpoints import Checkpoints
 from cir_jax.training.logs import MetricsLog
 from cir_jax.training.step import Step, TrainState, init_state, sharded
@@ -32,7 +33,14 @@ class NanLoss(CirError):
 
 
 class Preempted(Exception):
-    """SIGTERM came; the state is saved, the same command continues."""
+    """SIGTERM or Ctrl-C came; the state is saved, the same command continues.
+
+    signal: which one; SIGTERM where it came to another process.
+    """
+
+    def __init__(self, message: str, number: int = signal.SIGTERM):
+        super().__init__(message)
+        self.signal = signal.Signals(number)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,7 +204,10 @@ class Trainer:
                     last_saved = number
                 if leaving:
                     checkpoints.wait()
-                    raise Preempted(f"{stage.name}: stopped and saved after step {number}.")
+                    raise Preempted(
+                        f"{stage.name}: stopped and saved after step {number}.", leaving
+                    )
+            checkpoints.wait()  # while a signal still lets the last one become whole
         return state
 
     def _check(
@@ -218,21 +229,40 @@ class Trainer:
 
 
 @contextlib.contextmanager
-def _preemption() -> Iterator[Any]:
-    """Yields preempted(step) -> bool: has SIGTERM come (on any process: all stop at one step)?"""
-    if jax.process_count() > 1:
-        # jax.distributed catches the signal itself and lets all processes agree on a step
-        yield multihost_utils.reached_preemption_sync_point
-        return
+def _preemption() -> Iterator[Callable[[int], int]]:
+    """Yields preempted(step): the signal for which all processes stop at this step, 0 for none.
+
+    SIGTERM and Ctrl-C ask for it, on whatever process; a second Ctrl-C ends this one at once. One
+    that nobody asked about before the end is passed on to whoever handles it outside.
+    """
+    several, came = jax.process_count() > 1, []
+
+    def note(number: int, _: Any) -> None:
+        came.append(number)
+        if several:
+            joining.give_notice()
+        if number == signal.SIGINT:
+            signal.signal(number, signal.SIG_DFL)
+            os.write(2, b"\nsaving before leaving; Ctrl-C once more leaves at once.\n")
+
+    def preempted(step: int) -> int:
+        if several and not multihost_utils.reached_preemption_sync_point(step):
+            return 0
+        return came[0] if came else signal.SIGTERM if several else 0
+
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if several and not joining.owns_sigterm():
+        numbers.remove(signal.SIGTERM)  # jax listens to it
     if threading.current_thread() is not threading.main_thread():
-        yield lambda step: False  # signals are delivered to the main thread only
-        return
-    came = threading.Event()
-    before = signal.signal(signal.SIGTERM, lambda *_: came.set())
+        numbers = []  # signals are delivered to the main thread only
+    before = {number: signal.signal(number, note) for number in numbers}
     try:
-        yield lambda step: came.is_set()
+        yield preempted
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if came:
+        signal.raise_signal(came[0])
 
 
 def check_weights(position: Mapping[str, Any], composer: Composer, where: Path) -> None:

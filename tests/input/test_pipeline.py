@@ -1,5 +1,9 @@
 """Batches are a pure function of (seed, number): of nothing else."""
 
+import multiprocessing
+import os
+import signal
+
 import numpy as np
 import pytest
 
@@ -62,8 +66,14 @@ def test_processes_together_read_the_global_batch(make, count):
     assert [sum(rows, []) for rows in zip(*shares, strict=True)] == whole
 
 
-def test_worker_processes_change_nothing(make):
-    assert ids(make(workers=2).batches(2, 8)) == ids(make().batches(2, 8))
+def test_worker_processes_change_nothing_and_outlive_a_ctrl_c(make):
+    batches = make(workers=2).batches(2, 42)
+    first = next(batches)
+    workers = multiprocessing.active_children()
+    for worker in workers:  # a terminal sends it to all processes of a run
+        os.kill(worker.pid, signal.SIGINT)
+    assert len(workers) >= 2
+    assert ids([first, *batches]) == ids(make().batches(2, 42))
 
 
 def test_mixture_has_the_asked_shares_and_one_layout(make):

@@ -80,27 +80,6 @@ def test_resumed_equals_unbroken(tiny, tmp_path, reference_run):
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(params), reference_run[1])
 
 
-def test_corrupt_checkpoint_falls_back_to_the_one_before(tiny, tmp_path, reference_run, caplog):
-    make_trainer(tiny).run(tmp_path)
-    broken = tmp_path / "checkpoints" / "4" / "params"
-    for file in broken.rglob("*"):
-        if file.is_file():
-            file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-    params = make_trainer(tiny).run(tmp_path)
-    assert "checkpoints/4" in caplog.text and "not readable" in caplog.text
-    assert losses(tmp_path) == reference_run[0]
-    jax.tree.map(np.testing.assert_array_equal, jax.device_get(params), reference_run[1])
-
-
-def test_all_checkpoints_corrupt_is_an_error(tiny, tmp_path):
-    make_trainer(tiny, steps=2).run(tmp_path)
-    for file in (tmp_path / "checkpoints").rglob("*"):
-        if file.is_file():
-            file.write_bytes(b"")
-    with pytest.raises(CheckpointError, match="none of the checkpoints .* is readable"):
-        make_trainer(tiny).run(tmp_path)
-
-
 def test_checkpoint_of_one_mesh_restores_on_another(tiny, tmp_path, reference_run):
     make_trainer(tiny, {"data": 2, "fsdp": 4, "tensor": 1}, steps=2).run(tmp_path)
     make_trainer(tiny, ONE).run(tmp_path)
