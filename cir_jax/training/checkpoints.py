@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
@@ -105,6 +106,7 @@ class Checkpoints:
         for step in self.steps():
             try:
                 restored = self._manager.restore(step, args=ocp.args.Composite(**_restore(like)))
+                _check_finite(restored["params"])
             except Exception as error:  # Orbax, tensorstore and JSON raise many types
                 logging.warning(
                     "checkpoint %s is not readable (%s); trying the one before.",
@@ -182,6 +184,7 @@ def load_scored(directory: Path, like: Any) -> tuple[Any, dict[str, Any]]:
                     )
                 arrays = ocp.args.PyTreeRestore(abstract, restore_args=restore_args)
                 tree = reader.restore(item, args=arrays)
+            _check_finite(tree)
             with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
                 return tree, reader.restore(path / "position", args=ocp.args.JsonRestore())
         except CheckpointError:
@@ -194,6 +197,27 @@ def load_scored(directory: Path, like: Any) -> tuple[Any, dict[str, Any]]:
         + (" ".join(reasons) + " " if reasons else "")
         + "Train first (`python launch/main.py` with the same --config and --workdir)."
     )
+
+
+def _check_finite(params: Any) -> None:
+    """Raises ValueError naming the first parameters that hold NaN or infinity.
+
+    A step whose loss was the last finite one may have been saved.
+    """
+    leaves = {_name(path): x for path, x in jax.tree_util.tree_leaves_with_path(params)}
+    floats = {name: x for name, x in leaves.items() if jnp.issubdtype(x.dtype, jnp.inexact)}
+    if all(isinstance(x, np.ndarray) for x in floats.values()):
+        good = {name: np.isfinite(x).all() for name, x in floats.items()}
+    else:
+        good = jax.device_get(_are_finite(floats))
+    if bad := [name for name, fine in good.items() if not fine]:
+        more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
+        raise ValueError(f"not finite: {', '.join(bad[:3])}{more}")
+
+
+@jax.jit
+def _are_finite(leaves: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    return {name: jnp.isfinite(x).all() for name, x in leaves.items()}
 
 
 def _mismatch(metadata: Any, like: Any) -> str:
