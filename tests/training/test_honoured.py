@@ -3,6 +3,7 @@ loop moves between host and devices, it moves on purpose."""
 
 import multiprocessing
 import re
+import types
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +12,10 @@ import optax
 import pytest
 
 from cir_jax import experiment as experiments
-from cir_jax.composers.clip_pretraining import ClipPretraining
+from cir_jax.composers.base import Composer
+from cir_jax.input.images import ImageTransform
 from cir_jax.input.pipeline import Part, Pipeline
-from cir_jax.input.records import CaptionPairs, Records
+from cir_jax.input.records import Images, Records
 from cir_jax.loading import read_experiment
 from cir_jax.retrieval import features
 from cir_jax.sharding.mesh import make_mesh
@@ -141,19 +143,28 @@ def as_on_an_accelerator(monkeypatch):
     monkeypatch.setattr(kind, "_value", property(guarded))
 
 
-def small_trainer(tiny):
-    backbone, _ = tiny
-    source = Records(factory.caption_table(32), ("image",), backbone.image_transform)
-    part = Part("captions", source, CaptionPairs(backbone.tokenizer, "images"))
+class Brightness(Composer):
+    """The smallest thing that trains."""
+
+    trained = True
+
+    def init(self, rng):
+        return {"scale": jnp.ones(())}
+
+    def loss(self, params, frozen, batch, rng, microbatches):
+        loss = (params["scale"] * batch["reference_images"] / 255).mean()
+        return loss, {"brightness": loss}
+
+
+def test_the_loop_reads_devices_on_purpose_only(tmp_path, as_on_an_accelerator, monkeypatch):
+    composer = Brightness(types.SimpleNamespace(weights_id="none"))
+    source = Records(factory.caption_table(32), ("image",), ImageTransform(16, 16))
+    pipeline = Pipeline((Part("images", source, Images("images")),), batch_size=8, seed=0)
     stage = loop.Stage("s", 4, 0, optax.sgd(1e-3), log_every=1, checkpoint_every=2)
     mesh = make_mesh({"data": 1}, jax.devices()[:1])
-    return loop.Trainer(stage, ClipPretraining(backbone), {}, Pipeline((part,), 8, 0), mesh)
-
-
-def test_the_loop_reads_devices_on_purpose_only(tiny, tmp_path, as_on_an_accelerator, monkeypatch):
-    trainer = small_trainer(tiny)
-    step = trainer.step
+    trainer = loop.Trainer(stage, composer, {}, pipeline, mesh)
     trainer.run(tmp_path / "whole")
+    step = trainer.step
 
     def reads(state, frozen, batch):
         state, metrics = step(state, frozen, batch)
