@@ -190,7 +190,8 @@ def load_scored(directory: Path, like: Any) -> tuple[Any, dict[str, Any]]:
         except CheckpointError:
             raise
         except Exception as error:
-            reasons.append(f"{item}: {str(error).splitlines()[0][:200] if str(error) else error!r}")
+            said = str(error).splitlines()[0][:200] if str(error) else repr(error)
+            reasons.append(f"{item}: {said}")
             logging.warning("checkpoint not readable, trying the one before: %s", reasons[-1])
     raise CheckpointError(
         f"{directory}: no readable checkpoint. "

@@ -3,24 +3,18 @@ loop moves between host and devices, it moves on purpose."""
 
 import multiprocessing
 import re
-import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
 from cir_jax import experiment as experiments
-from cir_jax.composers.base import Composer
-from cir_jax.input.images import ImageTransform
-from cir_jax.input.pipeline import Part, Pipeline
-from cir_jax.input.records import Images, Records
 from cir_jax.loading import read_experiment
 from cir_jax.retrieval import features
-from cir_jax.sharding.mesh import make_mesh
-from cir_jax.training import inputs, inversion, loop, stages
+from cir_jax.training import inputs, inversion, stages
 from tests import tiny as factory
+from tests.training import small
 
 TYPES = {"float32": "f32", "bfloat16": "bf16"}
 PRODUCT = re.compile(
@@ -143,26 +137,8 @@ def as_on_an_accelerator(monkeypatch):
     monkeypatch.setattr(kind, "_value", property(guarded))
 
 
-class Brightness(Composer):
-    """The smallest thing that trains."""
-
-    trained = True
-
-    def init(self, rng):
-        return {"scale": jnp.ones(())}
-
-    def loss(self, params, frozen, batch, rng, microbatches):
-        loss = (params["scale"] * batch["reference_images"] / 255).mean()
-        return loss, {"brightness": loss}
-
-
 def test_the_loop_reads_devices_on_purpose_only(tmp_path, as_on_an_accelerator, monkeypatch):
-    composer = Brightness(types.SimpleNamespace(weights_id="none"))
-    source = Records(factory.caption_table(32), ("image",), ImageTransform(16, 16))
-    pipeline = Pipeline((Part("images", source, Images("images")),), batch_size=8, seed=0)
-    stage = loop.Stage("s", 4, 0, optax.sgd(1e-3), log_every=1, checkpoint_every=2)
-    mesh = make_mesh({"data": 1}, jax.devices()[:1])
-    trainer = loop.Trainer(stage, composer, {}, pipeline, mesh)
+    trainer = small.trainer()
     trainer.run(tmp_path / "whole")
     step = trainer.step
 
