@@ -2,10 +2,11 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -35,6 +36,20 @@ def start(binary: str, *flags: str, scratch: Path, devices: int = 1, log: Path) 
             stdout=output,
             stderr=subprocess.STDOUT,
         )
+
+
+def start_together(
+    binary: str, *flags: str, scratch: Path, devices: int, logs: Sequence[Path]
+) -> list[subprocess.Popen]:
+    """Starts one process per log, which find each other at a free port."""
+    with socket.socket() as server:
+        server.bind(("", 0))
+        port = server.getsockname()[1]
+    flags = (*flags, f"--coordinator=localhost:{port}", f"--num_processes={len(logs)}")
+    return [
+        start(binary, *flags, f"--process_id={i}", scratch=scratch, devices=devices, log=log)
+        for i, log in enumerate(logs)
+    ]
 
 
 def run(binary: str, *flags: str, scratch: Path, devices: int = 1) -> tuple[int, str]:
