@@ -26,13 +26,15 @@ def environment(scratch: Path, devices: int = 1) -> dict[str, str]:
     }
 
 
-def start(binary: str, *flags: str, scratch: Path, devices: int = 1, log: Path) -> subprocess.Popen:
+def start(
+    binary: str, *flags: str, scratch: Path, devices: int = 1, log: Path, **variables: str
+) -> subprocess.Popen:
     """Starts `python launch/<binary>.py flags`; its output goes to the file `log`."""
     with log.open("ab") as output:
         return subprocess.Popen(
             [sys.executable, f"launch/{binary}.py", *flags],
             cwd=ROOT,
-            env=environment(scratch, devices),
+            env=environment(scratch, devices) | variables,
             stdout=output,
             stderr=subprocess.STDOUT,
         )
@@ -41,14 +43,18 @@ def start(binary: str, *flags: str, scratch: Path, devices: int = 1, log: Path) 
 def start_together(
     binary: str, *flags: str, scratch: Path, devices: int, logs: Sequence[Path]
 ) -> list[subprocess.Popen]:
-    """Starts one process per log, which find each other at a free port."""
+    """Starts one process per log, which find each other at a free port.
+
+    Process 0 compiles for all: two cores have enough to do, and no process waits in a collective
+    for one that still compiles (Gloo gives up after 30 seconds).
+    """
     with socket.socket() as server:
         server.bind(("", 0))
         port = server.getsockname()[1]
     flags = (*flags, f"--coordinator=localhost:{port}", f"--num_processes={len(logs)}")
+    options = dict(scratch=scratch, devices=devices, JAX_SHARE_BINARY_BETWEEN_HOSTS="1")
     return [
-        start(binary, *flags, f"--process_id={i}", scratch=scratch, devices=devices, log=log)
-        for i, log in enumerate(logs)
+        start(binary, *flags, f"--process_id={i}", log=log, **options) for i, log in enumerate(logs)
     ]
 
 

@@ -33,6 +33,9 @@ def set_up(name, dtype, monkeypatch, **fields):
     config = read_experiment(f"experiments/{name}.py:smoke")
     config.dtype, config.mesh.data = dtype, len(jax.devices())
     config.update(fields)
+    for stage in config.stage.values():
+        if stage.kind == "train":
+            stage.optimizer.name = "adamw"  # has no products of its own, as muon has
     return experiments.setup(config, shapes_only=True)
 
 
