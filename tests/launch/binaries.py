@@ -45,14 +45,14 @@ def start_together(
 ) -> list[subprocess.Popen]:
     """Starts one process per log, which find each other at a free port.
 
-    Process 0 compiles for all: two cores have enough to do, and no process waits in a collective
-    for one that still compiles (Gloo gives up after 30 seconds).
+    Without stored programs: a process that has read one would wait in a collective for another that
+    still compiles it, and Gloo gives up after 30 seconds.
     """
     with socket.socket() as server:
         server.bind(("", 0))
         port = server.getsockname()[1]
     flags = (*flags, f"--coordinator=localhost:{port}", f"--num_processes={len(logs)}")
-    options = dict(scratch=scratch, devices=devices, JAX_SHARE_BINARY_BETWEEN_HOSTS="1")
+    options = dict(scratch=scratch, devices=devices, JAX_ENABLE_COMPILATION_CACHE="0")
     return [
         start(binary, *flags, f"--process_id={i}", log=log, **options) for i, log in enumerate(logs)
     ]

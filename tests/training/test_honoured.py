@@ -108,7 +108,7 @@ def test_the_workers_of_the_config_read(monkeypatch):
     for count in (0, 2):
         experiment = set_up("pretrain", "float32", monkeypatch, workers=count)
         trainer = stages.make_trainer(experiment, "contrastive", None)
-        batches = trainer.pipeline.batches(0, 1)
+        batches = trainer.pipeline.batches(0, 100)  # so many that none of them is done
         read[count] = next(batches)
         assert len(multiprocessing.active_children()) == count
         batches.close()
