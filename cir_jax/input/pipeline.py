@@ -81,6 +81,10 @@ class Pipeline:
             mine = mine.map(transform)
         return mine
 
+    def contents(self) -> dict[str, dict[str, Any]]:
+        """What is in each table that is read (see `Table.contents`)."""
+        return {repr(part.source.table): part.source.table.contents() for part in self.parts}
+
     def example(self) -> Mapping[str, np.ndarray]:
         """Batch 0 of this process, for its shapes."""
         return self.dataset()[0]

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging as absl_logging
@@ -135,6 +136,9 @@ class Checkpoints:
         for step in self.steps():
             path = self.directory / str(step)
             restored = _undamaged(path, None, lambda step=step: self._read(step, like))
+            if restored is not None and (problem := _not_finite(restored["params"])):
+                _warn_damaged(path, problem)
+                restored = None
             if restored is None:
                 failed.append(step)
                 continue
@@ -320,8 +324,11 @@ def load_scored(directory: Path, like: Any) -> tuple[Any, dict[str, Any]]:
         found = _undamaged(
             path, (item, "position"), lambda path=path, item=item: _read_scored(path, item, like)
         )
-        if found is not None:
+        if found is None:
+            continue
+        if not (problem := _not_finite(found[0])):
             return found
+        _warn_damaged(path / item, problem)
     raise CheckpointError(
         f"{directory}: no readable checkpoint"
         + (f", {', '.join(map(str, steps))} are damaged. " if steps else ". ")
@@ -344,6 +351,27 @@ def _read_scored(path: Path, item: str, like: Any) -> tuple[Any, dict[str, Any]]
         tree = reader.restore(path / item, args=arrays)
     with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
         return tree, reader.restore(path / "position", args=ocp.args.JsonRestore())
+
+
+def _not_finite(params: Any) -> str:
+    """The first parameters that hold NaN or infinity, "" if none do.
+
+    A step whose loss was the last finite one may have been saved.
+    """
+    leaves = {_name(path): x for path, x in jax.tree_util.tree_leaves_with_path(params)}
+    floats = {name: x for name, x in leaves.items() if jnp.issubdtype(x.dtype, jnp.inexact)}
+    if all(isinstance(x, np.ndarray) for x in floats.values()):
+        good = {name: np.isfinite(x).all() for name, x in floats.items()}
+    else:
+        good = jax.device_get(_are_finite(floats))
+    bad = [name for name, fine in good.items() if not fine]
+    more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
+    return f"not finite: {', '.join(bad[:3])}{more}" if bad else ""
+
+
+@jax.jit
+def _are_finite(leaves: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    return {name: jnp.isfinite(x).all() for name, x in leaves.items()}
 
 
 def _mismatch(metadata: Any, like: Any) -> str:

@@ -38,7 +38,7 @@ from cir_jax.storage import faults
 from cir_jax.storage.atomic import write_atomically
 from cir_jax.storage.places import default_cache_dir
 from cir_jax.training.differences import differing_fields
-from cir_jax.weights import oti_tokens
+from cir_jax.weights import finite, oti_tokens
 from cir_jax.weights.fingerprint import fingerprint
 
 IDENTITY = "identity.json"
@@ -54,7 +54,7 @@ def run(experiment: Experiment, name: str, workdir: Path) -> None:
 
     An image that does not decode gets a word of NaN; these are counted and printed. Raises
     CheckpointError when the words there were made of something else, DataError for a table without
-    images.
+    images, WeightsError for features or words that are not finite though the image decodes.
     """
     table = _table(experiment, name)
     store = Store(workdir / name, _identity(experiment, name, table))
@@ -334,7 +334,7 @@ def _words(experiment: Experiment, name: str, table: Table, first: int) -> Itera
         return {"reference_features": features[row], "query_index": np.int32(row)}
 
     seed = np.uint32(experiment.config.seed)
-    return map_rows(
+    pieces = map_rows(
         lambda query: _invert(experiment.composer, experiment.mesh, experiment.frozen, query, seed),
         load,
         len(table),
@@ -342,6 +342,14 @@ def _words(experiment: Experiment, name: str, table: Table, first: int) -> Itera
         mesh=experiment.mesh,
         batch_size=size,
         description=f"{name}: inverting",
+    )
+    return finite.checked(
+        pieces,
+        first,
+        f"pseudo-words of stage {name}",
+        experiment.backbone,
+        lambda row: f"{table!r}, record {row}",
+        f"its learning rate is too high, or {finite.DAMAGED}",
     )
 
 
@@ -365,6 +373,7 @@ def _invert(
 ) -> jax.Array:
     with rows_over(mesh):
         rows = composer.invert({}, frozen, query, jax.random.key(seed))
+    rows = finite.marked(rows, jnp.isnan(query["reference_features"]).any(axis=-1))
     if "phrases" in frozen:
         top = composer.phrases.associate(frozen["phrases"], query["reference_features"])
         rows = jnp.concatenate([rows, top.astype(jnp.float32)], axis=1)  # exact below 2**24

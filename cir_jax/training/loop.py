@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import math
 import os
 import signal
@@ -24,6 +25,7 @@ from cir_jax.input.pipeline import Pipeline
 from cir_jax.sharding import joining, placement
 from cir_jax.sharding import mesh as meshes
 from cir_jax.training.checkpoints import Checkpoints
+from cir_jax.training.differences import differing_fields
 from cir_jax.training.logs import MetricsLog
 from cir_jax.training.step import Step, TrainState, init_state, sharded
 
@@ -143,6 +145,7 @@ class Trainer:
         return state.scored
 
     def _restore(self, checkpoints: Checkpoints) -> TrainState:
+        contents = self._contents
         restored = checkpoints.restore(self.abstract_state())
         if restored is None:
             return sharded(self.mesh, self._init, self.initial)
@@ -154,8 +157,21 @@ class Trainer:
                 f"  {position['data']}\n"
                 f"this run reads\n  {self.pipeline!r}\nUse a new --workdir, or the old data."
             )
+        # not in checkpoints of earlier versions
+        if differ := differing_fields(position.get("tables", contents), contents):
+            more = f"; and {len(differ) - 4} more" if len(differ) > 4 else ""
+            raise CheckpointError(
+                f"{checkpoints.directory}: was trained on other data of the same name; a table was "
+                f"built again from other files. These differ: {'; '.join(differ[:4])}{more}. Use a "
+                "new --workdir, or bring the old table back into config.data_dir."
+            )
         print(f"{self.stage.name}: resuming after step {int(jax.device_get(state.step))}")
         return state
+
+    @functools.cached_property
+    def _contents(self) -> dict[str, Any]:
+        """Of the tables, as they are when the stage begins."""
+        return self.pipeline.contents()
 
     def _position(self, number: int) -> dict[str, Any]:
         """What a checkpoint says beside arrays: where it stands, and what it belongs to."""
@@ -163,6 +179,7 @@ class Trainer:
             "next_batch": number,
             "steps": self.stage.steps,
             "data": repr(self.pipeline),
+            "tables": self._contents,
             "weights_id": self.composer.backbone.weights_id,
         }
 

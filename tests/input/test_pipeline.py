@@ -1,7 +1,9 @@
 """Batches are a pure function of (seed, number): of nothing else."""
 
+import json
 import multiprocessing
 import os
+import shutil
 import signal
 
 import numpy as np
@@ -125,3 +127,23 @@ def test_missing_and_corrupt_tables_say_what_to_do(tmp_path):
     with pytest.raises(DataError, match="shapes_tiny/circo:val.*(unreadable|opened).*prepare it"):
         broken = Table(tmp_path, "shapes_tiny", "circo", "val")
         _ = [broken[i] for i in range(len(broken))]
+
+
+def test_contents_of_a_table_are_those_of_its_split_wherever_it_lies(tmp_path):
+    from data import build
+
+    folder = build.prepare("shapes_tiny", ["circo"], tmp_path / "one")["circo"]
+    first = Table(tmp_path / "one", "shapes_tiny", "circo", "val").contents()
+    (shard,) = first["shards"]
+    assert first["records"] == sum(first["lengths"]) > 3 and first["stamp"] is None
+    assert first["shards"][shard] == (folder / shard).stat().st_size
+    part = Table(tmp_path / "one", "shapes_tiny", "circo", "val[:3]").contents()
+    assert part == first | {"records": 3}
+    # another machine: other times
+    copied = shutil.copytree(folder, tmp_path / "two" / "shapes_tiny" / "circo" / folder.name)
+    os.utime(copied / shard, (1, 1))
+    table = Table(tmp_path / "two", "shapes_tiny", "circo", "val")
+    assert table.contents() == first == json.loads(json.dumps(first))
+    stamps = {"val": "of the changed files", "test_0": "of others"}
+    (copied / "source.json").write_text(json.dumps({"stamp": stamps, "source": "here"}))
+    assert table.contents() == first | {"stamp": "of the changed files"}

@@ -2,10 +2,11 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -25,16 +26,36 @@ def environment(scratch: Path, devices: int = 1) -> dict[str, str]:
     }
 
 
-def start(binary: str, *flags: str, scratch: Path, devices: int = 1, log: Path) -> subprocess.Popen:
+def start(
+    binary: str, *flags: str, scratch: Path, devices: int = 1, log: Path, **variables: str
+) -> subprocess.Popen:
     """Starts `python launch/<binary>.py flags`; its output goes to the file `log`."""
     with log.open("ab") as output:
         return subprocess.Popen(
             [sys.executable, f"launch/{binary}.py", *flags],
             cwd=ROOT,
-            env=environment(scratch, devices),
+            env=environment(scratch, devices) | variables,
             stdout=output,
             stderr=subprocess.STDOUT,
         )
+
+
+def start_together(
+    binary: str, *flags: str, scratch: Path, devices: int, logs: Sequence[Path]
+) -> list[subprocess.Popen]:
+    """Starts one process per log, which find each other at a free port.
+
+    Without stored programs: a process that has read one would wait in a collective for another that
+    still compiles it, and Gloo gives up after 30 seconds.
+    """
+    with socket.socket() as server:
+        server.bind(("", 0))
+        port = server.getsockname()[1]
+    flags = (*flags, f"--coordinator=localhost:{port}", f"--num_processes={len(logs)}")
+    options = dict(scratch=scratch, devices=devices, JAX_ENABLE_COMPILATION_CACHE="0")
+    return [
+        start(binary, *flags, f"--process_id={i}", log=log, **options) for i, log in enumerate(logs)
+    ]
 
 
 def run(binary: str, *flags: str, scratch: Path, devices: int = 1) -> tuple[int, str]:

@@ -1,5 +1,6 @@
 """Inversion stages: stored once, resumed after a kill, never mixed with other words."""
 
+import copy
 import dataclasses
 import errno
 import json
@@ -7,13 +8,14 @@ import os
 import signal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from array_record.python import array_record_module
 from ml_collections import ConfigDict
 
 from cir_jax import composers
-from cir_jax.errors import CheckpointError, ConfigError, DataError
+from cir_jax.errors import CheckpointError, ConfigError, DataError, WeightsError
 from cir_jax.experiment import Experiment
 from cir_jax.sharding import mesh as meshes
 from cir_jax.sharding import placement
@@ -167,6 +169,27 @@ def test_unreadable_images_get_no_word_and_are_counted(experiment, table, tmp_pa
     assert "1 of them unreadable" in capsys.readouterr().out
     words = inversion.read(experiment(), "oti", tmp_path, table)
     assert np.isnan(words[5]).all() and np.isfinite(np.delete(words, 5, axis=0)).all()
+
+
+def test_words_that_are_not_finite_are_no_unreadable_images(experiment, table, tmp_path):
+    """A word may have no value though its image decodes; the shards before it stay."""
+    table.records[5]["image"] = b"no image"
+    ours = experiment()
+    composer = copy.copy(ours.composer)
+
+    def invert(params, frozen, query, rng):
+        words = jnp.ones((len(query["query_index"]), ours.backbone.token_dim))
+        return words / (query["query_index"] != 9)[:, None]
+
+    composer.invert = invert
+    ours = dataclasses.replace(ours, composer=composer)
+    message = (
+        r"pseudo-words of stage oti: not finite, .*: MemoryTable\(memory\), record 9. Computed in "
+        "float32 with tiny@0: its learning rate is too high, or these weights"
+    )
+    with pytest.raises(WeightsError, match=message):
+        inversion.run(ours, "oti", tmp_path)
+    assert shards(tmp_path / "oti") == ["words_00000.array_record"]
 
 
 def test_words_of_an_earlier_version_are_taken_up(experiment, table, tmp_path):
