@@ -5,8 +5,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-from tensorboardX import SummaryWriter
-
 
 class MetricsLog:
     """Appends to `metrics.jsonl` and to TensorBoard files in one directory.
@@ -16,6 +14,8 @@ class MetricsLog:
     """
 
     def __init__(self, directory: Path, start: int):
+        from tensorboardX import SummaryWriter  # slow to import: it takes PyTorch along
+
         directory.mkdir(parents=True, exist_ok=True)
         path = directory / "metrics.jsonl"
         kept = [line for line in _lines(path) if json.loads(line)["step"] <= start]
