@@ -19,10 +19,11 @@ def environment(scratch: Path, devices: int = 1) -> dict[str, str]:
     return inherited | {
         "CIR_JAX_DATA": str(scratch / "data"),
         "CIR_JAX_CACHE": str(scratch / "features"),
-        # tests/conftest.py says why
+        # cheap compilations, as in tests/conftest.py
         "JAX_COMPILATION_CACHE_DIR": os.environ["JAX_COMPILATION_CACHE_DIR"],
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "True",
+        "XLA_FLAGS": "--xla_cpu_use_fusion_emitters=false",
         "JAX_PLATFORMS": "cpu",
         "JAX_NUM_CPU_DEVICES": str(devices),
     }
