@@ -11,10 +11,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-from tensorboardX import summary
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-
 from cir_jax.errors import DataError
 from cir_jax.storage import faults
 from cir_jax.storage.atomic import write_atomically
@@ -88,15 +84,23 @@ class _Board:
         self._directory, self._writer, self._flushed = directory, None, 0.0
         with self._ends_on_errors():
             directory.mkdir(parents=True, exist_ok=True)
+            # slow to import, as it takes PyTorch along where there is one
+            from tensorboardX import summary
+            from tensorboardX.event_file_writer import EventsWriter
+            from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+            self._event, self._scalar = Event, summary.scalar
             self._writer = EventsWriter(str(directory / "events"))
             started = SessionLog(status=SessionLog.START)
             self._add(Event(step=purge_step, file_version="brain.Event:2"))
             self._add(Event(step=purge_step, session_log=started))
 
     def write(self, step: int, values: dict[str, float]) -> None:
+        if not self._writer:
+            return
         with self._ends_on_errors():
             for name, value in values.items():
-                self._add(Event(step=step, summary=summary.scalar(name, value)))
+                self._add(self._event(step=step, summary=self._scalar(name, value)))
             if self._writer and time.monotonic() > self._flushed + FLUSH_SECONDS:
                 self._writer.flush()
                 self._flushed = time.monotonic()
@@ -106,7 +110,7 @@ class _Board:
             if self._writer:
                 self._writer.close()
 
-    def _add(self, event: Event) -> None:
+    def _add(self, event: Any) -> None:
         if self._writer:
             event.wall_time = time.time()
             self._writer.write_event(event)

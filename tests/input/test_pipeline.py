@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from cir_jax.errors import ConfigError, DataError
+from cir_jax.input import records
 from cir_jax.input.pipeline import Part, Pipeline
 from cir_jax.input.records import CaptionPairs, Records, TrimText, Triplets
 from cir_jax.input.tables import Table
@@ -53,6 +54,30 @@ def test_every_record_once_per_epoch(make):
     seen = sorted(np.concatenate(ids(pipeline.batches(0, 5))))
     assert seen == list(range(40))
     assert ids(pipeline.batches(0, 5)) != ids(pipeline.batches(5, 10))
+
+
+@pytest.mark.parametrize("kept", [0, 3, 100])
+def test_records_are_parsed_once_and_their_images_are_not_kept(tiny, monkeypatch, kept):
+    monkeypatch.setattr(records, "KEPT", kept)
+    read = []
+
+    class Counting(factory.MemoryTable):
+        def __getitem__(self, index):
+            read.append(index)
+            return super().__getitem__(index)
+
+    table = Counting(factory.caption_table(5).records)
+    transform = tiny[0].image_transform
+    source = Records(table, ("image",), transform, {"image": FEATURES})
+    first, again = ([source[i] for i in range(5)] for _ in range(2))
+    assert len(read) == 5 + max(5 - kept, 0)
+    for one, other, stored in zip(first, again, table.records, strict=True):
+        assert one["captions"] == other["captions"] == stored["captions"]
+        assert np.array_equal(one["image"], other["image"])
+    assert np.array_equal(first[3]["image"], FEATURES[3])
+    assert "image" not in source._parsed.get(0, {}) and len(source._parsed) == min(kept, 5)
+    decoded = Records(table, ("image",), transform)
+    assert decoded[1]["image"].shape == (16, 16, 3) and not decoded._parsed
 
 
 def test_starting_later_gives_the_same_batches(make):

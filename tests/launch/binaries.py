@@ -15,12 +15,16 @@ LIMIT = 420
 
 
 def environment(scratch: Path, devices: int = 1) -> dict[str, str]:
-    """Everything a run writes outside its workdir goes under `scratch`."""
+    """Everything a run writes outside its workdir goes under `scratch`, but compiled programs."""
     inherited = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_", "CIR_"))}
     return inherited | {
         "CIR_JAX_DATA": str(scratch / "data"),
         "CIR_JAX_CACHE": str(scratch / "features"),
-        "JAX_COMPILATION_CACHE_DIR": str(scratch / "xla"),
+        # cheap compilations, as in tests/conftest.py
+        "JAX_COMPILATION_CACHE_DIR": os.environ["JAX_COMPILATION_CACHE_DIR"],
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "True",
+        "XLA_FLAGS": "--xla_cpu_use_fusion_emitters=false",
         "JAX_PLATFORMS": "cpu",
         "JAX_NUM_CPU_DEVICES": str(devices),
     }
