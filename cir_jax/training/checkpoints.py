@@ -54,8 +54,8 @@ class Checkpoints:
 
     def __init__(self, directory: Path, keep: int = 2):
         self.directory = Path(directory).absolute()
-        self._filter = _OneMessage()
-        absl_logging.get_absl_logger().addFilter(self._filter)
+        self._open = contextlib.ExitStack()
+        self._open.enter_context(_one_message())
         handlers = {
             name: ocp.JsonCheckpointHandler()
             if name == "position"
@@ -79,11 +79,8 @@ class Checkpoints:
         return self
 
     def __exit__(self, *_: Any) -> None:
-        try:
-            with self._disk_errors():
-                self._manager.close()  # waits for the save in flight
-        finally:
-            absl_logging.get_absl_logger().removeFilter(self._filter)
+        with self._open, self._disk_errors():
+            self._manager.close()  # waits for the save in flight
 
     def save(self, state: TrainState, position: Mapping[str, Any]) -> None:
         """Starts writing `state` and returns before it is on disk. CheckpointError if refused."""
@@ -168,11 +165,9 @@ class Checkpoints:
         if jax.tree.leaves(like.ema):
             wanted["ema"] = like.ema
         for item, tree in wanted.items():
-            if item == "ema" and not (path / item).is_dir():
-                metadata = {}  # of a stage that did not average
-            elif (metadata := stored.get(item)) is None:
-                raise ValueError(f"{path / item}: no metadata")
-            if item == "optimizer" and metadata:
+            averaged = item != "ema" or (path / item).is_dir()
+            metadata = stored.get(item) if averaged else {}
+            if item == "optimizer" and metadata is not None:
                 metadata = getattr(metadata, "item_metadata", metadata)["opt_state"]
             _refuse_other(metadata, tree, path / item)
         return self._manager.restore(step, args=ocp.args.Composite(**_restore(like)))
@@ -189,11 +184,19 @@ class Checkpoints:
             self._manager.reload()
 
 
-class _OneMessage(logging.Filter):
+@contextlib.contextmanager
+def _one_message() -> Iterator[None]:
     """Drops what Orbax logs about errors that it also raises: hundreds of lines of traceback."""
 
-    def filter(self, record: logging.LogRecord) -> bool:
+    def others(record: logging.LogRecord) -> bool:
         return not (record.exc_info and "orbax" in Path(record.pathname).parts)
+
+    logger = absl_logging.get_absl_logger()
+    logger.addFilter(others)
+    try:
+        yield
+    finally:
+        logger.removeFilter(others)
 
 
 def _undamaged(
@@ -286,7 +289,12 @@ def _of_the_moment(error: Exception) -> bool:
 
 
 def _refuse_other(metadata: Any, like: Any, where: Path) -> None:
-    """CheckpointError naming the parameters in which a stored item is not what is wanted."""
+    """CheckpointError naming the parameters in which a stored item is not what is wanted.
+
+    ValueError when it does not say what it holds.
+    """
+    if getattr(metadata, "item_metadata", metadata) is None:
+        raise ValueError(f"{where}: no metadata")
     if problem := _mismatch(metadata, like):
         raise CheckpointError(
             f"{where}: holds other parameters than this composer has: {problem}. "
@@ -309,6 +317,7 @@ def _restore(like: TrainState) -> dict[str, Any]:
     return items
 
 
+@_one_message()
 def load_scored(directory: Path, like: Any) -> tuple[Any, dict[str, Any]]:
     """Evaluated parameters (averaged where there is averaging) as numpy, and their position.
 

@@ -145,6 +145,7 @@ def test_damage_falls_back_with_digests_and_without(saved, copy, damage, verifie
     damage(copy / "4")
     if not verified:
         (copy / "4" / digests.NAME).unlink(missing_ok=True)
+    assert scored(copy)[1]["next_batch"] == (4 if damage is without_arrays else 2)  # reads ema
     state, _ = restore(copy)
     same(state, saved[1][2])
     assert "4 is not readable" in caplog.text and "Traceback" not in caplog.text
