@@ -48,6 +48,7 @@ def setup(config: ml_collections.ConfigDict, shapes_only: bool = False) -> Exper
     """
     if config.dtype not in DTYPES:
         raise ConfigError(unknown("config.dtype", config.dtype, DTYPES))
+    rules = frozen_rules(config)
     mesh = make_mesh(config.mesh)
     settings = config.composer.to_dict()
     name = settings.pop("name")
@@ -73,7 +74,15 @@ def setup(config: ml_collections.ConfigDict, shapes_only: bool = False) -> Exper
             f"config.init_from={config.init_from!r}: none of the stages "
             f"{', '.join(stage_names(config))} continues another one."
         )
-    return Experiment(config, mesh, backbone, composer, placement.place(mesh, frozen))
+    return Experiment(config, mesh, backbone, composer, placement.place(mesh, frozen, rules))
+
+
+def frozen_rules(config: ml_collections.ConfigDict) -> placement.Rules:
+    """Where frozen parameters lie. Raises ConfigError for another `config.frozen` than these."""
+    given = config.get("frozen", "split")  # not in configs of earlier versions
+    if given not in placement.FROZEN:
+        raise ConfigError(unknown("config.frozen", given, placement.FROZEN))
+    return placement.FROZEN[given]
 
 
 def of_stage(experiment: Experiment, name: str, shapes_only: bool = False) -> Experiment:
@@ -86,7 +95,7 @@ def of_stage(experiment: Experiment, name: str, shapes_only: bool = False) -> Ex
         return experiment
     composer = composers.build(settings.pop("name"), experiment.backbone, **settings)
     frozen = composer.freeze(experiment.frozen["backbone"], shapes_only)
-    frozen = placement.place(experiment.mesh, frozen)
+    frozen = placement.place(experiment.mesh, frozen, frozen_rules(experiment.config))
     return dataclasses.replace(experiment, composer=composer, frozen=frozen)
 
 

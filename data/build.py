@@ -22,7 +22,6 @@ A table without `source.json` is complete.
 """
 
 import contextlib
-import errno
 import fcntl
 import importlib
 import io
@@ -42,6 +41,7 @@ from absl import logging
 
 from cir_jax.errors import DataError, unknown
 from cir_jax.input import images
+from cir_jax.storage import faults
 from cir_jax.storage.places import default_data_dir
 from data import progress, shards
 from data.source import MAX_LISTED, Options, SourceBuilder, Split, Survey
@@ -209,7 +209,7 @@ def prepare(
                 if not is_built(folder):  # another process may have built it meanwhile
                     _build(dataset, table, folder, found, Path(source) if source else None)
         except Exception as error:  # TFDS and ArrayRecord wrap the system's errors
-            if isinstance(error, DataError) or (reason := _disk_problem(error)) is None:
+            if isinstance(error, DataError) or (reason := faults.reason(error)) is None:
                 raise
             raise DataError(
                 f"cannot write table {table!r} of {dataset} to {folder.parent}: {reason}. "
@@ -352,18 +352,6 @@ def _locked(folder: Path) -> Iterator[None]:
             logging.warning("another process is building %s: waiting for it", folder)
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
-
-
-def _disk_problem(error: BaseException | None) -> str | None:
-    """Returns what is wrong with the disk, if that is what the error or one of its causes says."""
-    codes = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR,
-             errno.EEXIST, errno.EIO)  # fmt: skip
-    while error is not None:
-        for code in codes:
-            if getattr(error, "errno", None) == code or os.strerror(code) in str(error):
-                return os.strerror(code)
-        error = error.__cause__ or error.__context__
-    return None
 
 
 def check(

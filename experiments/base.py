@@ -50,6 +50,9 @@ def experiment(name: str, composer: Mapping[str, Any]) -> ConfigDict:
     config.data_dir = ""  # "" = $CIR_JAX_DATA, else ~/.cache/cir_jax/data
     config.workers = 0  # Grain worker processes; 0 = threads
     config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})  # -1 = whatever is left
+    # where parameters lie that are not trained: split over fsdp | replicated, which is faster if
+    # they fit; --dry_run says the bytes
+    config.frozen = "split"
     config.log_every = 50
     config.checkpoint = ConfigDict({"every": "500 steps", "keep": 2})
     config.evaluation = ConfigDict()

@@ -10,6 +10,7 @@ from absl import logging as absl_logging
 from ml_collections import ConfigDict, config_flags
 
 from cir_jax.errors import CirError, ConfigError, unknown
+from launch import ending
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -25,8 +26,13 @@ PROCESS_ID = flags.DEFINE_integer("process_id", None, "Number of this process, f
 def run(main: Callable[[], None], needs_config: Callable[[], bool] = lambda: True) -> None:
     """absl's app.run with readable errors: exit status 2 for what a user can mend.
 
-    needs_config: whether --config must be given, asked when the flags are known.
+    needs_config: whether --config must be given, asked when the flags are known. Signals end it as
+    `ending.run` says.
     """
+    ending.run(lambda: _run(main, needs_config))
+
+
+def _run(main: Callable[[], None], needs_config: Callable[[], bool]) -> None:
     try:
         _check_config_path(sys.argv)
         app.run(lambda _: _guarded(main, needs_config()), flags_parser=_parse)
@@ -70,7 +76,20 @@ def prepare(config: ConfigDict, training: bool) -> None:
         needs.append(stages.required_tables(config))
     # a wrong name or size shows before minutes of work
     weights.load_architecture(config.backbone, image_size=config.get("image_size"))
-    build.prepare_needed(*needs, data_dir=experiments.data_dir(config))
+    data_dir = experiments.data_dir(config)
+    ending.phase("preparing data", f"finished shards in {data_dir} are kept")
+    build.prepare_needed(*needs, data_dir=data_dir)
+    ending.phase("loading weights and data", f"prepared data in {data_dir} are kept")
+
+
+def evaluating(output: Path) -> None:
+    """The phase of an evaluation whose results go to `output`."""
+    from cir_jax.storage.places import default_cache_dir
+
+    ending.phase(
+        "evaluating",
+        f"image features are kept in {default_cache_dir()}, {output}/results.json comes last",
+    )
 
 
 def _guarded(main: Callable[[], None], needs_config: bool) -> None:
@@ -83,7 +102,7 @@ def _guarded(main: Callable[[], None], needs_config: bool) -> None:
         main()
     except Preempted as stop:
         print(f"{stop} Run the same command to continue.", file=sys.stderr, flush=True)
-        sys.exit(143)
+        sys.exit(128 + stop.signal)
     except CirError as error:
         _fail(error)
 

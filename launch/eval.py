@@ -64,6 +64,7 @@ def main() -> None:
     experiment = experiments.setup(config)
     params = runner.trained_params(experiment, common.workdir())
     output = Path(OUTPUT.value).expanduser().absolute() if OUTPUT.value else common.workdir()
+    common.evaluating(output)
     runner.run(experiment, params, output, common.command())
 
 

@@ -10,6 +10,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from absl import app, flags  # noqa: E402
 
+from launch import ending  # noqa: E402
+
 _STAGE = flags.DEFINE_string("stage", None, "Directory of the stage in a workdir")
 _OUTPUT = flags.DEFINE_string("output", None, "Folder to write")
 _DATA_DIR = flags.DEFINE_string("data_dir", None, "Where datasets lie, as for launch/prepare.py")
@@ -32,4 +34,4 @@ def main(argv: list[str]) -> None:
 
 if __name__ == "__main__":
     flags.mark_flags_as_required(["stage", "output"])
-    app.run(main)
+    ending.run(lambda: app.run(main))

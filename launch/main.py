@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from absl import flags  # noqa: E402
 
-from launch import common, pixel_limit  # noqa: E402
+from launch import common, ending, pixel_limit  # noqa: E402
 
 DRY_RUN = flags.DEFINE_bool(
     "dry_run", False, "Print shapes, shardings and bytes per device of every stage; compute nothing"
@@ -27,6 +27,7 @@ def main() -> None:
     common.join(joining)
     from cir_jax import experiment as experiments
     from cir_jax.evaluation import runner
+    from cir_jax.storage.places import default_cache_dir
     from cir_jax.training import stages
     from cir_jax.training import workdir as workdirs
 
@@ -40,8 +41,12 @@ def main() -> None:
         return
     workdirs.claim(workdir, config)
     with workdirs.only_run(workdir):
+        kept = f"checkpoints and words in {workdir} and features in {default_cache_dir()} are kept"
+        ending.phase("running the stages", kept)
         params = stages.train(experiment, workdir)
+        ending.phase("exporting", f"what was trained is in {workdir}")
         stages.export(experiment, params)
+        common.evaluating(workdir)
         runner.run(experiment, params, workdir, common.command())
 
 

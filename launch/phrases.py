@@ -14,6 +14,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from absl import app, flags  # noqa: E402
 
+from launch import ending  # noqa: E402
+
 _CONCEPTS = flags.DEFINE_string("concepts", None, "CSV with DisplayName, or one name per line")
 _MODEL = flags.DEFINE_string("model", "EleutherAI/gpt-neo-2.7B", "Directory or hub id of a model")
 _OUTPUT = flags.DEFINE_string("output", None, "JSON file to write")
@@ -28,6 +30,7 @@ def main(argv: list[str]) -> None:
     from cir_jax.errors import CirError
     from cir_jax.input import generation, phrases
 
+    ending.phase("generating", f"finished concepts are kept in {_OUTPUT.value}.part")
     try:
         generation.generate(
             phrases.read_names(_CONCEPTS.value),
@@ -44,4 +47,4 @@ def main(argv: list[str]) -> None:
 
 if __name__ == "__main__":
     flags.mark_flags_as_required(["concepts", "output"])
-    app.run(main)
+    ending.run(lambda: app.run(main))

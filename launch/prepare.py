@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from absl import app, flags  # noqa: E402
 
-from launch import pixel_limit  # noqa: E402
+from launch import ending, pixel_limit  # noqa: E402
 
 _DATASET = flags.DEFINE_string("dataset", "shapes", "Name of the dataset.")
 _SOURCE = flags.DEFINE_string("source", None, "Folder of the files it is made of.")
@@ -63,6 +63,7 @@ def main(argv: list[str]) -> None:
 def _build() -> None:
     from data import build, corpus
 
+    ending.phase("building", "finished shards are kept")
     folders = build.prepare(
         _DATASET.value,
         _TABLES.value,
@@ -108,4 +109,4 @@ def _check_source() -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    ending.run(lambda: app.run(main))

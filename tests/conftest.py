@@ -1,13 +1,39 @@
-"""Eight CPU devices for every test, and JAX strict about broadcasting."""
+"""Eight CPU devices for every test, JAX strict about broadcasting, and compilations that are cheap.
+
+Most of what the tests do is to compile. So one session has one cache of compiled programs, shared
+by its workers and the binaries that they start (a cache of your own, which lives on, is taken if
+`$JAX_COMPILATION_CACHE_DIR` names it), and programs that run once are not optimised. Tests with the
+marker `optimised`, those of the golden numbers, compile as a user does.
+"""
 
 import collections
+import os
+import shutil
+import tempfile
 
 import jax
 import pytest
 
+CACHE = "JAX_COMPILATION_CACHE_DIR"
+
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if CACHE not in os.environ:  # the first process: its workers inherit the variable
+        os.environ[CACHE] = folder = tempfile.mkdtemp(prefix="cir_jax_compiled_")
+        config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
+        config.add_cleanup(lambda: os.environ.pop(CACHE))
+    jax.config.update("jax_compilation_cache_dir", os.environ[CACHE])
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    exact = item.get_closest_marker("optimised") is not None
+    jax.config.update("jax_disable_most_optimizations", not exact)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -24,6 +24,7 @@ def marked(path: Path):
     return pytest.param(path, id=path.name, marks=pytest.mark.slow if slow else ())
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize("path", list(map(marked, parity.fixtures(GOLDEN))))
 def test_golden(path):
     (result,) = parity.run([path])

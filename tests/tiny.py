@@ -65,6 +65,9 @@ class MemoryTable:
     def mark(self) -> dict[str, Any]:
         return {}
 
+    def contents(self) -> dict[str, Any]:
+        return {"records": len(self)}
+
     def __repr__(self) -> str:
         return f"MemoryTable({self.name})"
 

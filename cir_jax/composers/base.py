@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cir_jax.models.backbone import Backbone
+from cir_jax.sharding.constraints import split_rows
 
 Params = Any
 Query = dict[str, jax.Array]
@@ -118,8 +119,12 @@ class Composer:
         loss and gradients are those of the whole batch (GradCache, arXiv 2101.06983).
         """
         rngs = jax.random.split(rng, len(next(iter(batch.values()))))
+
+        def encode(batch: dict[str, jax.Array], rngs: jax.Array) -> Params:
+            return split_rows(self.encode(params, frozen, split_rows(batch), split_rows(rngs)))
+
         if microbatches == 1:
-            return self.objective(params, self.encode(params, frozen, batch, rngs))
+            return self.objective(params, encode(batch, rngs))
 
         def split(x: jax.Array) -> jax.Array:
             # part i takes every n-th row: each part lies on all devices, nothing moves
@@ -128,9 +133,9 @@ class Composer:
         def merge(x: jax.Array) -> jax.Array:
             return x.swapaxes(0, 1).reshape(-1, *x.shape[2:])
 
-        encode = jax.checkpoint(lambda part: self.encode(params, frozen, *part))
-        rows = jax.lax.map(encode, jax.tree.map(split, (batch, rngs)))
-        return self.objective(params, jax.tree.map(merge, rows))
+        parts = jax.tree.map(split, (batch, rngs))
+        rows = jax.lax.map(jax.checkpoint(lambda part: encode(*part)), parts)
+        return self.objective(params, split_rows(jax.tree.map(merge, rows)))
 
     def compose(self, params: Params, frozen: Params, query: Query, rng: jax.Array) -> jax.Array:
         """Query features: float32[batch, dim] of unit norm."""

@@ -57,6 +57,7 @@ from cir_jax.diffusion.schedule import cosine, q_sample
 from cir_jax.errors import ConfigError, WeightsError, unknown
 from cir_jax.models import denoiser as layers
 from cir_jax.models.backbone import Backbone
+from cir_jax.sharding.constraints import split_rows
 from cir_jax.weights import convert, files, official
 
 FEATURE_SCALES = ("none", "unit_variance")
@@ -94,7 +95,7 @@ class Denoiser(nn.Module):
         text: float[rows, length, text_dim]; image: float[rows, embed_dim], zeros = none;
         mask: float[rows, mask_size, mask_size], zeros = none. Any of them may have one row for all.
         """
-        text = self.text_embedding(text)
+        text = split_rows(self.text_embedding(split_rows(text)))
         image = image.astype(self.dtype)[:, None]
         # rows flattened; a mask of zeros is a token too: what the biases make of it
         mask = self.mask_embedding(mask.reshape(mask.shape[0], 1, -1))
@@ -109,14 +110,16 @@ class Denoiser(nn.Module):
         it is the same for all; conditions: from `condition`, with as many rows.
         """
         dim = x.shape[-1]
+        x = split_rows(x)
         time = jnp.broadcast_to(self.embed_time(time), x.shape)
-        tokens = jnp.stack([x.astype(self.dtype), time], axis=-2)
+        tokens = split_rows(jnp.stack([x.astype(self.dtype), time], axis=-2))
         bias = self.position_bias()
         for layer, keys_values in zip(self.layers, conditions, strict=True):
             tokens = layer(tokens, bias, keys_values)
         clean = tokens[:, :, 0].astype(jnp.float32)
         clean = self.final_norm(layers.stabilised(clean))
-        return self.out(clean).astype(jnp.float32).reshape(*x.shape[:-1], dim)
+        clean = split_rows(self.out(split_rows(clean)))
+        return clean.astype(jnp.float32).reshape(*x.shape[:-1], dim)
 
     def embed_time(self, time: jax.Array) -> jax.Array:
         """int32[...] -> float[..., embed_dim]."""

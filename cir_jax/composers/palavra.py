@@ -47,6 +47,7 @@ from cir_jax.errors import ConfigError, WeightsError, unknown
 from cir_jax.input.objects import Objects
 from cir_jax.input.phrases import TEMPLATES
 from cir_jax.models.backbone import Backbone
+from cir_jax.sharding.constraints import each_row, split_rows
 from cir_jax.weights import convert, official
 
 TEMPERATURE = 0.25
@@ -68,9 +69,9 @@ class DeepSet(nn.Module):
         for i in range(LAYERS):
             own = linear(x.shape[-1], self.hidden_dim, f"gamma_{i}")
             shared = linear(x.shape[-1], self.hidden_dim, f"lambda_{i}", bias=False)
-            x = nn.elu(own(x) - shared(x.mean(axis=-2, keepdims=True)))
+            x = split_rows(nn.elu(own(x) - shared(x.mean(axis=-2, keepdims=True))))
         x = nn.Dropout(self.dropout, deterministic=not train)(x.mean(axis=-2))
-        x = nn.elu(linear(self.hidden_dim, self.hidden_dim, "fc")(x))
+        x = split_rows(nn.elu(linear(self.hidden_dim, self.hidden_dim, "fc")(x)))
         x = nn.Dropout(self.dropout, deterministic=not train)(x)
         return linear(self.hidden_dim, self.token_dim, "out")(x)
 
@@ -324,15 +325,16 @@ class Palavra(PseudoWord):
     def _words(self, params: Params, images: jax.Array, rngs: jax.Array | None = None) -> jax.Array:
         """Unit float32[batch, set, dim] -> float32[batch, token_dim]; rngs: a key per row."""
         variables, apply = {"params": params["set"]}, self.set_encoder.apply
+        images = split_rows(images)
         if rngs is None:
-            return apply(variables, images)
-        return jax.vmap(lambda x, rng: apply(variables, x, True, rngs={"dropout": rng}))(
-            images, rngs
-        )
+            return split_rows(apply(variables, images))
+        train = each_row(lambda x, rng: apply(variables, x, True, rngs={"dropout": rng}))
+        return split_rows(train(images, rngs))
 
     def visual(self, params: Params, text: jax.Array) -> jax.Array:
         """norm(T(text)) of float32[..., dim]; un-normalised in training."""
-        return normalise(self.map.apply({"params": params["map"]}, text))
+        mapped = self.map.apply({"params": params["map"]}, split_rows(text))
+        return split_rows(normalise(mapped))
 
     def read_official(self, path: Path, frozen: Params) -> Params:
         del frozen

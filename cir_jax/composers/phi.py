@@ -16,6 +16,7 @@ from cir_jax.composers.base import Params, Query
 from cir_jax.composers.pseudo_word import PseudoWord
 from cir_jax.errors import ConfigError
 from cir_jax.models.backbone import Backbone
+from cir_jax.sharding.constraints import each_row, split_rows
 from cir_jax.weights import convert, official
 
 
@@ -45,8 +46,8 @@ class Phi(nn.Module):
         """float32[..., dim] un-normalised features -> float32[..., token_dim] words."""
         x, hidden = features, self.hidden_dim or 4 * features.shape[-1]
         for name in ("fc1", "fc2"):
-            x = nn.gelu(linear(x.shape[-1], hidden, name)(x), approximate=False)
-            x = nn.Dropout(self.dropout, deterministic=not train)(x)
+            x = nn.gelu(split_rows(linear(x.shape[-1], hidden, name)(x)), approximate=False)
+            x = split_rows(nn.Dropout(self.dropout, deterministic=not train)(x))
         return linear(hidden, self.token_dim, "out")(x)
 
 
@@ -78,12 +79,11 @@ class LearnedWord(PseudoWord):
         rngs: a key per row, for dropout; None = no dropout.
         """
         variables = {"params": params}
+        features, apply = split_rows(features), self.network.apply
         if rngs is None:
-            return self.network.apply(variables, features)
-        apply = self.network.apply
-        return jax.vmap(lambda x, rng: apply(variables, x, True, rngs={"dropout": rng}))(
-            features, rngs
-        )
+            return split_rows(apply(variables, features))
+        train = each_row(lambda x, rng: apply(variables, x, True, rngs={"dropout": rng}))
+        return split_rows(train(features, rngs))
 
     def invert(self, params: Params, frozen: Params, query: Query, rng: jax.Array) -> jax.Array:
         return self.words(params, self.reference_features(frozen, query))

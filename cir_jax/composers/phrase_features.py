@@ -14,6 +14,7 @@ from cir_jax.input import phrases as files
 from cir_jax.models.backbone import Backbone
 from cir_jax.storage.chunk_store import ChunkStore
 from cir_jax.storage.places import default_cache_dir
+from cir_jax.weights import finite
 from cir_jax.weights.fingerprint import fingerprint
 
 TEXTS_AT_ONCE = 4096
@@ -60,8 +61,11 @@ def _once(
     }
     store = ChunkStore(default_cache_dir(), description, rows)
     stored = store.load()
+    if stored is not None and not finite.stored_whole(stored, unreadable=False):
+        stored = None
     parts = [] if stored is None else [stored]
     done = 0 if stored is None else len(stored)
+    label = f"text features of {what['features']}"
     with tqdm(
         total=rows, initial=done, desc=f"{what['features']}: text features", unit="text", delay=2,
         disable=jax.process_index() != 0,
@@ -71,6 +75,7 @@ def _once(
             end = min(done + store.chunk_rows, rows)
             for start in range(done, end, size):
                 chunk.append(encode(start, min(start + size, end)))
+                finite.refuse(chunk[-1], start, label, backbone, lambda row: f"number {row}")
                 progress.update(len(chunk[-1]))
             parts.append(np.concatenate(chunk))
             store.write(done // store.chunk_rows, parts[-1])
@@ -80,10 +85,11 @@ def _once(
 
 @functools.partial(jax.jit, static_argnums=0)
 def _encode(backbone: Backbone, params: Any, ids: jax.Array) -> jax.Array:
-    return backbone.encode_text(params, ids)
+    return finite.marked(backbone.encode_text(params, ids))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _ensemble(backbone: Backbone, templates: int, params: Any, ids: jax.Array) -> jax.Array:
     features = normalise(backbone.encode_text(params, ids))
-    return normalise(features.reshape(-1, templates, features.shape[-1]).mean(axis=1))
+    means = features.reshape(-1, templates, features.shape[-1]).mean(axis=1)
+    return finite.marked(normalise(means))

@@ -29,6 +29,7 @@ from cir_jax.composers.losses import info_nce
 from cir_jax.composers.phi import LearnedWord, check_share, linear
 from cir_jax.errors import ConfigError, WeightsError
 from cir_jax.models.backbone import Backbone
+from cir_jax.sharding.constraints import split_rows
 from cir_jax.weights import convert, official, open_clip
 
 SAME_WEIGHTS = 1e-2  # relative: Hugging Face's and OpenAI's files may have been rounded to fp16
@@ -47,7 +48,7 @@ class Im2Text(nn.Module):
         """float32[..., dim] un-normalised features -> float32[..., token_dim] words."""
         x = features
         for i in range(self.n_layer):
-            x = linear(x.shape[-1], self.hidden_dim, f"fc{i + 1}")(x)
+            x = split_rows(linear(x.shape[-1], self.hidden_dim, f"fc{i + 1}")(x))
             x = nn.relu(nn.Dropout(self.dropout, deterministic=not train)(x))
         return linear(self.hidden_dim, self.token_dim, "out")(x)
 

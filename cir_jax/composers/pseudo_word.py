@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from cir_jax.composers.base import Composer, Params, Query, normalise
 from cir_jax.models.backbone import Backbone
 from cir_jax.models.clip import overwrite_tokens
+from cir_jax.sharding.constraints import split_rows
 
 
 class PseudoWord(Composer):
@@ -47,7 +48,7 @@ class PseudoWord(Composer):
         where = token_ids == self.placeholder_id
         positions = where if self.every else where.argmax(axis=-1)
         embeddings = self.backbone.embed_tokens(backbone, token_ids)
-        embeddings = overwrite_tokens(embeddings, positions, words)
+        embeddings = split_rows(overwrite_tokens(embeddings, positions, split_rows(words)))
         return self.backbone.encode_text(backbone, token_ids, embeddings)
 
     def compose(self, params: Params, frozen: Params, query: Query, rng: jax.Array) -> jax.Array:

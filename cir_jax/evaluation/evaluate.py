@@ -49,7 +49,7 @@ def evaluate(
     cache_dir: where image features are stored, None = nowhere.
     image_features: float32[gallery, dim] un-normalised features of the gallery images from
         `frozen["backbone"]`, if the caller has them.
-    Raises DataError for unreadable images, CirError for features that are not finite.
+    Raises DataError for unreadable images, WeightsError for features that are not finite.
     """
     method = method or type(composer).__name__
     options = dict(mesh=mesh, batch_size=batch_size, cache_dir=cache_dir)

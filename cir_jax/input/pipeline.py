@@ -7,6 +7,7 @@ shuffles within a shard and loses records on several hosts.)
 """
 
 import dataclasses
+import signal
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -80,6 +81,10 @@ class Pipeline:
             mine = mine.map(transform)
         return mine
 
+    def contents(self) -> dict[str, dict[str, Any]]:
+        """What is in each table that is read (see `Table.contents`)."""
+        return {repr(part.source.table): part.source.table.contents() for part in self.parts}
+
     def example(self) -> Mapping[str, np.ndarray]:
         """Batch 0 of this process, for its shapes."""
         return self.dataset()[0]
@@ -90,7 +95,8 @@ class Pipeline:
         if self.workers:
             _mark_flags_parsed()
             data = data.to_iter_dataset().mp_prefetch(
-                grain.MultiprocessingOptions(num_workers=self.workers, per_worker_buffer_size=4)
+                grain.MultiprocessingOptions(num_workers=self.workers, per_worker_buffer_size=4),
+                worker_init_fn=_leave_interrupts,
             )
         else:
             data = data.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=8))
@@ -124,6 +130,11 @@ class ReadGroup(grain.transforms.RandomMap):
 def _stack_groups(groups: Sequence[list[dict[str, Any]]]) -> dict[str, np.ndarray]:
     rows = [row for group in groups for row in group]
     return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+
+
+def _leave_interrupts(worker: int, workers: int) -> None:
+    """A worker lives on when Ctrl-C reaches the whole group: the run wants a batch, and saves."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _mark_flags_parsed() -> None:

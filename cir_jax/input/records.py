@@ -19,6 +19,10 @@ from cir_jax.input.images import ImageTransform, RandomResizedCrop, Whole
 from cir_jax.input.tables import Table
 from cir_jax.input.text import Tokenizer
 
+KEPT = 65_536
+"""Records without their images that are kept in memory, about a kilobyte each: what is parsed once
+is not parsed again in the next epoch."""
+
 
 @dataclasses.dataclass
 class Records:
@@ -42,6 +46,7 @@ class Records:
 
     def __post_init__(self) -> None:
         self.corrupt: set[int] = set()
+        self._parsed: dict[int, dict[str, Any]] = {}
 
     def __len__(self) -> int:
         return len(self.table)
@@ -56,7 +61,7 @@ class Records:
                 index = (index + 1) % len(self)
 
     def _read(self, index: int) -> dict[str, Any]:
-        record = dict(self.table[index])
+        record = self._parse(index)
         record |= {field: column[index] for field, column in self.columns.items()}
         for field, column in self.columns.items():
             if np.isnan(column[index]).any():  # what inversion gives where it cannot
@@ -71,6 +76,17 @@ class Records:
                 with images.reading(what):
                     image = images.decode(record[field], what, max_megapixels=self.max_megapixels)
                     record[field] = self.transform(image)
+        return record
+
+    def _parse(self, index: int) -> dict[str, Any]:
+        """The record as it is stored, without images that nobody decodes."""
+        if index in self._parsed:
+            return dict(self._parsed[index])
+        record = dict(self.table[index])
+        if all(field in self.features for field in self.images):
+            record = {name: x for name, x in record.items() if name not in self.images}
+            if len(self._parsed) < KEPT:
+                self._parsed[index] = dict(record)
         return record
 
     def _skip(self, index: int, error: DataError) -> None:

@@ -57,6 +57,7 @@ class Table:
         if self.split.partition("[")[0] not in builder.info.splits:
             name = f"split of {self.dataset}/{self.table}:"
             raise DataError(unknown(name, self.split, builder.info.splits))
+        self._lengths = builder.info.splits[self.split.partition("[")[0]].shard_lengths
         try:
             return builder.as_data_source(self.split)  # also parts, "train[:1000]"
         except (ValueError, AssertionError) as error:
@@ -103,6 +104,22 @@ class Table:
         root = self.data_dir / self.dataset / self.table / self.version
         files = sorted((f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in root.iterdir())
         return f"{self!r} {hashlib.sha256(repr(files).encode()).hexdigest()[:24]}"
+
+    def contents(self) -> dict[str, Any]:
+        """What tells this split from another of its name, wherever it lies: JSON.
+
+        records: of this split or part of it. lengths: records of each shard. shards: their names
+        and bytes. stamp: of the files that the split was made of (`data.build`), None without.
+        """
+        root = self.data_dir / self.dataset / self.table / self.version
+        split = self.split.partition("[")[0]
+        shards = sorted(root.glob(f"*-{split}.array_record*"))
+        return {
+            "records": len(self),
+            "lengths": list(self._lengths),
+            "shards": {file.name: file.stat().st_size for file in shards},
+            "stamp": self.mark().get("stamp", {}).get(split),
+        }
 
     def column(self, name: str) -> np.ndarray:
         """All values of one scalar field, in record order."""

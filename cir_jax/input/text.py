@@ -35,6 +35,8 @@ _CONFIG = "tokenizer_config.json"
 
 def collapse(text: str) -> str:
     """ftfy, HTML entities twice, white space collapsed."""
+    if text.isascii() and text.isprintable() and "&" not in text:
+        return " ".join(text.split())  # nothing to mend, and a fifth of the time of an example
     text = html.unescape(html.unescape(ftfy.fix_text(text)))
     return re.sub(r"\s+", " ", text).strip()
 

@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from cir_jax.errors import DataError
-from cir_jax.models.transformer import ACTIVATIONS, TowerConfig
+from cir_jax.models.transformer import ACTIVATIONS, Embed, TowerConfig
+from cir_jax.sharding.constraints import split_rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +109,7 @@ class Bert(nn.Module):
     def setup(self) -> None:
         config = self.config
         normal = nn.initializers.normal(0.02)
-        self.token_embedding = nn.Embed(
+        self.token_embedding = Embed(
             config.vocab_size, config.hidden_size, embedding_init=normal, dtype=self.dtype
         )
         self.position_embedding = self.param(
@@ -142,6 +143,7 @@ class Bert(nn.Module):
         positions = self.position_embedding[None, :length].astype(self.dtype)
         x = self.embedding_norm(embeddings.astype(self.dtype) + positions)
         mask = None if attention_mask is None else attention_mask.astype(bool)[:, None, None]
+        x = split_rows(x)
         for layer in self.layers:
-            x = layer(x, mask, visual_tokens)
+            x = split_rows(layer(x, mask, visual_tokens))
         return x

@@ -22,6 +22,7 @@ from cir_jax.models.transformer import (
     TowerConfig,
     check_batch,
     check_token_ids,
+    run_blocks,
 )
 
 
@@ -159,9 +160,7 @@ class BlipVision(nn.Module):
             self.class_embedding.astype(self.dtype), (batch, 1, patches.shape[-1])
         )
         x = jnp.concatenate([first, patches], axis=1) + positions.astype(self.dtype)
-        for layer in self.layers:
-            x = layer(x, None)
-        return self.post_norm(x)
+        return self.post_norm(run_blocks(self.layers, x))
 
 
 class Blip(nn.Module):

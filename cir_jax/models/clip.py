@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from cir_jax.errors import DataError
 from cir_jax.models.resnet import ResNetConfig, ResNetTower
 from cir_jax.models.transformer import (
+    Embed,
     PatchEmbedding,
     TowerConfig,
     blocks,
@@ -22,6 +23,7 @@ from cir_jax.models.transformer import (
     check_token_ids,
     run_blocks,
 )
+from cir_jax.sharding.constraints import split_rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,7 +149,7 @@ class TextTower(nn.Module):
 
     def setup(self) -> None:
         config = self.config
-        self.token_embedding = nn.Embed(
+        self.token_embedding = Embed(
             config.vocab_size,
             config.hidden_size,
             embedding_init=nn.initializers.normal(0.02),
@@ -189,7 +191,7 @@ class TextTower(nn.Module):
             embeddings.astype(self.dtype)
             + self.position_embedding.astype(self.dtype)[None, :length]
         )
-        return self.final_norm(run_blocks(self.layers, x, mask, at))
+        return split_rows(self.final_norm(run_blocks(self.layers, x, mask, at)))
 
 
 class Clip(nn.Module):
@@ -289,6 +291,10 @@ def overwrite_tokens(
         )
     if pseudo_words.ndim == 2:
         pseudo_words = pseudo_words[:, None]
-    rows = jnp.arange(embeddings.shape[0])[:, None]
     columns = positions[:, None] + jnp.arange(pseudo_words.shape[1])[None]
-    return embeddings.at[rows, columns].set(pseudo_words.astype(embeddings.dtype))
+
+    def of_row(row: jax.Array, columns: jax.Array, words: jax.Array) -> jax.Array:
+        return row.at[columns].set(words, unique_indices=True)
+
+    # row by row: with the row as an index, devices would exchange what they hold
+    return jax.vmap(of_row)(embeddings, columns, pseudo_words.astype(embeddings.dtype))

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from cir_jax.models.attention import attend
 from cir_jax.models.clip import ClipConfig, end_positions
 from cir_jax.models.transformer import ACTIVATIONS
+from cir_jax.sharding.constraints import gathered, split_rows, whole
 
 
 class Past(NamedTuple):
@@ -34,15 +35,15 @@ def read_prefixes(
     params: of the whole CLIP. dtype: of the computation.
     """
     text = params["text"]
-    x = text["token_embedding"]["embedding"].astype(dtype)[token_ids]
-    x = x + text["position_embedding"].astype(dtype)[None, : x.shape[1]]
+    x = gathered(text["token_embedding"]["embedding"].astype(dtype))[token_ids]
+    x = whole(x + text["position_embedding"].astype(dtype)[None, : x.shape[1]])
     mask = _causal(x.shape[1])
     keys, values = [], []
     for layer in _layers(config, text):
         query, key, value = _heads(config, layer, x)
         keys.append(key)
         values.append(value)
-        x = _block(config, layer, x, attend(query, key, value, mask))
+        x = whole(_block(config, layer, x, attend(query, key, value, mask)))
     return Past(tuple(keys), tuple(values), lengths)
 
 
@@ -58,8 +59,9 @@ def encode(
     end = end_positions(token_ids, config.text.eos_token_id)
     # padding behind the end may reach beyond the table; nothing attends to it
     positions = past.lengths[:, None] + jnp.arange(token_ids.shape[1])[None]
-    x = embeddings + jnp.take(
-        text["position_embedding"].astype(dtype), positions, axis=0, mode="clip"
+    x = split_rows(
+        embeddings
+        + jnp.take(text["position_embedding"].astype(dtype), positions, axis=0, mode="clip")
     )
     before = jnp.arange(past.keys[0].shape[1])[None] < past.lengths[:, None]
     # [batch, 1, length, before + length]
@@ -76,9 +78,9 @@ def encode(
         key = jnp.concatenate([past.keys[i].astype(dtype), key], axis=1)
         value = jnp.concatenate([past.values[i].astype(dtype), value], axis=1)
         if i == len(layers) - 1:  # of the last block the pooled row alone counts
-            query, x = _row(query, end), _row(x, end)
+            query, x = _row(query, end), split_rows(_row(x, end))
             mask = jnp.take_along_axis(mask, end[:, None, None, None], axis=2)
-        x = _block(config, layer, x, attend(query, key, value, mask))
+        x = split_rows(_block(config, layer, x, attend(query, key, value, mask)))
     pooled = _norm(config, text["final_norm"], x[:, 0])
     return (pooled @ params["text_projection"]["kernel"].astype(dtype)).astype(jnp.float32)
 

@@ -17,6 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from cir_jax.sharding.constraints import split_rows
+
 
 @dataclasses.dataclass(frozen=True)
 class DenoiserConfig:
@@ -111,9 +113,11 @@ class Mlp(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        x = nn.silu(linear(2 * self.width, "fc1", bias=True, dtype=self.dtype)(x))
-        x = nn.silu(linear(2 * self.width, "fc2", bias=True, dtype=self.dtype)(x))
-        return linear(self.width, "fc3", bias=True, dtype=self.dtype)(x)
+        x = split_rows(x)
+        for name in ("fc1", "fc2"):
+            x = linear(2 * self.width, name, bias=True, dtype=self.dtype)(x)
+            x = nn.silu(split_rows(x))
+        return split_rows(linear(self.width, "fc3", bias=True, dtype=self.dtype)(x))
 
 
 class SelfAttention(nn.Module):
@@ -231,9 +235,9 @@ class Layer(nn.Module):
         return self.cross_attention.keys_values(*context)
 
     def __call__(self, x: jax.Array, bias: jax.Array, keys_values: KeysValues) -> jax.Array:
-        x = x + self.self_attention(x, bias)
-        x = x + self.cross_attention(x, keys_values)
-        return x + self.feed_forward(x)
+        x = split_rows(x + self.self_attention(x, bias))
+        x = split_rows(x + self.cross_attention(x, keys_values))
+        return split_rows(x + self.feed_forward(x))
 
 
 def released_names(config: DenoiserConfig) -> dict[str, tuple[tuple[str, ...], str]]:

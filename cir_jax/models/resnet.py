@@ -12,6 +12,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from cir_jax.sharding.constraints import split_rows
+
 EXPANSION = 4  # output channels of a bottleneck / its inner channels
 STRIDE = 32  # pixels per cell of the last map
 STATISTICS = ("mean", "var")  # parameters of a frozen batch norm that no optimiser may touch
@@ -171,10 +173,10 @@ class ResNetTower(nn.Module):
 
     def feature_map(self, images: jax.Array) -> jax.Array:
         """-> float[batch, height / 32, width / 32, hidden_size]."""
-        x = self.stem(images)
+        x = split_rows(self.stem(images))
         for stage in self.stages:
             for block in stage:
-                x = block(x)
+                x = split_rows(block(x))
         return x
 
     def __call__(self, images: jax.Array) -> jax.Array:

@@ -25,6 +25,7 @@ from cir_jax.models.transformer import (
     check_images,
     check_token_ids,
     mlp,
+    run_blocks,
 )
 
 
@@ -151,9 +152,7 @@ class SiglipVision(nn.Module):
         x = self.patch_embedding(images.astype(self.dtype))
         x = x + self.patch_bias.astype(self.dtype)[None, None]
         x = x + self.position_embedding.astype(self.dtype)[None]
-        for layer in self.layers:
-            x = layer(x)
-        return self.post_norm(x)
+        return self.post_norm(run_blocks(self.layers, x))
 
 
 class Siglip(nn.Module):

@@ -15,7 +15,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from cir_jax.errors import WeightsError, unknown
-from cir_jax.models.transformer import ACTIVATIONS, check_batch, check_numbers, check_token_ids
+from cir_jax.models.transformer import (
+    ACTIVATIONS,
+    Embed,
+    check_batch,
+    check_numbers,
+    check_token_ids,
+)
+from cir_jax.sharding.constraints import split_rows
 
 _ACTIVATIONS = ACTIVATIONS | {"relu": jax.nn.relu, "silu": jax.nn.silu}
 
@@ -143,7 +150,7 @@ class T5Encoder(nn.Module):
     def setup(self) -> None:
         config = self.config
         normal = nn.initializers.normal
-        self.token_embedding = nn.Embed(
+        self.token_embedding = Embed(
             config.vocab_size, config.d_model, embedding_init=normal(1.0), dtype=self.dtype
         )
         self.relative_bias = self.param(
@@ -175,9 +182,9 @@ class T5Encoder(nn.Module):
         # [length, length, heads] -> [1, heads, length, length]
         bias = self.relative_bias[buckets].transpose(2, 0, 1)[None].astype(self.dtype)
         mask = None if attention_mask is None else attention_mask.astype(bool)[:, None, None]
-        x = embeddings.astype(self.dtype)
+        x = split_rows(embeddings.astype(self.dtype))
         for layer in self.layers:
-            x = layer(x, bias, mask)
+            x = split_rows(layer(x, bias, mask))
         return self.final_norm(x)
 
     def __call__(self, token_ids: jax.Array, attention_mask: jax.Array | None = None) -> jax.Array:

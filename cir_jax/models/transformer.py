@@ -16,6 +16,7 @@ import numpy as np
 
 from cir_jax.errors import DataError, WeightsError, unknown
 from cir_jax.models.attention import attend
+from cir_jax.sharding.constraints import gathered, split_rows
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
@@ -106,7 +107,7 @@ class Attention(nn.Module):
                 width, dtype=self.dtype, kernel_init=nn.initializers.normal(std), name=name
             )
 
-        asking = x if at is None else take_position(x, at)
+        asking = x if at is None else split_rows(take_position(x, at))
         # [batch, length, width] -> [batch, length, heads, head_dim]
         query, key, value = (
             dense(name, std)(of).reshape(*of.shape[:-1], heads, width // heads)
@@ -142,7 +143,7 @@ class Block(nn.Module):
 
         attention = Attention(config, self.dtype, self.causal, name="attention")
         mixed = attention(norm("norm1")(x), mask, at=at)
-        x = (x if at is None else take_position(x, at)) + mixed
+        x = (x if at is None else split_rows(take_position(x, at))) + mixed
         return x + mlp(config, self.dtype, norm("norm2")(x))
 
 
@@ -180,14 +181,24 @@ def run_blocks(
     at: jax.Array | None = None,
 ) -> jax.Array:
     """float[batch, length, width] -> the same, or [batch, 1, width] of the positions `at`."""
+    x = split_rows(x)
     for layer in layers[:-1]:
-        x = layer(x, mask)
-    return layers[-1](x, mask, at)
+        x = split_rows(layer(x, mask))
+    return split_rows(layers[-1](x, mask, at))
 
 
 def take_position(x: jax.Array, at: jax.Array) -> jax.Array:
     """float[batch, length, width], int32[batch] -> float[batch, 1, width]."""
     return jnp.take_along_axis(x, at[:, None, None], axis=1)
+
+
+class Embed(nn.Embed):
+    """A table of token embeddings; it moves to the rows that read it, not they to it."""
+
+    def __call__(self, inputs: jax.Array) -> jax.Array:
+        """int[batch, length] -> float[batch, length, features]."""
+        (table,) = self.promote_dtype(self.embedding, dtype=self.dtype, inexact=False)
+        return split_rows(jnp.take(gathered(table), inputs, axis=0))
 
 
 class PatchEmbedding(nn.Module):

@@ -17,10 +17,12 @@ from cir_jax.input import images
 from cir_jax.input.identity import CROP, source_identity
 from cir_jax.input.images import ImageTransform
 from cir_jax.models.backbone import Backbone
+from cir_jax.sharding.constraints import rows_over
 from cir_jax.sharding.mesh import replicated
 from cir_jax.sharding.placement import on_mesh
 from cir_jax.sharding.rows import map_rows
 from cir_jax.storage.chunk_store import ChunkStore
+from cir_jax.weights import finite
 from cir_jax.weights.fingerprint import fingerprint
 
 Records = Sequence[Mapping[str, Any]]
@@ -65,6 +67,7 @@ def image_features(
         what the mesh needs. cache_dir: None = not stored; else see `places.default_cache_dir`.
     skip_unreadable: rows of NaN for images that do not decode, instead of DataError naming them.
     transform: None = the backbone's.
+    Raises WeightsError naming weights, dtype and images for features that are not finite.
     """
     description = {
         "features": "backbone image features, un-normalised",
@@ -79,6 +82,7 @@ def image_features(
         source,
         field,
         description,
+        backbone,
         mesh=mesh,
         batch_size=batch_size,
         cache_dir=cache_dir,
@@ -128,6 +132,7 @@ def gallery_features(
         gallery,
         "image",
         description,
+        backbone,
         **options,
     )
 
@@ -155,6 +160,7 @@ def query_features(
     reference_features: float32[n, dim] un-normalised, or reference_images: row -> uint8[h, w, 3].
     has_reference: False = the queries are texts, and the reference is a placeholder.
     word_row: int32[n], for composers with `word_rows`.
+    Raises WeightsError naming weights, dtype and queries for features that are not finite.
     """
     params, frozen = on_mesh(mesh, params), on_mesh(mesh, frozen)
 
@@ -181,7 +187,9 @@ def query_features(
         description=description,
         unit="query",
     )
-    return np.concatenate(list(pieces))
+    what = f"{description or 'queries'}, composed by {type(composer).__name__}"
+    name = lambda row: f"query {int(query_index[row])}"  # noqa: E731
+    return np.concatenate(list(finite.checked(pieces, 0, what, composer.backbone, name)))
 
 
 def read_image(source: Records, row: int, field: str, transform: Any) -> np.ndarray:
@@ -222,6 +230,7 @@ def _embed(
     source: Records,
     field: str,
     description: Mapping[str, Any],
+    backbone: Backbone,
     *,
     mesh: Mesh,
     batch_size: int,
@@ -242,7 +251,7 @@ def _embed(
             n,
         )
         stored = store.load()
-        if stored is not None:
+        if stored is not None and finite.stored_whole(stored, skip_unreadable):
             parts, done = [stored], len(stored)
     if done < n:
         load = functools.partial(_load, source, field, transform, skip_unreadable)
@@ -254,6 +263,13 @@ def _embed(
             mesh=mesh,
             batch_size=batch_size,
             description="image features",
+        )
+        pieces = finite.checked(
+            pieces,
+            done,
+            description["features"],
+            backbone,
+            lambda row: _what(source, row, source[row]),
         )
         if store is None:
             parts += list(pieces)
@@ -282,15 +298,15 @@ def _stored(pieces: Any, store: ChunkStore, done: int) -> list[np.ndarray]:
 def _load(
     source: Records, field: str, transform: Any, skip_unreadable: bool, row: int
 ) -> dict[str, np.ndarray]:
-    ok = np.float32(1)  # NaN marks the row through the device, so that all processes see it
+    unreadable = False  # the device marks the row with NaN, so that all processes see it
     try:
         image = read_image(source, row, field, transform)
     except DataError as error:
         if not skip_unreadable:
             raise
         logging.warning("unreadable: %s", error)
-        image, ok = np.zeros((transform.crop, transform.crop, 3), np.uint8), np.float32(np.nan)
-    return {"image": image, "ok": ok}
+        image, unreadable = np.zeros((transform.crop, transform.crop, 3), np.uint8), True
+    return {"image": image, "unreadable": np.bool_(unreadable)}
 
 
 def _unreadable() -> str:
@@ -319,16 +335,20 @@ def _what(source: Records, row: int, record: Mapping[str, Any]) -> str:
 def _encode_images(
     backbone: Backbone, mesh: Mesh, params: Params, batch: dict[str, jax.Array]
 ) -> jax.Array:
-    features = backbone.encode_image(params, batch["image"]) * batch["ok"][:, None]
-    return jax.lax.with_sharding_constraint(features, replicated(mesh))
+    with rows_over(mesh):
+        features = backbone.encode_image(params, batch["image"])
+    marked = finite.marked(features, batch["unreadable"])
+    return jax.lax.with_sharding_constraint(marked, replicated(mesh))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _embed_gallery(
     composer: Composer, mesh: Mesh, params: Params, frozen: Params, batch: dict[str, jax.Array]
 ) -> jax.Array:
-    features = composer.embed_gallery(params, frozen, batch["image"]) * batch["ok"][:, None]
-    return jax.lax.with_sharding_constraint(features, replicated(mesh))
+    with rows_over(mesh):
+        features = composer.embed_gallery(params, frozen, batch["image"])
+    marked = finite.marked(features, batch["unreadable"])
+    return jax.lax.with_sharding_constraint(marked, replicated(mesh))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -341,5 +361,6 @@ def _compose(
     seed: jax.Array,
 ) -> jax.Array:
     # the key is made here: a host's key array would have to be placed on every mesh
-    features = composer.compose(params, frozen, query, jax.random.key(seed))
-    return jax.lax.with_sharding_constraint(features, replicated(mesh))
+    with rows_over(mesh):
+        features = composer.compose(params, frozen, query, jax.random.key(seed))
+    return jax.lax.with_sharding_constraint(finite.marked(features), replicated(mesh))

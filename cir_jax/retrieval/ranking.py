@@ -80,7 +80,7 @@ def rank(
         if bad.any():
             raise CirError(
                 f"{what} features: row {int(np.argmax(bad))} is not finite. "
-                "The checkpoint or the image behind it is damaged."
+                "What it was computed with is damaged, or numbers overflow."
             )
     k = min(k, n)
     targets = np.full((batch, 1), -1, np.int32) if targets is None else np.asarray(targets)

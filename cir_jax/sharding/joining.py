@@ -1,11 +1,14 @@
 """One program for one process and for many: who am I, and is everybody here?"""
 
+import ctypes
 import os
 import re
+import signal
 import socket
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 
@@ -53,15 +56,48 @@ def initialize(
         if "jax_cpu_collectives_implementation" in jax.config.values:
             jax.config.update("jax_cpu_collectives_implementation", "gloo")
         _roll_call(coordinator, num_processes, process_id, wait_seconds)
-        jax.distributed.initialize(
-            coordinator, num_processes, process_id, initialization_timeout=wait_seconds
-        )
+        _initialize(coordinator, num_processes, process_id, initialization_timeout=wait_seconds)
     elif kind := detect(os.environ):
         joined = threading.Event()
         watch = (rendezvous(kind, os.environ), wait_seconds, joined)
         threading.Thread(target=_name_missing, args=watch, daemon=True).start()
-        jax.distributed.initialize(initialization_timeout=5 * wait_seconds)
+        _initialize(initialization_timeout=5 * wait_seconds)
         joined.set()
+
+
+_jax_handler: Callable[[int], None] | None = None
+
+
+def _initialize(*args: Any, **kwargs: Any) -> None:
+    """jax.distributed.initialize, after which SIGTERM goes where it went before.
+
+    JAX puts a C function in its place, which Python can neither see nor restore; it stays within
+    reach of `give_notice`.
+    """
+    global _jax_handler
+    libc = ctypes.CDLL(None)
+    libc.signal.restype, libc.signal.argtypes = ctypes.c_void_p, (ctypes.c_int, ctypes.c_void_p)
+    before = libc.signal(signal.SIGTERM, None)
+    jax.distributed.initialize(*args, **kwargs)
+    theirs = libc.signal(signal.SIGTERM, before)
+    handler = signal.getsignal(signal.SIGTERM)
+    if callable(handler) and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, handler)  # with Python's own flags, not libc's
+    if theirs:
+        _jax_handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(theirs)
+
+
+def owns_sigterm() -> bool:
+    """Whether SIGTERM is free for a handler of ours, as after `initialize`."""
+    return _jax_handler is not None
+
+
+def give_notice() -> None:
+    """Tells all processes, as SIGTERM tells JAX, to agree on a step to stop at."""
+    if _jax_handler is not None:
+        _jax_handler(signal.SIGTERM)
+    else:
+        signal.raise_signal(signal.SIGTERM)
 
 
 def rendezvous(kind: str, environment: Mapping[str, str]) -> tuple[str, int, int]:

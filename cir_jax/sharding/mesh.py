@@ -10,7 +10,8 @@ from jax.sharding import PartitionSpec as P
 from cir_jax.errors import MeshError
 
 AXES = ("data", "fsdp", "tensor")
-BATCH = P(("data", "fsdp"))
+ROW_AXES = ("data", "fsdp")
+BATCH = P(ROW_AXES)
 """The batch is split over both: fsdp shards parameters *and* rows."""
 
 

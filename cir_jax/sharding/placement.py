@@ -24,6 +24,16 @@ RULES: Rules = (
 """First match wins. Columns of the first matmul and rows of the second lie on `tensor`, so one
 reduction per block suffices. Everything else is small: replicated."""
 
+FROZEN: dict[str, Rules] = {
+    "split": RULES,
+    "replicated": tuple(
+        (pattern, P(*(None if axis == "fsdp" else axis for axis in spec)))
+        for pattern, spec in RULES
+    ),
+}
+"""config.frozen -> where parameters lie that no optimiser moves. "replicated": no step gathers
+them, and each device holds up to fsdp times as much; the tensor axis splits them either way."""
+
 
 def global_batch(mesh: Mesh, batch: Any) -> Any:
     """Process-local rows (numpy, equal on all processes in number) -> global arrays."""
@@ -65,14 +75,31 @@ def parameter_shardings(mesh: Mesh, tree: Any, rules: Rules = RULES) -> Any:
 
 
 def place(mesh: Mesh, tree: Any, rules: Rules = RULES) -> Any:
-    """The same host values on every process -> global arrays, sharded by the rules."""
-    return jax.tree.map(
-        lambda x, sharding: jax.make_array_from_callback(
+    """The same host values on every process -> global arrays, sharded by the rules.
+
+    Arrays that lie so already are taken as they are.
+    """
+
+    def put(x: Any, sharding: NamedSharding) -> jax.Array:
+        if isinstance(x, jax.Array) and x.sharding == sharding:
+            return x
+        return jax.make_array_from_callback(
             np.shape(x), sharding, lambda index: np.asarray(x)[index]
-        ),
-        tree,
-        parameter_shardings(mesh, tree, rules),
-    )
+        )
+
+    return jax.tree.map(put, tree, parameter_shardings(mesh, tree, rules))
+
+
+def own_shardings(mesh: Mesh, tree: Any) -> Any:
+    """How the leaves lie on the mesh: arrays and shapes with a sharding on it as they are, others
+    (host values) as `RULES` would place them."""
+
+    def own(leaf: Any, rule: NamedSharding) -> NamedSharding:
+        sharding = getattr(leaf, "sharding", None)
+        on_it = isinstance(sharding, NamedSharding) and sharding.mesh == mesh
+        return sharding if on_it else rule
+
+    return jax.tree.map(own, tree, parameter_shardings(mesh, tree))
 
 
 def _key(key: Any) -> str:

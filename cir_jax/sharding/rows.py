@@ -8,7 +8,7 @@ rows that its own devices hold.
 import collections
 import concurrent.futures
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from typing import Any
 
 import jax
@@ -38,7 +38,7 @@ def map_rows(
     first: int = 0,
     description: str = "",
     unit: str = "image",
-) -> Iterator[np.ndarray]:
+) -> Generator[np.ndarray, None, None]:
     """Outputs for rows first..n-1 in order, each row once, in pieces of at most a batch.
 
     step: one global batch of named arrays (rows over data and fsdp) -> replicated [batch, ...].

@@ -21,6 +21,8 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
         try:
             with os.fdopen(handle, "wb") as file:
                 write(file)
+                file.flush()
+                os.fsync(file.fileno())  # the name must not outlive a power cut without content
             os.chmod(scratch, 0o644)
             os.replace(scratch, path)
         except BaseException:

@@ -31,12 +31,14 @@ from cir_jax.experiment import Experiment
 from cir_jax.input.identity import source_identity
 from cir_jax.input.tables import Table
 from cir_jax.retrieval.features import image_features
+from cir_jax.sharding.constraints import rows_over
 from cir_jax.sharding.mesh import replicated
 from cir_jax.sharding.rows import map_rows
+from cir_jax.storage import faults
 from cir_jax.storage.atomic import write_atomically
 from cir_jax.storage.places import default_cache_dir
 from cir_jax.training.differences import differing_fields
-from cir_jax.weights import oti_tokens
+from cir_jax.weights import finite, oti_tokens
 from cir_jax.weights.fingerprint import fingerprint
 
 IDENTITY = "identity.json"
@@ -52,7 +54,7 @@ def run(experiment: Experiment, name: str, workdir: Path) -> None:
 
     An image that does not decode gets a word of NaN; these are counted and printed. Raises
     CheckpointError when the words there were made of something else, DataError for a table without
-    images.
+    images, WeightsError for features or words that are not finite though the image decodes.
     """
     table = _table(experiment, name)
     store = Store(workdir / name, _identity(experiment, name, table))
@@ -175,14 +177,18 @@ class Store:
         return done
 
     def write(self, index: int, rows: np.ndarray) -> None:
-        """Stores shard `index`; rows: float32[n, token_dim + concepts]. Process 0 alone writes."""
+        """Stores shard `index`; rows: float32[n, token_dim + concepts]. Process 0 alone writes.
+
+        Raises CheckpointError when the disk is full or fails; the shards before are kept.
+        """
         from array_record.python.array_record_module import ArrayRecordWriter
 
         if jax.process_index() != 0:
             return
-        handle, scratch = tempfile.mkstemp(prefix=SCRATCH, dir=self.directory)
-        os.close(handle)
+        scratch = ""
         try:
+            handle, scratch = tempfile.mkstemp(prefix=SCRATCH, dir=self.directory)
+            os.close(handle)
             writer = ArrayRecordWriter(scratch, "group_size:1")
             for row in rows:
                 word, concepts = row[: self.width], row[self.width :].astype("<i4")
@@ -190,9 +196,15 @@ class Store:
             writer.close()
             os.chmod(scratch, 0o644)
             os.replace(scratch, self._file(index))
-        except BaseException:
-            Path(scratch).unlink(missing_ok=True)
-            raise
+        except BaseException as error:
+            if scratch:
+                Path(scratch).unlink(missing_ok=True)
+            if (reason := faults.reason(error)) is None:
+                raise
+            raise CheckpointError(
+                f"{self._file(index)}: cannot be written ({reason}). The words before it are kept: "
+                "make room and run the same command again."
+            ) from error
 
     def read(self) -> tuple[np.ndarray, np.ndarray]:
         """All stored rows: float32[n, token_dim], int32[n, concepts].
@@ -233,12 +245,17 @@ def read_identity(directory: Path) -> dict[str, Any]:
     """Raises CheckpointError when `directory` is none of a stage that inverts images."""
     file = directory / IDENTITY
     try:
-        return json.loads(file.read_text())
-    except OSError as error:
+        stored = json.loads(file.read_bytes())
+        if not isinstance(stored, dict):
+            raise ValueError("no object")
+        return stored
+    except FileNotFoundError as error:
         raise CheckpointError(
             f"{file} is missing: no images are inverted there. Run the stage "
             f"(--config.stages={directory.name},...) first."
         ) from error
+    except OSError as error:
+        raise CheckpointError(f"{file}: cannot be read now ({faults.cause(error)}).") from error
     except ValueError as error:
         raise CheckpointError(f"{file}: not valid JSON ({error}). Delete {directory}.") from error
 
@@ -317,7 +334,7 @@ def _words(experiment: Experiment, name: str, table: Table, first: int) -> Itera
         return {"reference_features": features[row], "query_index": np.int32(row)}
 
     seed = np.uint32(experiment.config.seed)
-    return map_rows(
+    pieces = map_rows(
         lambda query: _invert(experiment.composer, experiment.mesh, experiment.frozen, query, seed),
         load,
         len(table),
@@ -325,6 +342,14 @@ def _words(experiment: Experiment, name: str, table: Table, first: int) -> Itera
         mesh=experiment.mesh,
         batch_size=size,
         description=f"{name}: inverting",
+    )
+    return finite.checked(
+        pieces,
+        first,
+        f"pseudo-words of stage {name}",
+        experiment.backbone,
+        lambda row: f"{table!r}, record {row}",
+        f"its learning rate is too high, or {finite.DAMAGED}",
     )
 
 
@@ -346,7 +371,9 @@ def _shards(
 def _invert(
     composer: PseudoWord, mesh: Mesh, frozen: Any, query: dict[str, jax.Array], seed: jax.Array
 ) -> jax.Array:
-    rows = composer.invert({}, frozen, query, jax.random.key(seed))
+    with rows_over(mesh):
+        rows = composer.invert({}, frozen, query, jax.random.key(seed))
+    rows = finite.marked(rows, jnp.isnan(query["reference_features"]).any(axis=-1))
     if "phrases" in frozen:
         top = composer.phrases.associate(frozen["phrases"], query["reference_features"])
         rows = jnp.concatenate([rows, top.astype(jnp.float32)], axis=1)  # exact below 2**24

@@ -2,11 +2,13 @@
 
 import contextlib
 import dataclasses
+import functools
 import math
+import os
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +22,10 @@ from jax.sharding import Mesh
 from cir_jax.composers.base import Composer
 from cir_jax.errors import CheckpointError, CirError, ConfigError
 from cir_jax.input.pipeline import Pipeline
+from cir_jax.sharding import joining, placement
 from cir_jax.sharding import mesh as meshes
-from cir_jax.sharding import placement
 from cir_jax.training.checkpoints import Checkpoints
+from cir_jax.training.differences import differing_fields
 from cir_jax.training.logs import MetricsLog
 from cir_jax.training.step import Step, TrainState, init_state, sharded
 
@@ -32,7 +35,14 @@ class NanLoss(CirError):
 
 
 class Preempted(Exception):
-    """SIGTERM came; the state is saved, the same command continues."""
+    """SIGTERM or Ctrl-C came; the state is saved, the same command continues.
+
+    signal: which one; SIGTERM where it came to another process.
+    """
+
+    def __init__(self, message: str, number: int = signal.SIGTERM):
+        super().__init__(message)
+        self.signal = signal.Signals(number)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,6 +145,7 @@ class Trainer:
         return state.scored
 
     def _restore(self, checkpoints: Checkpoints) -> TrainState:
+        contents = self._contents
         restored = checkpoints.restore(self.abstract_state())
         if restored is None:
             return sharded(self.mesh, self._init, self.initial)
@@ -146,8 +157,21 @@ class Trainer:
                 f"  {position['data']}\n"
                 f"this run reads\n  {self.pipeline!r}\nUse a new --workdir, or the old data."
             )
+        # not in checkpoints of earlier versions
+        if differ := differing_fields(position.get("tables", contents), contents):
+            more = f"; and {len(differ) - 4} more" if len(differ) > 4 else ""
+            raise CheckpointError(
+                f"{checkpoints.directory}: was trained on other data of the same name; a table was "
+                f"built again from other files. These differ: {'; '.join(differ[:4])}{more}. Use a "
+                "new --workdir, or bring the old table back into config.data_dir."
+            )
         print(f"{self.stage.name}: resuming after step {int(jax.device_get(state.step))}")
         return state
+
+    @functools.cached_property
+    def _contents(self) -> dict[str, Any]:
+        """Of the tables, as they are when the stage begins."""
+        return self.pipeline.contents()
 
     def _position(self, number: int) -> dict[str, Any]:
         """What a checkpoint says beside arrays: where it stands, and what it belongs to."""
@@ -155,6 +179,7 @@ class Trainer:
             "next_batch": number,
             "steps": self.stage.steps,
             "data": repr(self.pipeline),
+            "tables": self._contents,
             "weights_id": self.composer.backbone.weights_id,
         }
 
@@ -196,7 +221,10 @@ class Trainer:
                     last_saved = number
                 if leaving:
                     checkpoints.wait()
-                    raise Preempted(f"{stage.name}: stopped and saved after step {number}.")
+                    raise Preempted(
+                        f"{stage.name}: stopped and saved after step {number}.", leaving
+                    )
+            checkpoints.wait()  # while a signal still lets the last one become whole
         return state
 
     def _check(
@@ -218,21 +246,40 @@ class Trainer:
 
 
 @contextlib.contextmanager
-def _preemption() -> Iterator[Any]:
-    """Yields preempted(step) -> bool: has SIGTERM come (on any process: all stop at one step)?"""
-    if jax.process_count() > 1:
-        # jax.distributed catches the signal itself and lets all processes agree on a step
-        yield multihost_utils.reached_preemption_sync_point
-        return
+def _preemption() -> Iterator[Callable[[int], int]]:
+    """Yields preempted(step): the signal for which all processes stop at this step, 0 for none.
+
+    SIGTERM and Ctrl-C ask for it, on whatever process; a second Ctrl-C ends this one at once. One
+    that nobody asked about before the end is passed on to whoever handles it outside.
+    """
+    several, came = jax.process_count() > 1, []
+
+    def note(number: int, _: Any) -> None:
+        came.append(number)
+        if several:
+            joining.give_notice()
+        if number == signal.SIGINT:
+            signal.signal(number, signal.SIG_DFL)
+            os.write(2, b"\nsaving before leaving; Ctrl-C once more leaves at once.\n")
+
+    def preempted(step: int) -> int:
+        if several and not multihost_utils.reached_preemption_sync_point(step):
+            return 0
+        return came[0] if came else signal.SIGTERM if several else 0
+
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if several and not joining.owns_sigterm():
+        numbers.remove(signal.SIGTERM)  # jax listens to it
     if threading.current_thread() is not threading.main_thread():
-        yield lambda step: False  # signals are delivered to the main thread only
-        return
-    came = threading.Event()
-    before = signal.signal(signal.SIGTERM, lambda *_: came.set())
+        numbers = []  # signals are delivered to the main thread only
+    before = {number: signal.signal(number, note) for number in numbers}
     try:
-        yield lambda step: came.is_set()
+        yield preempted
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if came:
+        signal.raise_signal(came[0])
 
 
 def check_weights(position: Mapping[str, Any], composer: Composer, where: Path) -> None:
@@ -254,27 +301,36 @@ def describe(trainer: Trainer) -> str:
         "trainable": (trainer.abstract.params, trainer.step.state_shardings.params),
         "average": (trainer.abstract.ema, trainer.step.state_shardings.ema),
         "optimizer": (trainer.abstract.opt_state, trainer.step.state_shardings.opt_state),
-        "frozen": (trainer.frozen, placement.parameter_shardings(trainer.mesh, trainer.frozen)),
+        "frozen": (trainer.frozen, trainer.step.frozen_shardings),
     }
     batch = trainer.abstract_batch()
     groups["batch"] = (batch, {name: x.sharding for name, x in batch.items()})
     for group, (tree, shardings) in groups.items():
         leaves = jax.tree_util.tree_leaves_with_path(tree)
         specs = jax.tree.leaves(shardings)
-        total = device = count = 0
-        rows = []
-        for (path, leaf), sharding in zip(leaves, specs, strict=True):
-            size = math.prod(leaf.shape) * leaf.dtype.itemsize
-            part = math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-            total, device, count = total + size, device + part, count + math.prod(leaf.shape)
-            if group in ("trainable", "batch"):
-                rows.append(
-                    f"    {jax.tree_util.keystr(path)} {leaf.dtype}{list(leaf.shape)} "
-                    f"{sharding.spec}"
-                )
-        lines.append(f"  {group}: {count:,} values, {_size(total)}, {_size(device)} per device")
-        lines += rows
+        count = sum(math.prod(leaf.shape) for _, leaf in leaves)
+        total = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for _, leaf in leaves)
+        line = f"  {group}: {count:,} values, {_size(total)}"
+        line += f", {_size(_per_device(tree, shardings))} per device"
+        if group == "frozen" and leaves:
+            ways = []
+            for name, rules in placement.FROZEN.items():
+                where = placement.parameter_shardings(trainer.mesh, tree, rules)
+                ways.append(f"config.frozen={name}: {_size(_per_device(tree, where))}")
+            line += f" ({', '.join(ways)})"
+        lines.append(line)
+        if group in ("trainable", "batch"):
+            lines += [
+                f"    {jax.tree_util.keystr(path)} {leaf.dtype}{list(leaf.shape)} {sharding.spec}"
+                for (path, leaf), sharding in zip(leaves, specs, strict=True)
+            ]
     return "\n".join(lines)
+
+
+def _per_device(tree: Any, shardings: Any) -> int:
+    """Bytes."""
+    leaves = zip(jax.tree.leaves(tree), jax.tree.leaves(shardings), strict=True)
+    return sum(math.prod(s.shard_shape(x.shape)) * x.dtype.itemsize for x, s in leaves)
 
 
 def _size(count: int) -> str:

@@ -11,8 +11,8 @@ from jax.sharding import Mesh
 
 from cir_jax.composers.base import Composer
 from cir_jax.models import chunks
+from cir_jax.sharding import constraints, placement
 from cir_jax.sharding import mesh as meshes
-from cir_jax.sharding import placement
 
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
@@ -39,6 +39,7 @@ def train_step(
     frozen: Any,
     batch: Batch,
     *,
+    mesh: Mesh,
     composer: Composer,
     optimizer: optax.GradientTransformation,
     ema_decay: float,
@@ -47,7 +48,7 @@ def train_step(
     """One update on the global batch. Randomness depends on the step only: resumed runs repeat."""
     rng = jax.random.fold_in(state.rng, state.step)
     grad_fn = jax.value_and_grad(composer.loss, has_aux=True)
-    with chunks.whole():
+    with chunks.whole(), constraints.rows_over(mesh):
         (loss, metrics), grads = grad_fn(state.params, frozen, batch, rng, microbatches)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
@@ -85,19 +86,21 @@ class Step:
     """`train_step`, compiled once per batch shape; `traces` counts the compilations."""
 
     def __init__(self, mesh: Mesh, state: Any, frozen: Any, **bound: Any):
-        """state, frozen: trees of arrays or of shapes; they give the shardings."""
+        """state, frozen: trees of arrays or of shapes. The state lies as the rules say, `frozen` as
+        its arrays do (`config.frozen`), or by the rules where it is on no mesh."""
         self.traces = 0
         self.state_shardings = placement.parameter_shardings(mesh, state)
+        self.frozen_shardings = placement.own_shardings(mesh, frozen)
 
         def counted(state: TrainState, frozen: Any, batch: Batch) -> tuple[TrainState, Metrics]:
             self.traces += 1
-            return train_step(state, frozen, batch, **bound)
+            return train_step(state, frozen, batch, mesh=mesh, **bound)
 
         self._jitted = jax.jit(
             counted,
             in_shardings=(
                 self.state_shardings,
-                placement.parameter_shardings(mesh, frozen),
+                self.frozen_shardings,
                 meshes.batch_sharding(mesh),
             ),
             out_shardings=(self.state_shardings, meshes.replicated(mesh)),

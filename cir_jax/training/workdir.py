@@ -3,7 +3,6 @@
 import contextlib
 import fcntl
 import json
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,12 +13,15 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from cir_jax import composers
-from cir_jax.errors import CheckpointError
+from cir_jax.errors import CheckpointError, DataError
+from cir_jax.storage import faults
+from cir_jax.storage.atomic import write_atomically
 from cir_jax.training.differences import differing_fields
 
 CONFIG_FILE = "config.json"
 FREE_FIELDS = (
     "mesh",
+    "frozen",
     "remat",
     "evaluation",
     "log_every",
@@ -69,12 +71,10 @@ def claim(workdir: Path, config: ml_collections.ConfigDict) -> None:
     file, problem = workdir / CONFIG_FILE, ""
     if jax.process_index() == 0 and not file.is_file():
         try:
-            workdir.mkdir(parents=True, exist_ok=True)
-            scratch = file.with_suffix(".tmp")
-            scratch.write_text(config.to_json_best_effort(indent=2) + "\n")
-            os.replace(scratch, file)
-        except OSError as error:
-            problem = f" ({error.strerror})"
+            text = config.to_json_best_effort(indent=2) + "\n"
+            write_atomically(file, lambda stream: stream.write(text.encode()))
+        except DataError as error:
+            problem = f" ({faults.cause(error)})"
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("the config is written")
     # all processes raise together: one that left alone would keep the others waiting
@@ -93,12 +93,18 @@ def claim(workdir: Path, config: ml_collections.ConfigDict) -> None:
 def only_run(workdir: Path) -> Iterator[None]:
     """Holds the lock of the workdir (process 0); the kernel drops it when the process dies.
 
-    Raises CheckpointError while another run holds it.
+    Raises CheckpointError while another run holds it, and when nothing can be written there.
     """
     if jax.process_index():
         yield
         return
-    with (workdir / ".lock").open("w") as file:
+    try:
+        lock = (workdir / ".lock").open("w")
+    except OSError as error:
+        raise CheckpointError(
+            f"{workdir}: cannot be locked ({faults.cause(error)}). Choose another --workdir."
+        ) from error
+    with lock as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -112,11 +118,34 @@ def read_config(workdir: Path) -> dict[str, Any]:
     """The config a workdir was made with. Raises CheckpointError when it is no workdir."""
     file = workdir / CONFIG_FILE
     try:
-        return json.loads(file.read_text())
-    except OSError as error:
+        values = json.loads(file.read_bytes())
+        wrong = _no_config(values)
+    except FileNotFoundError as error:
         raise CheckpointError(
             f"{workdir}: no {CONFIG_FILE}, so this is no workdir of launch/main.py. "
             "Give --workdir=DIR of a training run."
         ) from error
-    except ValueError as error:
-        raise CheckpointError(f"{file}: not valid JSON ({error}).") from error
+    except OSError as error:
+        raise CheckpointError(f"{file}: cannot be read now ({faults.cause(error)}).") from error
+    except ValueError as error:  # not JSON or not UTF-8
+        wrong = f"not valid JSON ({error})"
+    if wrong:
+        raise CheckpointError(
+            f"{file}: {wrong}, so it is not as launch/main.py wrote it. The checkpoints beside it "
+            "may be good: put the file back from a copy, or delete it and run main.py with the "
+            "--config of that run."
+        )
+    return values
+
+
+def _no_config(values: Any) -> str:
+    """In what JSON is not the config of an experiment, "" if it is one."""
+    if not isinstance(values, dict):
+        return f"holds {type(values).__name__} {str(values)[:40]!r} instead of an object"
+    for name in ("composer", "stage"):
+        if not isinstance(values.get(name), dict):
+            return f"its field {name!r} is no object"
+    for name, stage in values["stage"].items():
+        if not isinstance(stage, dict) or not isinstance(stage.get("composer", {}), dict):
+            return f"its field 'stage.{name}' is no stage"
+    return ""

@@ -161,6 +161,15 @@ def test_mistaken_settings(build, settings, message):
         build(**settings)
 
 
+def test_phrases_that_the_weights_spoil_are_not_stored(tiny, book, tmp_path, monkeypatch):
+    monkeypatch.setenv("CIR_JAX_CACHE", str(tmp_path))
+    composer = Searle(tiny[0], phrases=book, top_k=2)
+    message = "text features of [a-z]+: not finite, .*: number 0, number 1, .* with tiny@0: these"
+    with pytest.raises(WeightsError, match=message):
+        composer.freeze(jax.tree.map(lambda x: x * 1e30, tiny[1]))
+    assert not list(tmp_path.rglob("chunk*"))
+
+
 def test_concepts_without_phrases_are_named(build, tmp_path):
     names = tmp_path / "names.txt"
     names.write_text("red star\nyellow ring\n")

@@ -1,9 +1,17 @@
 """Batches are a pure function of (seed, number): of nothing else."""
 
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import time
+
 import numpy as np
 import pytest
 
 from cir_jax.errors import ConfigError, DataError
+from cir_jax.input import records
 from cir_jax.input.pipeline import Part, Pipeline
 from cir_jax.input.records import CaptionPairs, Records, TrimText, Triplets
 from cir_jax.input.tables import Table
@@ -49,6 +57,30 @@ def test_every_record_once_per_epoch(make):
     assert ids(pipeline.batches(0, 5)) != ids(pipeline.batches(5, 10))
 
 
+@pytest.mark.parametrize("kept", [0, 3, 100])
+def test_records_are_parsed_once_and_their_images_are_not_kept(tiny, monkeypatch, kept):
+    monkeypatch.setattr(records, "KEPT", kept)
+    read = []
+
+    class Counting(factory.MemoryTable):
+        def __getitem__(self, index):
+            read.append(index)
+            return super().__getitem__(index)
+
+    table = Counting(factory.caption_table(5).records)
+    transform = tiny[0].image_transform
+    source = Records(table, ("image",), transform, {"image": FEATURES})
+    first, again = ([source[i] for i in range(5)] for _ in range(2))
+    assert len(read) == 5 + max(5 - kept, 0)
+    for one, other, stored in zip(first, again, table.records, strict=True):
+        assert one["captions"] == other["captions"] == stored["captions"]
+        assert np.array_equal(one["image"], other["image"])
+    assert np.array_equal(first[3]["image"], FEATURES[3])
+    assert "image" not in source._parsed.get(0, {}) and len(source._parsed) == min(kept, 5)
+    decoded = Records(table, ("image",), transform)
+    assert decoded[1]["image"].shape == (16, 16, 3) and not decoded._parsed
+
+
 def test_starting_later_gives_the_same_batches(make):
     whole = list(make().batches(0, 8))
     for a, b in zip(whole[3:], make().batches(3, 8), strict=True):
@@ -62,8 +94,15 @@ def test_processes_together_read_the_global_batch(make, count):
     assert [sum(rows, []) for rows in zip(*shares, strict=True)] == whole
 
 
-def test_worker_processes_change_nothing(make):
-    assert ids(make(workers=2).batches(2, 8)) == ids(make().batches(2, 8))
+def test_worker_processes_change_nothing_and_outlive_a_ctrl_c(make):
+    batches = make(workers=2).batches(2, 42)
+    first = next(batches)
+    workers = multiprocessing.active_children()
+    for worker in workers:  # a terminal sends it to all processes of a run
+        os.kill(worker.pid, signal.SIGINT)
+    time.sleep(0.5)
+    assert len(workers) >= 2 and all(worker.is_alive() for worker in workers)
+    assert ids([first, *batches]) == ids(make().batches(2, 42))
 
 
 def test_mixture_has_the_asked_shares_and_one_layout(make):
@@ -115,3 +154,23 @@ def test_missing_and_corrupt_tables_say_what_to_do(tmp_path):
     with pytest.raises(DataError, match="shapes_tiny/circo:val.*(unreadable|opened).*prepare it"):
         broken = Table(tmp_path, "shapes_tiny", "circo", "val")
         _ = [broken[i] for i in range(len(broken))]
+
+
+def test_contents_of_a_table_are_those_of_its_split_wherever_it_lies(tmp_path):
+    from data import build
+
+    folder = build.prepare("shapes_tiny", ["circo"], tmp_path / "one")["circo"]
+    first = Table(tmp_path / "one", "shapes_tiny", "circo", "val").contents()
+    (shard,) = first["shards"]
+    assert first["records"] == sum(first["lengths"]) > 3 and first["stamp"] is None
+    assert first["shards"][shard] == (folder / shard).stat().st_size
+    part = Table(tmp_path / "one", "shapes_tiny", "circo", "val[:3]").contents()
+    assert part == first | {"records": 3}
+    # another machine: other times
+    copied = shutil.copytree(folder, tmp_path / "two" / "shapes_tiny" / "circo" / folder.name)
+    os.utime(copied / shard, (1, 1))
+    table = Table(tmp_path / "two", "shapes_tiny", "circo", "val")
+    assert table.contents() == first == json.loads(json.dumps(first))
+    stamps = {"val": "of the changed files", "test_0": "of others"}
+    (copied / "source.json").write_text(json.dumps({"stamp": stamps, "source": "here"}))
+    assert table.contents() == first | {"stamp": "of the changed files"}

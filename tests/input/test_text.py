@@ -1,9 +1,14 @@
 """Tokenisation. Equality with CLIP's own ids is a fixture (tests/golden/clip_tokens.json)."""
 
 import gzip
+import html
 import json
 import pickle
+import random
+import re
+import string
 
+import ftfy
 import numpy as np
 import pytest
 
@@ -13,6 +18,7 @@ from cir_jax.input.text import (
     Tokenizer,
     clean,
     clip_bpe,
+    collapse,
     placeholder_positions,
     read_merges,
     word_tokenizer,
@@ -31,6 +37,17 @@ def bpe():
 def test_cleaning():
     assert clean("  A &amp;amp; B\n\tc ") == "a & b c"
     assert clean("schÃ¶n â€œhiâ€\x9d") == 'schön "hi"'
+
+
+def test_ascii_needs_no_mending():
+    """Such texts skip ftfy and html: they must be what these would make of them."""
+    rng = random.Random(0)
+    alphabet = string.printable + " <>#;&`'\"" * 3
+    lines = ["".join(rng.choices(alphabet, k=rng.randrange(30))) for _ in range(3000)]
+    lines += ["a  red\x1b[31m star", "x\x00y", "&lt;b&gt;", "&amp;#36;", " two\u00a0stars "]
+    for line in lines:
+        mended = html.unescape(html.unescape(ftfy.fix_text(line)))
+        assert collapse(line) == re.sub(r"\s+", " ", mended).strip(), line
 
 
 def test_ids_by_hand(bpe):

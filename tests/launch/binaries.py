@@ -2,10 +2,11 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -14,27 +15,51 @@ LIMIT = 420
 
 
 def environment(scratch: Path, devices: int = 1) -> dict[str, str]:
-    """Everything a run writes outside its workdir goes under `scratch`."""
+    """Everything a run writes outside its workdir goes under `scratch`, but compiled programs."""
     inherited = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_", "CIR_"))}
     return inherited | {
         "CIR_JAX_DATA": str(scratch / "data"),
         "CIR_JAX_CACHE": str(scratch / "features"),
-        "JAX_COMPILATION_CACHE_DIR": str(scratch / "xla"),
+        # cheap compilations, as in tests/conftest.py
+        "JAX_COMPILATION_CACHE_DIR": os.environ["JAX_COMPILATION_CACHE_DIR"],
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "True",
+        "XLA_FLAGS": "--xla_cpu_use_fusion_emitters=false",
         "JAX_PLATFORMS": "cpu",
         "JAX_NUM_CPU_DEVICES": str(devices),
     }
 
 
-def start(binary: str, *flags: str, scratch: Path, devices: int = 1, log: Path) -> subprocess.Popen:
+def start(
+    binary: str, *flags: str, scratch: Path, devices: int = 1, log: Path, **variables: str
+) -> subprocess.Popen:
     """Starts `python launch/<binary>.py flags`; its output goes to the file `log`."""
     with log.open("ab") as output:
         return subprocess.Popen(
             [sys.executable, f"launch/{binary}.py", *flags],
             cwd=ROOT,
-            env=environment(scratch, devices),
+            env=environment(scratch, devices) | variables,
             stdout=output,
             stderr=subprocess.STDOUT,
         )
+
+
+def start_together(
+    binary: str, *flags: str, scratch: Path, devices: int, logs: Sequence[Path]
+) -> list[subprocess.Popen]:
+    """Starts one process per log, which find each other at a free port.
+
+    Without stored programs: a process that has read one would wait in a collective for another that
+    still compiles it, and Gloo gives up after 30 seconds.
+    """
+    with socket.socket() as server:
+        server.bind(("", 0))
+        port = server.getsockname()[1]
+    flags = (*flags, f"--coordinator=localhost:{port}", f"--num_processes={len(logs)}")
+    options = dict(scratch=scratch, devices=devices, JAX_ENABLE_COMPILATION_CACHE="0")
+    return [
+        start(binary, *flags, f"--process_id={i}", log=log, **options) for i, log in enumerate(logs)
+    ]
 
 
 def run(binary: str, *flags: str, scratch: Path, devices: int = 1) -> tuple[int, str]:

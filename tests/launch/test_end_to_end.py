@@ -11,7 +11,7 @@ from PIL import Image
 
 import cir_jax
 from cir_jax.training import logs
-from tests.launch.binaries import SMOKE, kill_when, run, start
+from tests.launch.binaries import SMOKE, kill_when, run, start, start_together
 
 pytestmark = pytest.mark.slow
 
@@ -121,53 +121,69 @@ def test_killed_at_any_moment_the_same_command_ends_with_the_same_numbers(finish
     assert metrics(workdir) == metrics(unbroken)
 
 
-def test_preemption_saves_and_the_same_command_continues(finished, scratch, tmp_path):
+def test_stopped_in_any_phase_the_same_command_continues(finished, scratch, tmp_path):
     unbroken, _ = finished
-    workdir, log = tmp_path / "run", tmp_path / "log"
+    workdir, data, log = tmp_path / "run", tmp_path / "data", tmp_path / "log"
     flags = (
         f"--config={SMOKE}",
         f"--workdir={workdir}",
         *LONGER,
+        f"--config.data_dir={data}",
         "--config.checkpoint.every=100 steps",
     )
-    process = start("main", *flags, scratch=scratch, log=log)
     file = workdir / "stage1" / "metrics.jsonl"
-    while process.poll() is None and not (file.exists() and file.stat().st_size):
-        time.sleep(0.002)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait() == 143, log.read_text()[-3000:]
-    assert "stopped and saved after step" in log.read_text()
+    moments = (
+        (signal.SIGTERM, "while preparing data: finished shards in .*data are kept",
+         lambda: any(data.rglob(".building/*"))),
+        (signal.SIGINT, "stage1: stopped and saved after step [0-9]+",
+         lambda: file.exists() and file.stat().st_size),
+        (signal.SIGTERM, "while (evaluating|exporting|running the stages): .* kept",
+         (workdir / "stage2" / "checkpoints" / "24").exists),
+    )  # fmt: skip
+    for number, words, reached in moments:
+        process = start("main", *flags, scratch=scratch, log=log)
+        while process.poll() is None and not reached():
+            time.sleep(0.002)
+        process.send_signal(number)
+        assert process.wait() == 128 + number, log.read_text()[-3000:]
+        said = log.read_text()
+        assert re.search(words, said.strip().splitlines()[-1]), said[-3000:]
+        assert "Traceback" not in said
+        scraps = [p for root in (workdir, data, scratch) for p in root.rglob(".*.json.*")]
+        assert not scraps and not (workdir / "results.json").exists()
     status, output = run("main", *flags, scratch=scratch)
-    assert status == 0 and "resuming after step" in output
-    assert losses(workdir, "stage2") == losses(unbroken, "stage2")
+    assert status == 0, output
+    for stage in ("stage1", "stage2"):
+        assert losses(workdir, stage) == losses(unbroken, stage)
     assert metrics(workdir) == metrics(unbroken)
 
 
-def test_two_processes_train_the_same_run(finished, scratch, tmp_path):
+def test_two_processes_killed_and_resumed_train_the_same_run(finished, scratch, tmp_path):
     unbroken, _ = finished
-    workdir = tmp_path / "run"
+    workdir, text = tmp_path / "run", [tmp_path / "log0", tmp_path / "log1"]
     flags = [f"--config={SMOKE}", f"--workdir={workdir}", *LONGER, "--config.mesh.fsdp=2"]
-    logs_of = [tmp_path / "log0", tmp_path / "log1"]
-    processes = [
-        start(
-            "main",
-            *flags,
-            "--coordinator=localhost:19751",
-            "--num_processes=2",
-            f"--process_id={i}",
-            scratch=scratch,
-            devices=4,
-            log=log,
-        )
-        for i, log in enumerate(logs_of)
-    ]
-    assert [p.wait() for p in processes] == [0, 0], logs_of[0].read_text()[-3000:]
+
+    def together():
+        return start_together("main", *flags, scratch=scratch, devices=2, logs=text)
+
+    file = workdir / "stage1" / "metrics.jsonl"
+
+    def underway():
+        return file.exists() and file.read_bytes().count(b"\n") >= 4
+
+    first, second = together()
+    assert kill_when(first, underway, text[0]), text[0].read_text()[-3000:]
+    second.kill()
+    second.wait()
+    assert [p.wait() for p in together()] == [0, 0], text[0].read_text()[-3000:]
+    for log in text:
+        assert "stage1: resuming after step" in log.read_text()
     for stage in ("stage1", "stage2"):
         ours, one = np.asarray(losses(workdir, stage)), np.asarray(losses(unbroken, stage))
         np.testing.assert_allclose(ours, one, rtol=1e-5)
     before = metrics(workdir)
     assert before == metrics(unbroken)
-    assert "protocol" not in logs_of[1].read_text()  # reports come from process 0
+    assert "protocol" not in text[1].read_text()  # reports come from process 0
     status, output = run("eval", *flags[:-1], scratch=scratch)  # one process, one device
     assert status == 0, output
     assert metrics(workdir) == before

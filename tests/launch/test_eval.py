@@ -2,7 +2,9 @@
 
 import json
 import re
+import signal
 import socket
+import time
 
 import pytest
 
@@ -49,6 +51,22 @@ def test_all_that_is_promised_is_there(one):
     first = whole["results"][0]
     assert first["data"] == "shapes_tiny@1.0.0" and first["partial"] is False
     assert {"protocol", "weights_id", "seed", "counts"} <= set(first)
+
+
+def test_stopped_between_benchmarks_it_leaves_no_half_results(scratch, one, tmp_path):
+    log, output = tmp_path / "log", tmp_path / "output"
+    process = start("eval", SLERP, TWO, f"--output={output}", scratch=scratch, log=log)
+    while process.poll() is None and "protocol circo" not in log.read_text():
+        time.sleep(0.002)
+    process.send_signal(signal.SIGINT)
+    assert process.wait() == 130, log.read_text()[-3000:]
+    said = log.read_text()
+    assert re.search(
+        "^stopped by Ctrl-C while evaluating: .*The same command continues", said, re.M
+    )
+    assert "Traceback" not in said
+    left = {path.name for path in output.iterdir()}
+    assert left <= {"shapes_tiny_circo.png", "shapes_tiny_fashioniq.png"}
 
 
 def test_two_processes_of_three_and_eight_devices_give_the_same_metrics(one, scratch, tmp_path):

@@ -72,8 +72,9 @@ def test_text_at_a_bucketed_length_equals_full_length(tiny):
 
     grad, features = run(short, backbone.embed_tokens(params, short))
     full_grad, full_features = run(full, backbone.embed_tokens(params, full))
-    np.testing.assert_allclose(features, full_features, rtol=0, atol=2e-6)
-    np.testing.assert_allclose(grad, full_grad[:, :8], rtol=0, atol=2e-6)
+    for one, other in ((features, full_features), (grad, full_grad[:, :8])):
+        # relative to the largest value: programs of two lengths need not round alike
+        np.testing.assert_allclose(one, other, rtol=0, atol=1e-5 * np.abs(other).max())
     assert not np.asarray(full_grad[:, 8:]).any()
 
 

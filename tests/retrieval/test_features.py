@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from cir_jax.composers.base import Composer, normalise
-from cir_jax.errors import DataError
+from cir_jax.errors import DataError, WeightsError
 from cir_jax.input import identity, images
 from cir_jax.retrieval import features
 from cir_jax.sharding.mesh import make_mesh, replicated
@@ -221,6 +221,28 @@ def test_unreadable_images_are_errors_or_rows_of_nan(tiny, table, tmp_path):
         assert np.isnan(found[4]).all() and np.isfinite(np.delete(found, 4, axis=0)).all()
 
 
+@pytest.mark.parametrize("skip_unreadable", [False, True])
+def test_what_the_weights_spoil_is_no_unreadable_image(tiny, table, tmp_path, skip_unreadable):
+    """Nothing of it is stored, and what earlier versions stored of it is computed again."""
+    backbone, params = tiny
+    damaged = jax.tree.map(lambda x: x * 1e30, params)
+    message = (
+        r"un-normalised: not finite, though the input was read: MemoryTable\(memory\), record 0, .*"
+        "and 1 more. Computed in float32 with tiny@0: these weights or .*get the weights again"
+    )
+    with pytest.raises(WeightsError, match=message):
+        run(tiny, table, tmp_path, params=damaged, skip_unreadable=skip_unreadable)
+    assert not list(tmp_path.glob("*/chunk*"))
+    good = run(tiny, table, tmp_path, skip_unreadable=skip_unreadable)
+    (chunk,) = tmp_path.glob("*/chunk*")
+    stored = np.load(chunk)
+    stored[3, 5] = np.nan
+    np.save(chunk, stored)
+    again = run(tiny, table, tmp_path, skip_unreadable=skip_unreadable)
+    np.testing.assert_array_equal(again, good)
+    np.testing.assert_array_equal(np.load(chunk), good)
+
+
 def test_rows_of_nan_are_of_one_limit_of_pixels(tiny, table, tmp_path):
     """What was left out under another limit is not taken from the store."""
     table.records[4] = {"image": factory.png(np.random.default_rng(0), size=100)}
@@ -263,6 +285,41 @@ def test_gallery_features_of_a_composers_own_are_stored_by_parameters_and_settin
         return len(table.reads)
 
     assert [reads(1), reads(1), reads(2), reads(1, 3.0), reads(1, 3.0)] == [22, 0, 22, 22, 0]
+
+
+class Logarithm(Composer):
+    """Has no features of black images, and no query for the third."""
+
+    def embed_gallery(self, params, frozen, images):
+        return jnp.log(images.astype(np.float32).mean(axis=(1, 2)))
+
+    def compose(self, params, frozen, query, rng):
+        return jnp.log(jnp.abs(query["query_index"].astype(jnp.float32) - 2))[:, None]
+
+
+def test_the_record_and_the_query_that_go_wrong_are_named(tiny, table, tmp_path):
+    composer, where = Logarithm(tiny[0]), dict(mesh=mesh(1), batch_size=4)
+    black = io.BytesIO()
+    Image.new("RGB", (20, 20)).save(black, "PNG")
+    table.records[4] = {"image": b"nothing"}
+    table.records[6] = {"image": black.getvalue(), "name": b"night.png"}
+    message = r"Logarithm.embed_gallery: not finite.* read: Memory.*, record 6 \(night.png\)\. Comp"
+    with pytest.raises(WeightsError, match=message):
+        features.gallery_features(
+            composer, {}, {}, table, cache_dir=tmp_path, skip_unreadable=True, **where
+        )
+    message = "circo queries, composed by Logarithm: not finite, .* read: query 2. Computed in fl"
+    with pytest.raises(WeightsError, match=message):
+        features.query_features(
+            composer,
+            {},
+            {},
+            np.ones((7, 8), np.int32),
+            np.arange(7, dtype=np.int32),
+            reference_features=np.zeros((7, 24), np.float32),
+            description="circo queries",
+            **where,
+        )
 
 
 def test_noise_belongs_to_the_query_not_to_the_batch(tiny):

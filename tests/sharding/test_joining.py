@@ -1,5 +1,7 @@
 """Who belongs to a run, and who did not come."""
 
+import ctypes
+import signal
 import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +23,27 @@ def roll_call(count, present, seconds):
     with ThreadPoolExecutor() as pool:
         calls = [pool.submit(joining._roll_call, coordinator, count, i, seconds) for i in present]
         return [call.exception() for call in calls]
+
+
+def test_sigterm_stays_ours_and_jax_still_gets_notice(monkeypatch):
+    """jax.distributed.initialize puts a C function in the place of Python's handler."""
+    libc, theirs, ours = ctypes.CDLL(None), [], []
+    handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(theirs.append)
+    monkeypatch.setattr(joining, "_jax_handler", None)
+    monkeypatch.setattr(
+        joining.jax.distributed, "initialize", lambda *_, **__: libc.signal(signal.SIGTERM, handler)
+    )
+    before = signal.signal(signal.SIGTERM, lambda number, _: ours.append(number))
+    try:
+        assert not joining.owns_sigterm()
+        joining.give_notice()  # to whoever listens
+        joining._initialize("localhost:1", 2, 0)
+        signal.raise_signal(signal.SIGTERM)
+        assert (theirs, ours) == ([], [signal.SIGTERM] * 2) and joining.owns_sigterm()
+        joining.give_notice()
+        assert (theirs, ours) == ([signal.SIGTERM], [signal.SIGTERM] * 2)
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_everybody_came():

@@ -179,6 +179,55 @@ def test_no_workdir_at_all(tmp_path):
         workdirs.read_config(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"5", "holds int '5' instead of an object"),
+        (b"[]", "holds list"),
+        (b"null", "holds NoneType"),
+        (b"{}", "its field 'composer' is no object"),
+        (b'{"composer": {}, "stage": 3}', "its field 'stage' is no object"),
+        (b'{"composer": {}, "stage": {"a": []}}', "its field 'stage.a' is no stage"),
+        (b'{"composer": {}, "stage": {}', "not valid JSON"),
+        (b'{"composer": "\xff"}', "not valid JSON .*utf-8"),
+        (b"", "not valid JSON"),
+    ],
+    ids=repr,
+)
+def test_a_damaged_config_is_named_wherever_it_is_read(tmp_path, content, message):
+    (tmp_path / "config.json").write_bytes(content)
+    config = compodiff.get_config("smoke")
+    for read in (
+        lambda: workdirs.check(tmp_path, config),
+        lambda: workdirs.claim(tmp_path, config),
+        lambda: loading.load(tmp_path),
+    ):
+        with pytest.raises(CheckpointError, match=f"config.json: {message}.*checkpoints beside it"):
+            read()
+    assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [("config.json", content)]
+
+
+def test_a_config_that_cannot_be_read_or_written_now(tmp_path, monkeypatch):
+    def fails(*_):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    config = compodiff.get_config("smoke")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fails)
+        with pytest.raises(CheckpointError, match="cannot be written .Input/output.*choose"):
+            workdirs.claim(tmp_path, config)
+        assert not list(tmp_path.iterdir())
+    workdirs.claim(tmp_path, config)
+    with monkeypatch.context() as patch:
+        patch.setattr("pathlib.Path.read_bytes", fails)
+        with pytest.raises(CheckpointError, match="config.json: cannot be read now .Input/output"):
+            workdirs.check(tmp_path, config)
+    (tmp_path / ".lock").mkdir()
+    with pytest.raises(CheckpointError, match="cannot be locked .Is a directory"):
+        with workdirs.only_run(tmp_path):
+            pass
+
+
 @pytest.fixture
 def stand_in(tiny):
     """An experiment without data or weights on disk."""

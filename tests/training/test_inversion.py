@@ -1,21 +1,28 @@
 """Inversion stages: stored once, resumed after a kill, never mixed with other words."""
 
+import copy
 import dataclasses
+import errno
 import json
+import os
+import signal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from array_record.python import array_record_module
 from ml_collections import ConfigDict
 
 from cir_jax import composers
-from cir_jax.errors import CheckpointError, ConfigError, DataError
+from cir_jax.errors import CheckpointError, ConfigError, DataError, WeightsError
 from cir_jax.experiment import Experiment
 from cir_jax.sharding import mesh as meshes
 from cir_jax.sharding import placement
 from cir_jax.training import inversion
 from cir_jax.weights import oti_tokens
 from experiments import base
+from launch import ending
 from tests import tiny as factory
 
 ROWS, BATCH = 20, 8
@@ -121,12 +128,68 @@ def test_a_killed_stage_goes_on_to_the_same_words(experiment, table, tmp_path, m
     np.testing.assert_array_equal(first, second)
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_keeps_the_finished_shards(experiment, table, tmp_path, monkeypatch, number):
+    class Stops(array_record_module.ArrayRecordWriter):
+        def write(self, record):
+            super().write(record)
+            if len(shards(tmp_path / "oti")) == 1:
+                os.kill(os.getpid(), number)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as caught:
+        patch.setattr(array_record_module, "ArrayRecordWriter", Stops)
+        ending.run(lambda: inversion.run(experiment(1), "oti", tmp_path))
+    assert caught.value.code == 128 + number
+    left = sorted(path.name for path in (tmp_path / "oti").iterdir())
+    assert left == ["identity.json", "words_00000.array_record"]
+    inversion.run(experiment(1), "oti", tmp_path)
+    assert np.isfinite(inversion.read(experiment(1), "oti", tmp_path, table)).all()
+
+
+def test_a_full_disk_is_named_and_leaves_no_half_shard(experiment, table, tmp_path, monkeypatch):
+    class Full(array_record_module.ArrayRecordWriter):
+        def close(self):
+            super().close()
+            if len(shards(tmp_path / "oti")) == 1:  # as the library reports it
+                raise RuntimeError(f"Failed to write: {os.strerror(errno.ENOSPC)}")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(array_record_module, "ArrayRecordWriter", Full)
+        with pytest.raises(
+            CheckpointError, match="words_00001.*cannot be written .No space left.*are kept"
+        ):
+            inversion.run(experiment(1), "oti", tmp_path)
+    left = sorted(path.name for path in (tmp_path / "oti").iterdir())
+    assert left == ["identity.json", "words_00000.array_record"]
+
+
 def test_unreadable_images_get_no_word_and_are_counted(experiment, table, tmp_path, capsys):
     table.records[5]["image"] = b"no image"
     inversion.run(experiment(), "oti", tmp_path)
     assert "1 of them unreadable" in capsys.readouterr().out
     words = inversion.read(experiment(), "oti", tmp_path, table)
     assert np.isnan(words[5]).all() and np.isfinite(np.delete(words, 5, axis=0)).all()
+
+
+def test_words_that_are_not_finite_are_no_unreadable_images(experiment, table, tmp_path):
+    """A word may have no value though its image decodes; the shards before it stay."""
+    table.records[5]["image"] = b"no image"
+    ours = experiment()
+    composer = copy.copy(ours.composer)
+
+    def invert(params, frozen, query, rng):
+        words = jnp.ones((len(query["query_index"]), ours.backbone.token_dim))
+        return words / (query["query_index"] != 9)[:, None]
+
+    composer.invert = invert
+    ours = dataclasses.replace(ours, composer=composer)
+    message = (
+        r"pseudo-words of stage oti: not finite, .*: MemoryTable\(memory\), record 9. Computed in "
+        "float32 with tiny@0: its learning rate is too high, or these weights"
+    )
+    with pytest.raises(WeightsError, match=message):
+        inversion.run(ours, "oti", tmp_path)
+    assert shards(tmp_path / "oti") == ["words_00000.array_record"]
 
 
 def test_words_of_an_earlier_version_are_taken_up(experiment, table, tmp_path):
@@ -170,9 +233,10 @@ def test_damaged_files_are_named(experiment, table, tmp_path):
     shard.write_bytes(shard.read_bytes()[: shard.stat().st_size // 2])
     with pytest.raises(CheckpointError, match=r"words_00001.array_record: damaged .*Delete it"):
         inversion.read(experiment(), "oti", tmp_path, table)
-    (tmp_path / "oti" / "identity.json").write_text("{")
-    with pytest.raises(CheckpointError, match="not valid JSON"):
-        inversion.run(experiment(), "oti", tmp_path)
+    for content in (b"{", b"[]", b"\xff"):
+        (tmp_path / "oti" / "identity.json").write_bytes(content)
+        with pytest.raises(CheckpointError, match="identity.json: not valid JSON"):
+            inversion.run(experiment(), "oti", tmp_path)
 
 
 def test_stages_that_cannot_run(experiment, table, tmp_path, made):

@@ -1,6 +1,7 @@
 """The train step and its loop: independent of mesh, of microbatches, of interruptions."""
 
 import functools
+import json
 
 import jax
 import numpy as np
@@ -14,9 +15,10 @@ from cir_jax.input.pipeline import Part, Pipeline
 from cir_jax.input.records import CaptionPairs, Records, TrimText
 from cir_jax.sharding.mesh import make_mesh
 from cir_jax.training import logs
-from cir_jax.training.checkpoints import load_scored
+from cir_jax.training.checkpoints import Checkpoints, load_scored
 from cir_jax.training.loop import NanLoss, Stage, Trainer, describe
 from tests import tiny as factory
+from tests.training import small
 
 ONE = {"data": 1, "fsdp": 1, "tensor": 1}
 
@@ -80,25 +82,23 @@ def test_resumed_equals_unbroken(tiny, tmp_path, reference_run):
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(params), reference_run[1])
 
 
-def test_corrupt_checkpoint_falls_back_to_the_one_before(tiny, tmp_path, reference_run, caplog):
-    make_trainer(tiny).run(tmp_path)
-    broken = tmp_path / "checkpoints" / "4" / "params"
-    for file in broken.rglob("*"):
-        if file.is_file():
-            file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-    params = make_trainer(tiny).run(tmp_path)
-    assert "checkpoints/4" in caplog.text and "not readable" in caplog.text
-    assert losses(tmp_path) == reference_run[0]
-    jax.tree.map(np.testing.assert_array_equal, jax.device_get(params), reference_run[1])
-
-
-def test_all_checkpoints_corrupt_is_an_error(tiny, tmp_path):
-    make_trainer(tiny, steps=2).run(tmp_path)
-    for file in (tmp_path / "checkpoints").rglob("*"):
-        if file.is_file():
-            file.write_bytes(b"")
-    with pytest.raises(CheckpointError, match="none of the checkpoints .* is readable"):
-        make_trainer(tiny).run(tmp_path)
+def test_a_checkpoint_that_is_not_finite_is_passed_over(tmp_path, caplog):
+    """A step whose loss was the last finite one may be saved, its parameters spoilt."""
+    spoils = optax.chain(
+        optax.sgd(1e-3),
+        optax.scale_by_schedule(lambda step: jax.numpy.where(step == 3, jax.numpy.inf, 1.0)),
+    )
+    trainer = small.trainer(optimizer=spoils)
+    trainer.run(tmp_path)
+    directory = tmp_path / "checkpoints"
+    tree, position = load_scored(directory, trainer.abstract.params)
+    assert position["next_batch"] == 2 and np.isfinite(tree["scale"])
+    assert "4/params is not readable (not finite: scale)" in caplog.text
+    caplog.clear()
+    with Checkpoints(directory) as checkpoints:
+        _, position = checkpoints.restore(trainer.abstract_state())
+    assert position["next_batch"] == 2
+    assert "checkpoints/4 is not readable (not finite: scale)" in caplog.text
 
 
 def test_checkpoint_of_one_mesh_restores_on_another(tiny, tmp_path, reference_run):
@@ -155,6 +155,28 @@ def test_other_data_in_the_same_directory_is_refused(tiny, tmp_path):
     make_trainer(tiny, steps=2).run(tmp_path)
     with pytest.raises(CheckpointError, match="was trained on other data"):
         make_trainer(tiny, batch_size=8).run(tmp_path)
+
+
+def test_a_table_built_again_under_its_name_is_refused(tmp_path, monkeypatch):
+    contents = {"records": 64, "shards": {"a": 3}, "stamp": "one"}
+    monkeypatch.setattr(factory.MemoryTable, "contents", lambda table: contents)
+    small.trainer(steps=2).run(tmp_path)
+    contents = contents | {"records": 60, "shards": {"a": 3, "b": 1}, "stamp": "two"}
+    name = r"MemoryTable\(memory\)"
+    message = (
+        rf"other data of the same name; .* differ: {name}.records \(was 64, is 60\); {name}.shards"
+        rf".b \(was None, is 1\); {name}.stamp \(was 'one', is 'two'\). Use a new --work"
+    )
+    with pytest.raises(CheckpointError, match=message):
+        small.trainer().run(tmp_path)
+    # a checkpoint of an earlier version does not say, and has no digests
+    (tmp_path / "checkpoints" / "2" / "digests.json").unlink()
+    (file,) = tmp_path.glob("checkpoints/2/position/metadata")
+    position = json.loads(file.read_text())
+    assert position.pop("tables")["MemoryTable(memory)"]["stamp"] == "one"
+    file.write_text(json.dumps(position))
+    small.trainer().run(tmp_path)
+    assert len(losses(tmp_path)) == 4
 
 
 def test_dry_run_names_shapes_shardings_and_bytes(tiny):

@@ -1,0 +1,47 @@
+"""One of several processes: `python -m tests.training.several PORT PROCESSES NUMBER DIRECTORY`.
+
+Trains slowly, says each step, and then waits to be stopped.
+"""
+
+import logging
+import sys
+import time
+from pathlib import Path
+
+import jax
+
+from cir_jax.sharding import joining
+from cir_jax.training import loop
+from launch import ending
+from tests.training.line import trainer
+
+STEPS = 300
+
+
+def say(*words):
+    print(*words, flush=True)
+
+
+def main():
+    port, count, number, directory = sys.argv[1:]
+    logging.basicConfig(level=logging.WARNING, stream=sys.stdout, format="%(message)s")
+    joining.initialize(f"localhost:{port}", int(count), int(number))
+
+    def slowly(step):
+        time.sleep(0.02)
+        say("step", step)
+
+    try:
+        trainer(steps=STEPS, before=slowly, checkpoint_every=50).run(Path(directory))
+    except loop.Preempted as stop:
+        say(stop)
+        sys.exit(128 + stop.signal)
+    ending.phase("waiting", "all is kept")
+    say("trained")
+    time.sleep(60)
+
+
+if __name__ == "__main__":
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", 1)
+    ending.run(main)

@@ -1,0 +1,155 @@
+"""What a config says is what happens: the type of the computation, worker processes; and what the
+loop moves between host and devices, it moves on purpose."""
+
+import multiprocessing
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cir_jax import experiment as experiments
+from cir_jax.loading import read_experiment
+from cir_jax.retrieval import features
+from cir_jax.training import inputs, inversion, stages
+from tests import tiny as factory
+from tests.training import small
+
+TYPES = {"float32": "f32", "bfloat16": "bf16"}
+PRODUCT = re.compile(
+    r"stablehlo\.dot_general .* : \(tensor<(?:\d+x)*(\w+)>, tensor<(?:\d+x)*(\w+)>\)"
+)
+
+
+def products(lowered):
+    """The types of both sides of each matrix product in a program."""
+    return [match.groups() for match in PRODUCT.finditer(lowered.as_text())]
+
+
+def set_up(name, dtype, monkeypatch, **fields):
+    """An experiment over a table in memory, with one device; nothing is encoded."""
+    monkeypatch.setattr(inputs, "Table", lambda *_: factory.caption_table(40))
+    config = read_experiment(f"experiments/{name}.py:smoke")
+    config.dtype, config.mesh.data = dtype, len(jax.devices())
+    config.update(fields)
+    for stage in config.stage.values():
+        if stage.kind == "train":
+            stage.optimizer.name = "adamw"  # has no products of its own, as muon has
+    return experiments.setup(config, shapes_only=True)
+
+
+def shapes(**rows):
+    return {name: jax.ShapeDtypeStruct(shape, dtype) for name, (shape, dtype) in rows.items()}
+
+
+def training(experiment):
+    """The step of the first stage that trains."""
+    config = experiment.config
+    name = next(n for n in experiments.stage_names(config) if config.stage[n].kind == "train")
+    trainer = stages.make_trainer(experiment, name, None, shapes_only=True)
+    return trainer.step.lower(trainer.abstract, trainer.frozen, trainer.abstract_batch())
+
+
+def images(experiment):
+    size = experiment.backbone.image_transform.crop
+    batch = shapes(image=((8, size, size, 3), np.uint8), unreadable=((8,), bool))
+    parameters = experiment.frozen["backbone"]
+    return features._encode_images.lower(experiment.backbone, experiment.mesh, parameters, batch)
+
+
+def queries(experiment):
+    """The method itself, with its parameters as they are drawn."""
+    backbone, composer = experiment.backbone, experiment.composer
+    params = jax.eval_shape(composer.init, jax.random.key(0)) if composer.trained else {}
+    query = shapes(
+        token_ids=((8, backbone.context_length), np.int32),
+        query_index=((8,), np.int32),
+        reference_features=((8, backbone.dim), np.float32),
+    )
+    seed = jax.ShapeDtypeStruct((), np.uint32)
+    where = composer, experiment.mesh, params, experiment.frozen
+    return features._compose.lower(*where, query, seed)
+
+
+def words(experiment):
+    query = shapes(
+        reference_features=((8, experiment.backbone.dim), np.float32),
+        query_index=((8,), np.int32),
+    )
+    where = experiment.composer, experiment.mesh, experiment.frozen
+    return inversion._invert.lower(*where, query, jax.ShapeDtypeStruct((), np.uint32))
+
+
+@pytest.mark.parametrize(
+    ("name", "program"),
+    [
+        ("pic2word", training),
+        ("pretrain", training),  # without pretrained weights: another way through `setup`
+        ("slerp", images),
+        ("slerp", queries),
+        ("searle_oti", words),
+    ],
+)
+@pytest.mark.parametrize("dtype", TYPES)
+def test_the_type_of_the_config_is_that_of_the_computation(name, program, dtype, monkeypatch):
+    """Of the encoders' products, which are most of all; losses and small networks are float32."""
+    found = products(program(set_up(name, dtype, monkeypatch)))
+    wanted = TYPES[dtype]
+    of_type = [sides for sides in found if sides == (wanted, wanted)]
+    assert len(found) > 4 and len(of_type) > len(found) / 2, found
+    if dtype == "float32":
+        assert of_type == found
+
+
+def test_the_workers_of_the_config_read(monkeypatch):
+    """As many processes as asked for, and none without; the batches are the same."""
+    read = {}
+    for count in (0, 2):
+        experiment = set_up("pretrain", "float32", monkeypatch, workers=count)
+        trainer = stages.make_trainer(experiment, "contrastive", None)
+        batches = trainer.pipeline.batches(0, 100)  # so many that none of them is done
+        read[count] = next(batches)
+        assert len(multiprocessing.active_children()) == count
+        batches.close()
+    jax.tree.map(np.testing.assert_array_equal, read[0], read[2])
+
+
+# --- device to host
+
+
+@pytest.fixture
+def as_on_an_accelerator(monkeypatch):
+    """JAX guards no reading of a CPU's memory: here it does, where the guard is closed."""
+    kind, asked = type(jnp.zeros(())), []
+    device_get, value = jax.device_get, kind._value
+
+    def explicitly(tree):
+        asked.append(tree)
+        try:
+            return device_get(tree)
+        finally:
+            asked.pop()
+
+    def guarded(array):
+        if jax.config.jax_transfer_guard_device_to_host == "disallow" and not asked:
+            raise RuntimeError("Disallowed device-to-host transfer")
+        return value.fget(array)
+
+    monkeypatch.setattr(jax, "device_get", explicitly)
+    monkeypatch.setattr(kind, "_value", property(guarded))
+
+
+def test_the_loop_reads_devices_on_purpose_only(tmp_path, as_on_an_accelerator, monkeypatch):
+    trainer = small.trainer()
+    trainer.run(tmp_path / "whole")
+    step = trainer.step
+
+    def reads(state, frozen, batch):
+        state, metrics = step(state, frozen, batch)
+        return state, metrics | {"loss": metrics["loss"] * float(metrics["loss"])}
+
+    monkeypatch.setattr(trainer, "step", reads)
+    reads.state_shardings = step.state_shardings
+    with pytest.raises(RuntimeError, match="Disallowed device-to-host transfer"):
+        trainer.run(tmp_path / "reads")
