@@ -9,6 +9,7 @@ Writes benchmarks/tune.json after each setting and goes on there; --methods=pala
 these alone. README's numbers use the settings in experiments/, which this file must confirm.
 """
 
+import argparse
 import datetime
 import itertools
 import json
@@ -21,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import tqdm  # noqa: E402
-from absl import app, flags, logging  # noqa: E402
+from absl import logging  # noqa: E402
 
 BUDGET = 9
 """Settings per method, the default among them."""
@@ -36,11 +37,6 @@ GRIDS: dict[str, dict[str, tuple[Any, ...]]] = {
 """Method -> setting -> values; the product is tried. SEARLE and LinCIR have no such settings."""
 
 CHOSEN_BY = ("circo", "mAP@10")
-
-WORKDIR = flags.DEFINE_string("workdir", "runs/table", "Runs of benchmarks/shapes.py")
-OUTPUT = flags.DEFINE_string("output", str(ROOT / "benchmarks" / "tune.json"), "File to write")
-PRESET = flags.DEFINE_string("preset", "shapes", "Preset of the experiments: shapes or smoke")
-METHODS = flags.DEFINE_list("methods", list(GRIDS), "Methods to tune")
 
 
 def settings(method: str, default: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -126,12 +122,18 @@ def table(measured: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def main(_: list[str]) -> None:
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--workdir", type=Path, default=Path("runs/table"))
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "tune.json")
+    parser.add_argument("--preset", choices=("shapes", "smoke"), default="shapes")
+    parser.add_argument("--methods", default=",".join(GRIDS), help="to tune")
+    args = parser.parse_args()
+    methods = args.methods.split(",")
+    if wrong := sorted(set(methods) - set(GRIDS)):
+        parser.error(f"--methods: no {wrong[0]}; there are {', '.join(GRIDS)}")
     logging.set_verbosity(logging.WARNING)
-    if wrong := sorted(set(METHODS.value) - set(GRIDS)):
-        raise app.UsageError(f"--methods: no {wrong[0]}; there are {', '.join(GRIDS)}")
-    output = Path(OUTPUT.value)
-    before = json.loads(output.read_text()) if output.is_file() else {"methods": {}}
+    before = json.loads(args.output.read_text()) if args.output.is_file() else {"methods": {}}
     measured: dict[str, Any] = {
         "command": "python benchmarks/tune.py",
         "split": "val",
@@ -139,17 +141,17 @@ def main(_: list[str]) -> None:
         "date": datetime.date.today().isoformat(),
         "methods": dict(before["methods"]),
     }
-    for method in METHODS.value:
+    for method in methods:
         known = before["methods"].get(method, [])
         rows: list[Mapping[str, Any]] = []
-        for row in tune(method, PRESET.value, Path(WORKDIR.value), known):
+        for row in tune(method, args.preset, args.workdir, known):
             rows.append(row)
             # those that come later, of a run that was cut, stay until they are reached
             later = [r for r in known if all(r["setting"] != done["setting"] for done in rows)]
             measured["methods"][method] = rows + later
-            output.write_text(json.dumps(measured, indent=1) + "\n")
+            args.output.write_text(json.dumps(measured, indent=1) + "\n")
     print(table(measured))
 
 
 if __name__ == "__main__":
-    app.run(main)
+    main()
