@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from cir_jax import composers, weights
 from cir_jax.composers import official
+from cir_jax.composers.phrase_features import phrase_features
 from cir_jax.composers.phrases import Phrases
 from cir_jax.errors import ConfigError, DataError
 from cir_jax.experiment import Experiment
@@ -231,7 +232,7 @@ def test_phrases_stay_whole(loaded):
     assert not tables["prefix"].any() and (tables["lengths"] == LENGTH).all()
     placeholder = backbone.tokenizer.id_of("$")
     assert (tables["suffixes"] == placeholder).sum(axis=1).tolist() == [1, 2, 1, 1]
-    features = phrases.features(backbone, params)
+    features = phrase_features(tables["original"], backbone, params)
     expected = backbone.encode_text(params, backbone.tokenizer(list(BOOK["concepts"]["cat"])))
     np.testing.assert_allclose(features[2:], expected, atol=1e-5)
 

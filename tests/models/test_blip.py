@@ -19,6 +19,7 @@ from cir_jax.models.blip import (
 )
 from cir_jax.models.clip import overwrite_tokens
 from cir_jax.weights import blip as weights
+from cir_jax.weights import convert
 from tests import parity, parity_heavy
 from tests.parity_core import nhwc, normalised
 
@@ -114,7 +115,7 @@ def test_config_is_read_off_a_salesforce_file():
         ),
         projection_dim=16,
     )
-    params = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), weights.shapes(Blip(config)))
+    params = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), convert.joint_shapes(Blip(config)))
     assert weights.config_of(weights.to_tensors(params, config, "salesforce")) == config
 
 
@@ -122,7 +123,7 @@ def test_config_is_read_off_a_salesforce_file():
     "size, image_size, count", [("base", 384, 223_744_258), ("large", 384, 446_128_642)]
 )
 def test_published_sizes(size, image_size, count):
-    tree = weights.shapes(Blip(BlipConfig.published(size, image_size)))
+    tree = convert.joint_shapes(Blip(BlipConfig.published(size, image_size)))
     assert sum(leaf.size for leaf in jax.tree.leaves(tree)) == count
 
 

@@ -9,6 +9,7 @@ import pytest
 from cir_jax.errors import DataError, WeightsError
 from cir_jax.models.clip import overwrite_tokens
 from cir_jax.models.siglip import Siglip, SiglipConfig, SiglipTextConfig, SiglipVisionConfig
+from cir_jax.weights import convert
 from cir_jax.weights import siglip as weights
 from tests import parity
 from tests.parity_core import nhwc
@@ -59,7 +60,7 @@ def tiny(fixture):
 def test_published_sizes(text, vision, count):
     """Parameters of transformers' model of the same config; what it leaves out are its defaults."""
     config = SiglipConfig.from_dict({"text_config": text, "vision_config": vision})
-    tree = weights.shapes(Siglip(config))
+    tree = convert.joint_shapes(Siglip(config))
     assert sum(leaf.size for leaf in jax.tree.leaves(tree)) == count
 
 

@@ -75,7 +75,6 @@ def shapes_of(batch, backbone, rows):
         WORDS: ((LENGTH,), np.int32),
         "sets of words": ((3, LENGTH), np.int32),
         "number": ((), np.int32),
-        "weight": ((), np.float32),
         "truth": ((), np.bool_),
         FEATURES: ((backbone.dim,), np.float32),
         "token": ((backbone.token_dim,), np.float32),
@@ -238,7 +237,7 @@ def queries(mesh, backbone, **what):
 def test_features_of_images_move_no_activations(sizes, backbones):
     backbone, params = backbones("clip")
     mesh = meshes.make_mesh(dict(zip(meshes.AXES, sizes, strict=True)))
-    batch = queries(mesh, backbone, image=IMAGES, ok="weight")
+    batch = queries(mesh, backbone, image=IMAGES, unreadable="truth")
     check(features._encode_images.lower(backbone, mesh, abstract(mesh, params), batch), sizes)
 
 
