@@ -23,7 +23,7 @@ _LISTED = re.compile(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{} ]+\})\
 _IOTA = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
 _MESH = re.compile(
     r"replica_groups=mesh\[([^\]]+)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))?"
-    r" \{('axis_\d+'(?:, ?'axis_\d+')*)\}"
+    r" \{('\w+'(?:, ?'\w+')*)\}"
 )
 
 
@@ -69,8 +69,10 @@ def groups(line: str) -> tuple[tuple[int, ...], ...]:
         shape, over, order = map(_numbers, match.groups())
         return _tuples(_devices(over, order).reshape(shape))
     if match := _MESH.search(line):
-        mesh = tuple(map(int, re.findall(r"=(\d+)", match[1])))
-        among = tuple(map(int, re.findall(r"axis_(\d+)", match[4])))
+        axes, mesh = zip(*re.findall(r"'(\w+)'=(\d+)", match[1]), strict=True)
+        mesh = tuple(map(int, mesh))
+        # JAX 0.10 calls them axis_0, axis_1, ..., later ones as the mesh does
+        among = tuple(axes.index(axis) for axis in re.findall(r"'(\w+)'", match[4]))
         devices = _devices(_numbers(match[2]) or mesh, _numbers(match[3])).reshape(mesh)
         devices = np.moveaxis(devices, among, range(-len(among), 0))
         return _tuples(devices.reshape(-1, math.prod(mesh[axis] for axis in among)))
