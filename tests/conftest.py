@@ -2,11 +2,13 @@
 
 Most of what the tests do is to compile. So one session has one cache of compiled programs, shared
 by its workers and the binaries that they start (a cache of your own, which lives on, is taken if
-`$JAX_COMPILATION_CACHE_DIR` names it), and programs that run once are not optimised. Tests with the
-marker `optimised`, those of the golden numbers, compile as a user does.
+`$JAX_COMPILATION_CACHE_DIR` names it), and programs, which run once, are not optimised and come
+from XLA's cheaper code generator. The golden numbers are computed in a process that compiles as a
+user's does (test_parity.py).
 """
 
 import collections
+import gc
 import os
 import shutil
 import tempfile
@@ -15,10 +17,17 @@ import jax
 import pytest
 
 CACHE = "JAX_COMPILATION_CACHE_DIR"
+FLAGS = ["--xla_cpu_parallel_codegen_split_count=1"]
+if jax.__version_info__ < (0, 11):  # later ones end a program for a flag that they do not know
+    FLAGS.append("--xla_cpu_use_fusion_emitters=false")
 
+given = os.environ.get("XLA_FLAGS", "").split()
+os.environ["XLA_FLAGS"] = " ".join([*given, *(flag for flag in FLAGS if flag not in given)])
+gc.set_threshold(200_000, 50, 1000)  # tracing makes many objects and little garbage: a fifth of it
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_disable_most_optimizations", True)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -28,12 +37,6 @@ def pytest_configure(config: pytest.Config) -> None:
         config.add_cleanup(lambda: os.environ.pop(CACHE))
     jax.config.update("jax_compilation_cache_dir", os.environ[CACHE])
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_runtest_setup(item: pytest.Item) -> None:
-    exact = item.get_closest_marker("optimised") is not None
-    jax.config.update("jax_disable_most_optimizations", not exact)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

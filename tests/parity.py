@@ -34,6 +34,8 @@ from tests import (  # noqa: E402, the path is set above
     parity_words,
 )
 
+LIGHT = (parity_core, parity_open_clip, parity_oti, parity_palavra, parity_siglip, parity_words)
+
 Handler = Callable[["Fixture"], Mapping[str, Any]]
 """Fixture -> our outputs, under the names of its `expected`."""
 
@@ -193,15 +195,7 @@ def check(fixture: Fixture, handlers: Mapping[str, Handler]) -> Result:
 
 def all_handlers() -> dict[str, Handler]:
     """Of every family that is implemented."""
-    light = (
-        parity_core,
-        parity_open_clip,
-        parity_oti,
-        parity_palavra,
-        parity_siglip,
-        parity_words,
-    )
-    handlers = {name: run for module in light for name, run in module.HANDLERS.items()}
+    handlers = {name: run for module in LIGHT for name, run in module.HANDLERS.items()}
     try:
         from tests import parity_heavy
     except ImportError:
@@ -236,13 +230,15 @@ def run(paths: list[Path]) -> Iterator[Result]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("directory", type=Path)
-    parser.add_argument("--only", default="*", help="pattern of file names")
+    parser.add_argument("--only", nargs="+", default=["*"], help="patterns of file names")
     parser.add_argument("--strict", action="store_true", help="what is skipped is a failure")
     arguments = parser.parse_args()
     if not arguments.directory.is_dir():
         parser.error(f"{arguments.directory} is no directory")
     paths = [
-        p for p in fixtures(arguments.directory) if fnmatch.fnmatchcase(p.name, arguments.only)
+        path
+        for path in fixtures(arguments.directory)
+        if any(fnmatch.fnmatchcase(path.name, pattern) for pattern in arguments.only)
     ]
     if not paths:
         parser.error(f"no fixtures (.npz, .json) in {arguments.directory}")

@@ -1,7 +1,10 @@
 """One evaluation for all methods and benchmarks, and the baselines beside every method."""
 
 import dataclasses
+import functools
 import time
+import types
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -23,11 +26,14 @@ TOP = 50
 BASELINES = ("image_only", "text_only", "image_text")
 
 
-def baselines(backbone: Backbone) -> dict[str, Composer]:
+@functools.lru_cache(maxsize=4)
+def baselines(backbone: Backbone) -> Mapping[str, Composer]:
     """The three baselines, always printed beside a method: a benchmark that one modality alone
-    solves says nothing about composition. A backbone without text features has one."""
+    solves says nothing about composition. A backbone without text features has one.
+
+    The same objects for one backbone: their compiled programs serve all benchmarks."""
     names = BASELINES if backbone.joint else ("image_only",)
-    return {name: composers.build(name, backbone) for name in names}
+    return types.MappingProxyType({name: composers.build(name, backbone) for name in names})
 
 
 def evaluate(

@@ -23,9 +23,11 @@ AHEAD = 2
 
 
 def round_up(mesh: Mesh, batch_size: int, n: int) -> int:
-    """The smallest batch size >= min(batch_size, n) that divides over the mesh and processes."""
+    """Rows of a batch, for n rows: batch_size, or the next power of two where n is smaller, so that
+    sets of about one size share a compiled program; rounded up to mesh and processes."""
     unit = int(np.lcm(row_shards(mesh), jax.process_count()))
-    return -(-max(1, min(batch_size, n)) // unit) * unit
+    wanted = min(batch_size, 1 << (max(1, n) - 1).bit_length())
+    return -(-max(1, wanted) // unit) * unit
 
 
 def map_rows(

@@ -179,7 +179,6 @@ def test_every_field_that_transformers_writes_is_known():
 
 
 @pytest.mark.peer
-@pytest.mark.optimised
 def test_images_that_patches_do_not_fill(saved):
     """The pixels on the right and below count for nothing, as of a convolution."""
     torch = pytest.importorskip("torch")
