@@ -85,7 +85,7 @@ def tune(method: str, preset: str, workdir: Path, known: Sequence[Mapping[str, A
             yield done[key]
             continue
         config.composer.update(point)
-        experiment = experiments.setup(config)
+        experiment = experiments.for_evaluation(experiments.setup(config))
         params = trained_params(experiment, directory)
         val = {}
         for benchmark in loaded:

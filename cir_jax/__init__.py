@@ -12,6 +12,7 @@ def load(
     *,
     backbone: str | Path | None = None,
     weights: str | Path | None = None,
+    dtype: str | None = None,
 ) -> Any:
     """A trained method, or a training-free one, ready to search: a `Searcher`.
 
@@ -19,7 +20,8 @@ def load(
     config: a config, a method, or the path of an experiment, for training-free methods or to
         override the one in the workdir.
     backbone: a directory or hub id in place of the config's. weights: of a trained method, the
-        checkpoint of its authors.
+        checkpoint of its authors. dtype: of the computation in place of the config's
+        `evaluation.dtype`, "float32" (the default, as in evaluation) or "bfloat16".
 
         search = cir_jax.load("runs/compodiff/shapes")
         search = cir_jax.load("slerp", backbone="openai/clip-vit-large-patch14")
@@ -31,4 +33,4 @@ def load(
     """
     from cir_jax import loading  # JAX is imported when it is needed
 
-    return loading.load(what, config, backbone=backbone, weights=weights)
+    return loading.load(what, config, backbone=backbone, weights=weights, dtype=dtype)

@@ -1,4 +1,10 @@
-"""A config brought to life: mesh, backbone, composer, frozen parameters."""
+"""A config brought to life: mesh, backbone, composer, frozen parameters.
+
+Parameters are float32; two settings say in which type is computed. `config.dtype` is that of
+training, with the products that a device has by default. `config.evaluation.dtype` is that of
+evaluation, inversion and search: its float32 is float32 on GPUs and TPUs, too
+(`Backbone.full_precision`), as the papers evaluate.
+"""
 
 import dataclasses
 from pathlib import Path
@@ -42,19 +48,22 @@ def data_dir(config: ml_collections.ConfigDict) -> Path:
 
 
 def setup(config: ml_collections.ConfigDict, shapes_only: bool = False) -> Experiment:
-    """Loads the backbone and builds the composer.
+    """Loads the backbone and builds the composer: in the type of training if there is something to
+    train, else in that of evaluation. `of_stage` and `for_evaluation` change it.
 
     shapes_only: see `Composer.freeze`. Raises ConfigError, MeshError, WeightsError.
     """
+    evaluation = evaluation_dtype(config)
     if config.dtype not in DTYPES:
         raise ConfigError(unknown("config.dtype", config.dtype, DTYPES))
     rules = frozen_rules(config)
     mesh = make_mesh(config.mesh)
     settings = config.composer.to_dict()
     name = settings.pop("name")
-    dtype = DTYPES[config.dtype]
+    cls = composers.composer_class(name)
+    dtype = DTYPES[config.dtype if cls.trained else evaluation]
     size = config.get("image_size")  # not in configs of earlier versions
-    if composers.composer_class(name).pretrained_backbone:
+    if cls.pretrained_backbone:
         backbone, params = weights.load(config.backbone, dtype, image_size=size)
     else:
         backbone, params = weights.load_architecture(config.backbone, dtype, image_size=size), {}
@@ -85,18 +94,43 @@ def frozen_rules(config: ml_collections.ConfigDict) -> placement.Rules:
     return placement.FROZEN[given]
 
 
+def evaluation_dtype(config: ml_collections.ConfigDict) -> str:
+    """Key of `DTYPES`. Raises ConfigError for another `config.evaluation.dtype` than these."""
+    given = config.evaluation.get("dtype", "float32")  # not in configs of earlier versions
+    if given not in DTYPES:
+        raise ConfigError(unknown("config.evaluation.dtype", given, DTYPES))
+    return given
+
+
 def of_stage(experiment: Experiment, name: str, shapes_only: bool = False) -> Experiment:
     """The experiment with the composer of stage `name`, where the stage has one of its own.
 
-    shapes_only: see `Composer.freeze`.
+    A stage that inverts computes in the type of evaluation. shapes_only: see `Composer.freeze`.
     """
-    settings = experiment.config.stage[name].composer.to_dict()
-    if not settings:
+    config = experiment.config
+    recipe = config.stage[name]
+    dtype = evaluation_dtype(config) if recipe.kind == "inversion" else config.dtype
+    return _view(experiment, dtype, recipe.composer.to_dict(), shapes_only)
+
+
+def for_evaluation(experiment: Experiment) -> Experiment:
+    """The experiment in the type of evaluation, over the same parameters."""
+    return _view(experiment, evaluation_dtype(experiment.config), {})
+
+
+def _view(
+    experiment: Experiment, dtype: str, settings: dict[str, Any], shapes_only: bool = False
+) -> Experiment:
+    """settings: of another composer, name and arguments; {} = the experiment's own."""
+    backbone = experiment.backbone.with_dtype(DTYPES[dtype])
+    if not settings and backbone is experiment.backbone:
         return experiment
-    composer = composers.build(settings.pop("name"), experiment.backbone, **settings)
-    frozen = composer.freeze(experiment.frozen["backbone"], shapes_only)
+    settings = settings or experiment.config.composer.to_dict()
+    composer = composers.build(settings.pop("name"), backbone, **settings)
+    # nothing of a backbone that is trained from scratch
+    frozen = composer.freeze(experiment.frozen.get("backbone", {}), shapes_only)
     frozen = placement.place(experiment.mesh, frozen, frozen_rules(experiment.config))
-    return dataclasses.replace(experiment, composer=composer, frozen=frozen)
+    return dataclasses.replace(experiment, backbone=backbone, composer=composer, frozen=frozen)
 
 
 def stage_names(config: ml_collections.ConfigDict) -> tuple[str, ...]:

@@ -84,6 +84,7 @@ def load(
     *,
     backbone: str | Path | None = None,
     weights: str | Path | None = None,
+    dtype: str | None = None,
 ) -> Searcher:
     """See `cir_jax.load`."""
     workdir = None
@@ -113,7 +114,9 @@ def load(
         if workdir is not None:
             raise ConfigError(f"load: weights={str(weights)!r} or a workdir, not both.")
         config.init_from = f"{FLAG}{weights}"
-    experiment = experiments.setup(config)
+    if dtype is not None:
+        config.evaluation.dtype = dtype
+    experiment = experiments.for_evaluation(experiments.setup(config))
     if not experiment.composer.pretrained_backbone:
         raise ConfigError(
             f"{config.name} trains a backbone: export it (--config.export_to=DIR), then "

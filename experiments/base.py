@@ -38,7 +38,7 @@ def experiment(name: str, composer: Mapping[str, Any]) -> ConfigDict:
     config.backbone = "data/shapes/clip"  # Hugging Face directory or hub id
     config.image_size = 0  # of the backbone; 0 = its own, else its positions are interpolated
     config.preprocessing = ""  # of images: as the weights say | clip | targetpad | squarepad
-    config.dtype = "float32"  # of the computation; parameters stay float32
+    config.dtype = "float32"  # | bfloat16: of training's computation; parameters stay float32
     config.remat = False  # the backbone's layers are computed twice, to train in less memory
     config.composer = ConfigDict(dict(composer))
     config.stage = ConfigDict()
@@ -56,6 +56,8 @@ def experiment(name: str, composer: Mapping[str, Any]) -> ConfigDict:
     config.log_every = 50
     config.checkpoint = ConfigDict({"every": "500 steps", "keep": 2})
     config.evaluation = ConfigDict()
+    # | bfloat16: of evaluation, inversion and search; with bfloat16, nearest phrases move
+    config.evaluation.dtype = "float32"
     config.evaluation.benchmarks = benchmarks("shapes")
     # "" = each benchmark's own: val where labels are public, test_0 of the embedded world, whose
     # hyper-parameters are chosen on val

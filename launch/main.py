@@ -43,6 +43,7 @@ def main() -> None:
     with workdirs.only_run(workdir):
         kept = f"checkpoints and words in {workdir} and features in {default_cache_dir()} are kept"
         ending.phase("running the stages", kept)
+        workdirs.say_changes(workdir, config)
         params = stages.train(experiment, workdir)
         ending.phase("exporting", f"what was trained is in {workdir}")
         stages.export(experiment, params)

@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 
 import cir_jax
+from cir_jax import experiment as experiments
 from cir_jax import loading
 from cir_jax.composers import official
 from cir_jax.errors import CheckpointError, ConfigError, WeightsError
+from cir_jax.retrieval import features
 
 
 def test_a_method_by_its_name_from_another_directory(tmp_path, monkeypatch):
@@ -58,9 +60,43 @@ def test_the_authors_weights_of_a_trained_method(tmp_path):
         cir_jax.load("searle", weights=tmp_path / "nowhere.pt")
 
 
+def test_it_answers_as_the_evaluation_does(monkeypatch):
+    """What was trained in bfloat16 is searched in float32, as `eval.py` evaluates it."""
+    config = loading.read_experiment("lincir:smoke")
+    config.dtype, config.init_from = "bfloat16", "official:phi.pt"
+    trained = experiments.setup(config)
+    params = jax.jit(trained.composer.init)(jax.random.key(3))
+    monkeypatch.setattr(loading, "trained_params", lambda *_: params)
+    search = cir_jax.load(config=config)
+    made = experiments.for_evaluation(trained)
+    rng = np.random.default_rng(0)
+    backbone = made.backbone
+    ids = backbone.tokenizer([made.composer.prompt("is red")] * 8)
+    images = rng.normal(size=(8, backbone.dim)).astype(np.float32)
+
+    def compose(experiment):
+        return features.query_features(
+            experiment.composer,
+            params,
+            experiment.frozen,
+            ids,
+            np.arange(8),
+            reference_features=images,
+            mesh=search.mesh,
+        )
+
+    ours = compose(search)
+    np.testing.assert_array_equal(ours, compose(made))
+    assert 1e-5 < np.abs(ours - compose(trained)).max() < 0.1
+    half = cir_jax.load(config=config, dtype="bfloat16")
+    assert half.composer.backbone.dtype.name == "bfloat16"
+    assert cir_jax.load("slerp").composer.backbone.dtype.name == "float32"
+
+
 @pytest.mark.parametrize(
     ("given", "error", "message"),
     [
+        ({"what": "slerp", "dtype": "float16"}, ConfigError, "dtype 'float16'. Did you mean"),
         ({"what": "slrp"}, ConfigError, "workdir or method 'slrp'. Did you mean 'slerp'"),
         ({"what": "/tmp"}, CheckpointError, "no config.json"),
         ({"config": "slrp"}, ConfigError, "Did you mean 'slerp'"),

@@ -31,7 +31,11 @@ def phrase_features(ids: np.ndarray, backbone: Backbone, params: Any) -> np.ndar
 
 
 def concept_features(book: files.PhraseBook, backbone: Backbone, params: Any) -> np.ndarray:
-    """float32[concepts, dim] of unit norm: mean of the unit features of all templates (2.1)."""
+    """float32[concepts, dim] of unit norm: mean of the unit features of all templates (2.1).
+
+    Computed in float32 whatever the backbone's type, as they decide which concept is the nearest.
+    """
+    backbone = backbone.with_dtype(np.float32)
     names, templates = list(book.concepts), book.templates
 
     def encode(start: int, stop: int) -> np.ndarray:
@@ -55,8 +59,7 @@ def _once(
     """float32[rows, dim] of encode(start, stop), `size` rows or fewer at a time; stored."""
     description = {
         **what,
-        "weights": backbone.weights_id,
-        "dtype": np.dtype(backbone.model.dtype).name,
+        **backbone.identity,
         "parameters": fingerprint(params),
     }
     store = ChunkStore(default_cache_dir(), description, rows)
@@ -85,11 +88,13 @@ def _once(
 
 @functools.partial(jax.jit, static_argnums=0)
 def _encode(backbone: Backbone, params: Any, ids: jax.Array) -> jax.Array:
-    return finite.marked(backbone.encode_text(params, ids))
+    with backbone.full_precision():
+        return finite.marked(backbone.encode_text(params, ids))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _ensemble(backbone: Backbone, templates: int, params: Any, ids: jax.Array) -> jax.Array:
-    features = normalise(backbone.encode_text(params, ids))
+    with backbone.full_precision():
+        features = normalise(backbone.encode_text(params, ids))
     means = features.reshape(-1, templates, features.shape[-1]).mean(axis=1)
     return finite.marked(normalise(means))

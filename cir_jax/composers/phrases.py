@@ -187,7 +187,8 @@ class Phrases:
 
         params: of the backbone. cached: features of so many phrases are kept, 4 * dim bytes each on
         each device, twice that on the host at first; those of larger books are computed when they
-        are drawn. shapes_only: features are 0 (`Composer.freeze`).
+        are drawn. Either way in the backbone's dtype, those of concepts always in float32.
+        shapes_only: features are 0 (`Composer.freeze`).
         """
         phrases = len(self.tables["lengths"])
         features = {"concepts": (len(self.names), functools.partial(concept_features, self.book))}
@@ -217,8 +218,10 @@ class Phrases:
         features: float32[batch, dim], un-normalised image features. Discarded concepts count, too:
         the released code leaves them out after the cut. Where that leaves none, it stops with an
         error (OTI) or draws forever (phi); here the nearest concept with phrases is the last one.
+        In float32 on every device, in training, too: less would choose other concepts.
         """
-        scores = normalise(features.astype(jnp.float32)) @ tables["concepts"].T
+        images = normalise(features.astype(jnp.float32))
+        scores = jnp.matmul(images, tables["concepts"].T, precision="highest")
         top = jax.lax.top_k(scores, self.top_k)[1].astype(jnp.int32)
         usable = tables["count"] > 0
         nearest = jnp.where(usable[None], scores, -jnp.inf).argmax(axis=-1).astype(jnp.int32)

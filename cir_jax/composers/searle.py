@@ -15,6 +15,8 @@ Paper and released code (miccunifi/SEARLE):
   among its usable concepts. The distribution is the same. Of an image without any it would draw
   forever; here such an image has the nearest one beyond top_k (`Phrases.associate`).
 * The code compares the rows of one device; here negatives are global.
+* Concepts are compared with stored features in float32, even if the step is bfloat16: that would
+  choose others. Images that are encoded in the step have its type.
 
 The ablations of Table 4 are settings: `distillation` "cosine" or "none" (the cycle contrastive loss
 of PALAVRA: NT-Xent of the image features and the text features of "a photo of $"), `weight_gpt` 0.

@@ -59,7 +59,7 @@ class Result:
             "counts": benchmark.counts,
             "weights_id": composer.backbone.weights_id,
             "preprocessing": repr(composer.backbone.image_transform),
-            "dtype": np.dtype(composer.backbone.model.dtype).name,
+            "dtype": composer.backbone.dtype.name,
             "data": benchmark.data,
             "partial": benchmark.partial,
         }

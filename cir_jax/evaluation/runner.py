@@ -15,9 +15,10 @@ from cir_jax.evaluation.evaluate import evaluate_with_baselines
 from cir_jax.evaluation.page import Section, write_page
 from cir_jax.evaluation.queries import Benchmark, CaptionBenchmark
 from cir_jax.evaluation.result import Result
-from cir_jax.experiment import Experiment, stage_names
+from cir_jax.experiment import Experiment, for_evaluation, stage_names
 from cir_jax.sharding.placement import to_host
 from cir_jax.storage.places import default_cache_dir
+from cir_jax.training import workdir as workdirs
 from cir_jax.training.stages import official_params, scored_params
 from cir_jax.weights.files import content_id
 
@@ -28,6 +29,8 @@ def trained_params(experiment: Experiment, workdir: Path | None) -> Any:
     Where there is none, the weights of config.init_from=official:PATH; workdir None = these.
     Raises CheckpointError when a trained method has neither.
     """
+    if workdir:
+        workdirs.say_changes(workdir, experiment.config)
     if not experiment.composer.trained:
         return {}
     for name in reversed(stage_names(experiment.config)) if workdir else ():
@@ -54,7 +57,8 @@ def trained_params(experiment: Experiment, workdir: Path | None) -> Any:
 def run(
     experiment: Experiment, params: Any, output: Path, command: Sequence[str] = ()
 ) -> list[Result]:
-    """Evaluates on all of config.evaluation.benchmarks, the baselines beside the method.
+    """Evaluates on all of config.evaluation.benchmarks, the baselines beside the method, in
+    config.evaluation.dtype.
 
     Prints a table per benchmark, with published numbers of the same protocol; writes `results.json`
     and `report.html` into `output`, per benchmark a contact sheet `<benchmark>.png`, and the files
@@ -64,11 +68,6 @@ def run(
     config = experiment.config
     method = config.composer.name
     _check_writable(output)
-    if not experiment.composer.pretrained_backbone:  # its weights are what was trained
-        name = experiment.backbone.weights_id.partition("@")[0]
-        identity = content_id(name, jax.tree.map(to_host, params))
-        backbone = dataclasses.replace(experiment.backbone, weights_id=identity)
-        experiment.composer.backbone = backbone
     # all of them first: a mistake in the last one shows before the first is evaluated
     loaded = [
         benchmarks.load(
@@ -79,6 +78,12 @@ def run(
         )
         for name in config.evaluation.benchmarks
     ]
+    experiment = for_evaluation(experiment)
+    if not experiment.composer.pretrained_backbone:  # its weights are what was trained
+        name = experiment.backbone.weights_id.partition("@")[0]
+        identity = content_id(name, jax.tree.map(to_host, params))
+        backbone = dataclasses.replace(experiment.backbone, weights_id=identity)
+        experiment.composer.backbone = backbone
     everything: list[Result] = []
     sections: list[Section] = []
     for benchmark in loaded:

@@ -4,7 +4,9 @@ Composers talk to this interface only. It holds no parameters: every function ta
 tree of the wrapped Flax module.
 """
 
+import contextlib
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -85,11 +87,43 @@ class Backbone:
 
     def with_remat(self) -> "Backbone":
         """The same, its layers computed again in the backward pass (see `models.clip.blocks`)."""
+        return self._with(remat=True)
+
+    def with_dtype(self, dtype: Any) -> "Backbone":
+        """The same, computing in `dtype`, over the same parameters.
+
+        One object per type, as programs are compiled once per backbone.
+        """
+        dtype = np.dtype(dtype)
+        return self if dtype == self.dtype else _with_dtype(self, dtype)
+
+    def _with(self, **changes: Any) -> "Backbone":
         fields = (field.name for field in dataclasses.fields(self))
         models = {name: getattr(self, name) for name in fields if name.endswith("model")}
         return dataclasses.replace(
-            self, **{name: model.clone(remat=True) for name, model in models.items()}
+            self, **{name: model.clone(**changes) for name, model in models.items()}
         )
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Type of the computation; parameters have their own."""
+        return np.dtype(self.model.dtype)
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """What of a backbone its features depend on, beside the preprocessing; for their stores."""
+        products = "highest" if self.dtype == np.float32 else "default"
+        return {"weights": self.weights_id, "dtype": self.dtype.name, "products": products}
+
+    def full_precision(self) -> contextlib.AbstractContextManager:
+        """Inside, a float32 backbone's products are of float32 on every device.
+
+        Of themselves GPUs round their factors to TF32 and TPUs to bfloat16. Another type is left
+        alone. Training never asks for it: there speed counts more.
+        """
+        if self.dtype == np.float32:
+            return jax.default_matmul_precision("highest")
+        return contextlib.nullcontext()
 
     def init(self, rng: jax.Array) -> Any:
         """Random parameters (float32)."""
@@ -183,7 +217,7 @@ class Backbone:
         )
 
     def _in_chunks(self, encode: Any, params: Any, rows: Any, tokens: int, hidden: int) -> Any:
-        if self.model.dtype != jnp.float32:
+        if self.dtype != np.float32:
             return encode(params, *rows)
         return chunks.over_rows(encode, params, rows, chunks.activation_bytes(tokens, hidden))
 
@@ -200,6 +234,11 @@ class Backbone:
 
     def _pixels(self, images: jax.Array) -> jax.Array:
         return pixels(images, self.image_transform)
+
+
+@functools.lru_cache(maxsize=8)
+def _with_dtype(backbone: Backbone, dtype: np.dtype) -> Backbone:
+    return backbone._with(dtype=dtype.type)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -1,4 +1,8 @@
-"""Features of images and of composed queries, over a mesh, images computed once and stored."""
+"""Features of images and of composed queries, over a mesh, images computed once and stored.
+
+They are of the backbone's dtype; float32 is float32 on GPUs and TPUs, too, not TF32 or bfloat16
+(`Backbone.full_precision`).
+"""
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
@@ -71,8 +75,7 @@ def image_features(
     """
     description = {
         "features": "backbone image features, un-normalised",
-        "weights": backbone.weights_id,
-        "dtype": np.dtype(backbone.model.dtype).name,
+        **backbone.identity,
         "parameters": "" if cache_dir is None else fingerprint(params),
     }
     params = on_mesh(mesh, params)
@@ -121,8 +124,7 @@ def gallery_features(
         "features": f"{type(composer).__module__}.{type(composer).__qualname__}.embed_gallery",
         # a setting whose repr holds an address never matches: computed again, never reused wrongly
         "settings": {k: repr(v) for k, v in sorted(vars(composer).items()) if k != "backbone"},
-        "weights": backbone.weights_id,
-        "dtype": np.dtype(backbone.model.dtype).name,
+        **backbone.identity,
         "parameters": fingerprint({"params": params, "frozen": frozen}) if cached else "",
     }
     params, frozen = on_mesh(mesh, params), on_mesh(mesh, frozen)
@@ -335,7 +337,7 @@ def _what(source: Records, row: int, record: Mapping[str, Any]) -> str:
 def _encode_images(
     backbone: Backbone, mesh: Mesh, params: Params, batch: dict[str, jax.Array]
 ) -> jax.Array:
-    with rows_over(mesh):
+    with rows_over(mesh), backbone.full_precision():
         features = backbone.encode_image(params, batch["image"])
     marked = finite.marked(features, batch["unreadable"])
     return jax.lax.with_sharding_constraint(marked, replicated(mesh))
@@ -345,7 +347,7 @@ def _encode_images(
 def _embed_gallery(
     composer: Composer, mesh: Mesh, params: Params, frozen: Params, batch: dict[str, jax.Array]
 ) -> jax.Array:
-    with rows_over(mesh):
+    with rows_over(mesh), composer.backbone.full_precision():
         features = composer.embed_gallery(params, frozen, batch["image"])
     marked = finite.marked(features, batch["unreadable"])
     return jax.lax.with_sharding_constraint(marked, replicated(mesh))
@@ -361,6 +363,6 @@ def _compose(
     seed: jax.Array,
 ) -> jax.Array:
     # the key is made here: a host's key array would have to be placed on every mesh
-    with rows_over(mesh):
+    with rows_over(mesh), composer.backbone.full_precision():
         features = composer.compose(params, frozen, query, jax.random.key(seed))
     return jax.lax.with_sharding_constraint(finite.marked(features), replicated(mesh))

@@ -137,8 +137,11 @@ def make_pipeline(
 
 
 def _features(experiment: Experiment, table: Table, field: str) -> Any:
+    backbone = experiment.backbone
+    if getattr(experiment.composer, "phrases", None) is not None:
+        backbone = backbone.with_dtype(np.float32)  # they choose the concepts of an image
     return image_features(
-        experiment.backbone,
+        backbone,
         experiment.frozen["backbone"],
         table,
         field,

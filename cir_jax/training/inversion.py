@@ -161,9 +161,12 @@ class Store:
         # of an earlier version, perhaps, with fewer settings
         stored["composer"] = composers.shaping(stored["composer"])
         if differ := differing_fields(stored, self.identity):
+            keep = ""
+            if stored.get("dtype") != self.identity["dtype"]:
+                keep = f", or keep them: --config.evaluation.dtype={stored.get('dtype')}"
             raise CheckpointError(
                 f"{self.directory}: the words there were made of something else; these differ: "
-                f"{'; '.join(differ)}. Use a new --workdir, or delete that directory."
+                f"{'; '.join(differ)}. Use a new --workdir, or delete that directory{keep}."
             )
         for scratch in self.directory.glob(f"{SCRATCH}*"):  # of a killed run
             scratch.unlink()
@@ -306,7 +309,7 @@ def _identity(experiment: Experiment, name: str, table: Table) -> dict[str, Any]
         "preprocessing": f"{type(transform).__module__}.{transform!r}",
         "weights": backbone.weights_id,
         "parameters": fingerprint(experiment.frozen["backbone"]),
-        "dtype": np.dtype(backbone.model.dtype).name,
+        "dtype": backbone.dtype.name,
         "composer": composers.shaping(_settings(experiment, name)),
         "phrases": phrases.book.identity if phrases else "",
         "concepts": phrases.top_k if phrases else 0,
@@ -371,7 +374,7 @@ def _shards(
 def _invert(
     composer: PseudoWord, mesh: Mesh, frozen: Any, query: dict[str, jax.Array], seed: jax.Array
 ) -> jax.Array:
-    with rows_over(mesh):
+    with rows_over(mesh), composer.backbone.full_precision():
         rows = composer.invert({}, frozen, query, jax.random.key(seed))
     rows = finite.marked(rows, jnp.isnan(query["reference_features"]).any(axis=-1))
     if "phrases" in frozen:

@@ -14,6 +14,7 @@ from jax.experimental import multihost_utils
 
 from cir_jax import composers
 from cir_jax.errors import CheckpointError, DataError
+from cir_jax.experiment import evaluation_dtype
 from cir_jax.storage import faults
 from cir_jax.storage.atomic import write_atomically
 from cir_jax.training.differences import differing_fields
@@ -48,6 +49,23 @@ def check(workdir: Path, config: ml_collections.ConfigDict) -> None:
         raise CheckpointError(
             f"{workdir} belongs to another run; these fields differ: {'; '.join(differ)}. "
             "Use a new --workdir, or the config of the run there."
+        )
+
+
+def say_changes(workdir: Path, config: ml_collections.ConfigDict) -> None:
+    """Prints what gives other numbers than it did in the version that made the workdir.
+
+    Before `config.evaluation.dtype` was there, evaluation and inversion had the dtype of training.
+    """
+    if jax.process_index() != 0 or not (workdir / CONFIG_FILE).is_file():
+        return
+    stored, now = read_config(workdir), evaluation_dtype(config)
+    before = stored.get("dtype", now)
+    if before != now and "dtype" not in stored.get("evaluation", {}):
+        print(
+            f"{workdir} is of an earlier version, which evaluated in {before}; now it is {now}, so "
+            f"numbers may differ a little. As before: --config.evaluation.dtype={before}",
+            flush=True,
         )
 
 

@@ -403,13 +403,15 @@ def test_the_embedded_worlds_phrases_are_in_its_vocabulary_and_as_committed():
 
 
 @pytest.mark.slow
-def test_mixed_precision_keeps_the_words_in_float32(book_file):
+def test_mixed_precision_keeps_words_and_concepts_in_float32(book_file):
     model, params = tiny_backbone()
-    half = dataclasses.replace(model, model=model.model.clone(dtype=jnp.bfloat16))
-    words = {}
-    for name, one in (("float32", model), ("bfloat16", half)):
-        composer = SearleOti(one, book_file, top_k=3, iterations=3)
-        words[name] = invert(composer, jax.tree.map(jnp.asarray, composer.freeze(params)), query())
+    words, concepts = {}, {}
+    for name in ("float32", "bfloat16"):
+        composer = SearleOti(model.with_dtype(name), book_file, top_k=3, iterations=3)
+        frozen = composer.freeze(params)
+        concepts[name] = frozen["phrases"]["concepts"]
+        words[name] = invert(composer, jax.tree.map(jnp.asarray, frozen), query())
+    np.testing.assert_array_equal(concepts["bfloat16"], concepts["float32"])
     assert words["bfloat16"].dtype == np.float32
     difference = np.abs(words["bfloat16"] - words["float32"])
     assert 0 < difference.mean() < 0.02

@@ -4,9 +4,11 @@ import json
 import types
 
 import pytest
+from ml_collections import ConfigDict
 
 from cir_jax.errors import CheckpointError, DataError
 from cir_jax.evaluation import benchmarks, runner
+from cir_jax.experiment import evaluation_dtype
 from cir_jax.loading import read_experiment
 from cir_jax.training import workdir as workdirs
 from tests.evaluation import worlds
@@ -42,6 +44,26 @@ def test_settings_of_a_method_without_training_may_differ(tmp_path):
     workdirs.claim(tmp_path, config)
     config.composer.starts, config.composer.words = 3, "words"
     workdirs.check(tmp_path, config)
+
+
+def test_a_workdir_of_before_evaluation_had_its_own_type_says_so(tmp_path, capsys):
+    config = read_experiment("experiments/searle.py:vit_b32")
+    workdirs.claim(tmp_path, config)
+    experiment = types.SimpleNamespace(config=config, composer=types.SimpleNamespace(trained=False))
+    runner.trained_params(experiment, tmp_path)
+    assert not capsys.readouterr().out
+    file = tmp_path / workdirs.CONFIG_FILE
+    old = json.loads(file.read_text())
+    del old["evaluation"]["dtype"]
+    file.write_text(json.dumps(old))
+    workdirs.check(tmp_path, config)
+    assert evaluation_dtype(ConfigDict(workdirs.read_config(tmp_path))) == "float32"
+    runner.trained_params(experiment, tmp_path)
+    said = capsys.readouterr().out
+    assert "which evaluated in bfloat16; now it is float32, so numbers may differ" in said
+    config.evaluation.dtype = "bfloat16"  # as it says
+    runner.trained_params(experiment, tmp_path)
+    assert not capsys.readouterr().out
 
 
 def fake_experiment(*names, **evaluation):

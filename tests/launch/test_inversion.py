@@ -31,6 +31,8 @@ def scratch(tmp_path_factory):
 @pytest.mark.parametrize("name", ["pic2word", "lincir", "palavra"])
 def test_smoke(name, scratch, tmp_path):
     flags = (f"--config=experiments/{name}.py:smoke", *LESS)
+    if name == "pic2word":  # as the papers' presets: this is training's type alone
+        flags += ("--config.dtype=bfloat16",)
     exported = tmp_path / "exported"
     status, output = run(
         "main",
@@ -49,6 +51,8 @@ def test_smoke(name, scratch, tmp_path):
     )
     assert status == 0, output
     trained, read = results(tmp_path / "run"), results(tmp_path / "again")
+    stored = json.loads((tmp_path / "run" / "results.json").read_text())["results"]
+    assert {r["dtype"] for r in stored} == {"float32"}
     assert trained == read and 0 <= trained[name]["mAP@10"]["value"] <= 100
 
 

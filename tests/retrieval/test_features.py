@@ -168,6 +168,11 @@ def test_other_weights_preprocessing_or_images_are_never_reused(tiny, table, tmp
     assert reads((other, params), table, tmp_path)[0] == 22
     renamed = dataclasses.replace(backbone, weights_id="other@1")
     assert reads((renamed, params), table, tmp_path)[0] == 22
+    half = backbone.with_dtype(jnp.bfloat16)
+    count, found = reads((half, params), table, tmp_path)
+    assert count == 22 and not np.allclose(found, first, atol=1e-6)
+    # those of float32 that a device might have rounded, of an earlier version
+    assert backbone.identity["products"] == "highest" != half.identity["products"]
     table.identity = lambda: "table 2"
     assert reads(tiny, table, tmp_path)[0] == 22
     assert reads(tiny, table, tmp_path)[0] == 0

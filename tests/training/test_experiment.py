@@ -8,6 +8,7 @@ import pickle
 import subprocess
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -133,6 +134,32 @@ def test_the_backbone_is_loaded_for_another_image_size():
     config.image_size += 1
     with pytest.raises(WeightsError, match=f"image_size={config.image_size}: no multiple of"):
         experiments.setup(config)
+
+
+def test_evaluation_is_another_view_of_the_same_parameters():
+    config = loading.read_experiment("experiments/lincir.py:smoke")
+    config.dtype = "bfloat16"
+    trained = experiments.setup(config)
+    made = experiments.for_evaluation(trained)
+    assert (trained.backbone.dtype, made.backbone.dtype) == (jnp.bfloat16, jnp.float32)
+    assert made.composer.backbone is made.backbone
+    ours, theirs = (jax.tree.leaves(x.frozen) for x in (trained, made))
+    assert all(a is b for a, b in zip(ours, theirs, strict=True))
+    assert experiments.for_evaluation(made) is made
+    # the same object again, whose programs are compiled
+    assert experiments.for_evaluation(trained).backbone is made.backbone
+    config.evaluation.dtype = "bfloat16"
+    assert experiments.for_evaluation(trained) is trained
+    config.evaluation.dtype = "bfloat"
+    with pytest.raises(ConfigError, match="config.evaluation.dtype 'bfloat'. Did you mean 'bfloa"):
+        experiments.setup(config)
+
+
+def test_what_is_trained_from_scratch_is_evaluated_in_its_own_type():
+    config = loading.read_experiment("experiments/pretrain.py:smoke")
+    config.dtype = "bfloat16"
+    made = experiments.for_evaluation(experiments.setup(config))
+    assert made.composer.backbone.dtype == jnp.float32 and made.frozen == {}
 
 
 def test_a_workdir_without_the_field_has_the_size_of_its_backbone(tmp_path):

@@ -1,4 +1,4 @@
-"""What a config says is what happens: the type of the computation, worker processes; and what the
+"""What a config says is what happens: the types of the computation, worker processes; and what the
 loop moves between host and devices, it moves on purpose."""
 
 import multiprocessing
@@ -18,21 +18,23 @@ from tests.training import small
 
 TYPES = {"float32": "f32", "bfloat16": "bf16"}
 PRODUCT = re.compile(
-    r"stablehlo\.dot_general .* : \(tensor<(?:\d+x)*(\w+)>, tensor<(?:\d+x)*(\w+)>\)"
+    r"stablehlo\.dot_general (.*) : \(tensor<(?:\d+x)*(\w+)>, tensor<(?:\d+x)*(\w+)>\)"
 )
 
 
 def products(lowered):
-    """The types of both sides of each matrix product in a program."""
-    return [match.groups() for match in PRODUCT.finditer(lowered.as_text())]
+    """Of each matrix product in a program: the type, and whether the device may not round it."""
+    found = [match.groups() for match in PRODUCT.finditer(lowered.as_text())]
+    assert all(left == right for _, left, right in found)
+    return [(left, "[HIGHEST, HIGHEST]" in how) for how, left, _ in found]
 
 
-def set_up(name, dtype, monkeypatch, **fields):
+def set_up(name, monkeypatch, **fields):
     """An experiment over a table in memory, with one device; nothing is encoded."""
     monkeypatch.setattr(inputs, "Table", lambda *_: factory.caption_table(40))
     config = read_experiment(f"experiments/{name}.py:smoke")
-    config.dtype, config.mesh.data = dtype, len(jax.devices())
-    config.update(fields)
+    config.mesh.data = len(jax.devices())
+    config.update_from_flattened_dict(fields)
     for stage in config.stage.values():
         if stage.kind == "train":
             stage.optimizer.name = "adamw"  # has no products of its own, as muon has
@@ -52,6 +54,7 @@ def training(experiment):
 
 
 def images(experiment):
+    experiment = experiments.for_evaluation(experiment)
     size = experiment.backbone.image_transform.crop
     batch = shapes(image=((8, size, size, 3), np.uint8), unreadable=((8,), bool))
     parameters = experiment.frozen["backbone"]
@@ -60,6 +63,7 @@ def images(experiment):
 
 def queries(experiment):
     """The method itself, with its parameters as they are drawn."""
+    experiment = experiments.for_evaluation(experiment)
     backbone, composer = experiment.backbone, experiment.composer
     params = jax.eval_shape(composer.init, jax.random.key(0)) if composer.trained else {}
     query = shapes(
@@ -73,6 +77,9 @@ def queries(experiment):
 
 
 def words(experiment):
+    """Of the first stage, which inverts."""
+    name = experiments.stage_names(experiment.config)[0]
+    experiment = experiments.of_stage(experiment, name, shapes_only=True)
     query = shapes(
         reference_features=((8, experiment.backbone.dim), np.float32),
         query_index=((8,), np.int32),
@@ -87,26 +94,59 @@ def words(experiment):
         ("pic2word", training),
         ("pretrain", training),  # without pretrained weights: another way through `setup`
         ("slerp", images),
-        ("slerp", queries),
-        ("searle_oti", words),
+        ("pic2word", queries),
+        ("searle", words),  # trained, with a stage that inverts
     ],
 )
 @pytest.mark.parametrize("dtype", TYPES)
 def test_the_type_of_the_config_is_that_of_the_computation(name, program, dtype, monkeypatch):
-    """Of the encoders' products, which are most of all; losses and small networks are float32."""
-    found = products(program(set_up(name, dtype, monkeypatch)))
-    wanted = TYPES[dtype]
-    of_type = [sides for sides in found if sides == (wanted, wanted)]
+    """Of the encoders' products, which are most of all; losses and small networks are float32.
+
+    Training has its type and evaluation its own, in which float32 is not rounded.
+    """
+    types = {"dtype": dtype, "evaluation.dtype": other(dtype)}
+    if program is not training:
+        types = {"dtype": other(dtype), "evaluation.dtype": dtype}
+    found = products(program(set_up(name, monkeypatch, **types)))
+    exact = program is not training and dtype == "float32"
+    wanted = TYPES[dtype], exact
+    of_type = [product for product in found if product == wanted]
     assert len(found) > 4 and len(of_type) > len(found) / 2, found
     if dtype == "float32":
         assert of_type == found
+
+
+def other(dtype):
+    return next(name for name in TYPES if name != dtype)
+
+
+def test_what_trains_in_bfloat16_is_evaluated_in_float32():
+    """The papers' presets, as the papers do; released weights, too."""
+    for name in ("searle", "lincir", "pic2word", "compodiff"):
+        config = read_experiment(f"experiments/{name}.py:vit_l14")
+        assert config.dtype == "bfloat16" and experiments.evaluation_dtype(config) == "float32"
+
+
+def test_concepts_are_chosen_in_float32(monkeypatch):
+    """A step in bfloat16 reads float32 features to choose by, if the method has concepts."""
+    read = {}
+
+    def image_features(backbone, *_, **__):
+        read[stage] = backbone.dtype.name
+        return np.zeros((40, backbone.dim), np.float32)
+
+    monkeypatch.setattr(inputs, "image_features", image_features)
+    for name, stage in (("searle", "distil"), ("pic2word", "contrastive")):
+        experiment = set_up(name, monkeypatch, dtype="bfloat16")
+        inputs.make_pipeline(experiments.of_stage(experiment, stage, shapes_only=True), stage)
+    assert read == {"distil": "float32", "contrastive": "bfloat16"}
 
 
 def test_the_workers_of_the_config_read(monkeypatch):
     """As many processes as asked for, and none without; the batches are the same."""
     read = {}
     for count in (0, 2):
-        experiment = set_up("pretrain", "float32", monkeypatch, workers=count)
+        experiment = set_up("pretrain", monkeypatch, workers=count)
         trainer = stages.make_trainer(experiment, "contrastive", None)
         batches = trainer.pipeline.batches(0, 100)  # so many that none of them is done
         read[count] = next(batches)

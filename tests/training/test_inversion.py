@@ -214,6 +214,10 @@ def test_words_of_something_else_are_refused(experiment, table, tmp_path, made):
     expected = r"these differ: composer.iterations \(was 2, is 3\); seed \(was 0, is 1\)"
     with pytest.raises(CheckpointError, match=expected):
         inversion.run(ours, "oti", tmp_path)
+    ours = dataclasses.replace(experiment(), backbone=made[1].with_dtype(jnp.bfloat16))
+    expected = r"dtype \(was 'float32', is 'bfloat16'\)\. .* --config.evaluation.dtype=float32\."
+    with pytest.raises(CheckpointError, match=expected):
+        inversion.run(ours, "oti", tmp_path)
     other = jax.tree.map(lambda x: x * 2, made[2])
     ours = dataclasses.replace(experiment(), frozen=experiment().frozen | {"backbone": other})
     with pytest.raises(CheckpointError, match="these differ: parameters"):

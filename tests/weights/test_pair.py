@@ -1,6 +1,7 @@
 """The image tower of one CLIP and the text tower of another: "IMAGES+TEXTS"."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -66,6 +67,9 @@ def test_what_is_not_used_is_not_read(folder, monkeypatch):
     other = weights.load(f"{folder / 'small'}+{folder / 'small'}")[0]
     assert other.weights_id.split("+")[0] == pair.weights_id.split("+")[0]
     assert other.weights_id != pair.weights_id
+    half = pair.with_dtype(jnp.bfloat16)
+    assert {half.model.dtype, half.text_model.dtype} == {np.dtype(jnp.bfloat16).type}
+    assert pair.with_dtype(jnp.bfloat16) is half and pair.with_dtype(jnp.float32) is pair
 
 
 def test_it_serves_compodiff_and_says_no_to_others(folder):
