@@ -5,7 +5,7 @@
 Takes 3 to 4 minutes on two CPU cores (228 s beside other work). Expected on the embedded world
 (three seeds): CIRCO-like mAP@10 12.5 +- 1.5, more than text alone (4.2 +- 0.2), less than image +
 text (14.5 +- 1.7): its words are trained to name a class of objects, and what else is on the image
-comes in by the refinement alone (30 steps, as released, leave it at 9.5 on val, 100 reach 13.4).
+comes in by the refinement alone (30 steps, as released, leave it at 9.5 on val, 100 reach 13.7).
 SEARLE's paper, B/32 on CIRCO: 5.32, between image + text and SEARLE.
 
 Presets: shapes (embedded world), smoke (seconds, for tests) and vit_b32, the released recipe (COCO
@@ -58,7 +58,7 @@ def get_config(preset: str = "shapes") -> ConfigDict:
         "name": "palavra",
         "hidden_dim": 256,
         "coarse": "a thing",
-        # chosen on val (benchmarks/tune.py): the released 30 steps give mAP@10 9.5, these 13.4
+        # chosen on val (benchmarks/tune.py): the released 30 steps give mAP@10 9.5, these 13.7
         "refine_steps": 100,
         "refine_learning_rate": 0.01,
     }
