@@ -74,7 +74,7 @@ def set_encoder(fixture: Any) -> Outputs:
 
     def set_loss(of_set: Any) -> tuple[jax.Array, Any]:
         rows = composer.set_rows(params | {"set": of_set}, frozen, sets, label, template, None)
-        total, metrics = composer.objective(params, {"image": rows})
+        total, metrics = composer.set_loss(rows, label)
         return total, (rows, metrics)
 
     @jax.jit
@@ -101,8 +101,8 @@ def set_encoder(fixture: Any) -> Outputs:
                 "estimated_tokens": words,
                 "label_prompt_embeddings": normalise(rows["label"]),
                 "asterisk_prompt_embeddings": rows["word"],
-                "cycle_loss": metrics["cycle_image"],
-                "gt_object_loss": metrics["object_image"],
+                "cycle_loss": metrics["cycle"],
+                "gt_object_loss": metrics["object"],
                 "total_loss": total,
                 "cosine_loss_variant": -jnp.mean(
                     jnp.sum(normalise(rows["label"]) * normalise(rows["word"]), -1)

@@ -19,18 +19,27 @@ def info_nce(a: jax.Array, b: jax.Array, scale: jax.Array | float) -> jax.Array:
     return (forward.mean() + backward.mean()) / 2
 
 
-def nt_xent(a: jax.Array, b: jax.Array, temperature: float) -> jax.Array:
+def nt_xent(
+    a: jax.Array, b: jax.Array, temperature: float, groups: jax.Array | None = None
+) -> jax.Array:
     """NT-Xent of float[batch, dim] rows, row i of `a` belonging to row i of `b`.
 
     Over the 2 x batch unit rows of both: each row's positive is its counterpart, its negatives are
     all the others, of its own kind too. As in the released code of SEARLE, PALAVRA and RTD, the
     mean is over 2 x batch rows (the papers print the sum of both directions over batch). Those
     compare the rows of one device; here they are the rows of the global batch.
+
+    groups: int32[batch]; pairs of one group are not each other's negatives. None = all are.
     """
     rows = normalise(jnp.concatenate([a, b]).astype(jnp.float32))
     logits = rows @ rows.T / temperature
-    logits = jnp.where(jnp.eye(len(rows), dtype=bool), -jnp.inf, logits)
     labels = jnp.roll(jnp.arange(len(rows)), len(a))
+    left_out = jnp.eye(len(rows), dtype=bool)
+    if groups is not None:
+        both = jnp.concatenate([groups, groups])
+        positive = jnp.roll(left_out, len(a), axis=1)
+        left_out = (both[:, None] == both[None]) & ~positive
+    logits = jnp.where(left_out, -jnp.inf, logits)
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
 

@@ -1,31 +1,37 @@
 """PALAVRA: a set of images of one thing becomes the word `*` (arXiv 2204.01694), used for CIR.
 
-Training, over sets of `set_size` images that show one class of objects:
+Training, over sets of `set_size` images of one class of objects, with a caption of each:
 
     f(images) = word         DeepSet: three equivariant layers, mean over the set, two layers
     T(t) = t + W t + b       un-normalised text features -> where the images of such texts lie
-    L_map    = || norm(T(t)) - norm(i) ||^2 / dim                 stage `map`, T alone
+    L_map    = || norm(T(t)) - norm(i) ||^2 / dim                 trains T
     L_cycle  = NT-Xent(text(prompt of the label), text(prompt of the word)), temperature 0.25
     L_object = 512 || norm(first token of the label) - norm(word) ||^2 / token_dim
 
-f reads images, and texts in the place of images: captions whose object word is replaced by another
-word of its class, mapped by T. At query time the word of the set (for CIR: one image) is refined by
-30 steps of Adam, so that text("*") comes nearer to the image than to the coarse concept:
+f reads images, and texts in the place of images: captions whose object word is replaced by a random
+word of its class, mapped by T. T learns beside f, which reads it as it is at that step. At query
+time the word of the set (for CIR: one image) is refined by 30 steps of Adam, so that text("*")
+comes nearer to the image than to the coarse concept:
 
     NT-Xent({image, C}, {text("*"), C}),  C = norm(T(norm(text(coarse word))))
 
 From the released code (NVlabs/PALAVRA), and what is done otherwise here:
+* An epoch is one set of each class, as there, and a batch there has a class once. Here batches are
+  always full: one may reach into the next epoch, and has several sets of a class where there are
+  fewer classes than rows. Sets of one class are no negatives of each other.
 * There an epoch is a pass over images, then one over texts; here each step does both, and its loss
-  is their mean. The prompt is drawn per step, there per epoch.
+  is their mean: half as many steps of f, as many of T.
+* The prompt is drawn per step, there per epoch.
+* T has an Adam of its own there, of a constant rate. Here one Adam trains both: the same, as it is
+  blind to the scale of a loss, but for a schedule, which T follows, too.
+* There every fifth image is held out; here training reads all of the stage's split.
 * The code makes label prompts by cutting off the template's last character, which is odd where `*`
   is not at the end; here the label stands where the word does.
-* T has an optimiser of its own there and trains beside f; here it is a stage of its own before f.
-* Negatives are those of the global batch. Sets with the same label are each other's negatives, as
-  there.
-* Not said anywhere, so chosen here: an image's classes are those that its first caption names; the
-  network reads unit features; a query of CIR is "a photo of {coarse} * that {modification text}",
-  as the code puts "{coarse class} *" in the place of the subject. SEARLE's paper has numbers of
-  PALAVRA on CIR, without saying which coarse concept it used; `coarse` is the released default.
+* Not said anywhere, so chosen here: an image's classes are those that its first caption names, its
+  text is any of its captions that name the class; the label of a set of texts is the word in them;
+  a query of CIR is "a photo of {coarse} * that {modification text}", as the code puts
+  "{coarse class} *" in the place of the subject. SEARLE's paper has numbers of PALAVRA on CIR,
+  without saying which coarse concept it used; `coarse` is the released default.
 """
 
 import dataclasses
@@ -43,7 +49,7 @@ from cir_jax.composers.base import Params, Query, normalise
 from cir_jax.composers.losses import nt_xent
 from cir_jax.composers.phi import check_share, check_weight, linear
 from cir_jax.composers.pseudo_word import PseudoWord
-from cir_jax.errors import ConfigError, WeightsError, unknown
+from cir_jax.errors import ConfigError, WeightsError
 from cir_jax.input.objects import Objects
 from cir_jax.input.phrases import TEMPLATES
 from cir_jax.models.backbone import Backbone
@@ -51,7 +57,6 @@ from cir_jax.sharding.constraints import each_row, split_rows
 from cir_jax.weights import convert, official
 
 TEMPERATURE = 0.25
-TRAINED = ("map", "set")
 LAYERS = 3
 
 
@@ -103,7 +108,7 @@ class Refinement:
 
 
 class Palavra(PseudoWord):
-    """`params`: {"map": T, "set": f}; a stage trains one of them, and the other stands still."""
+    """`params`: {"map": T, "set": f}."""
 
     trained = True
     placeholder = "*"
@@ -113,7 +118,6 @@ class Palavra(PseudoWord):
     def __init__(
         self,
         backbone: Backbone,
-        train: str = "set",
         objects: str = "",
         templates: tuple[str, ...] = TEMPLATES,
         hidden_dim: int = 4096,
@@ -123,15 +127,13 @@ class Palavra(PseudoWord):
         refine_steps: int = 30,
         refine_learning_rate: float = 0.01,
     ):
-        """train: "map" | "set". objects: file of `Objects`, for training the set encoder only.
+        """objects: file of `Objects`, for training only.
 
         templates: with one {} each; the 24 that SEARLE took from PALAVRA, in SEARLE's wording.
         """
         check_share("dropout", dropout)
         check_weight("weight_object", weight_object)
         check_weight("refine_learning_rate", refine_learning_rate)
-        if train not in TRAINED:
-            raise ConfigError(unknown("train of palavra:", train, TRAINED))
         if refine_steps < 0 or hidden_dim < 1:
             raise ConfigError(
                 f"refine_steps={refine_steps}, hidden_dim={hidden_dim}: expected 0 or more, 1 or "
@@ -141,7 +143,7 @@ class Palavra(PseudoWord):
             raise ConfigError(f"templates: {wrong[0]!r} must contain {{}} exactly once")
         self.coarse = coarse
         super().__init__(backbone)
-        self.train, self.weight_object = train, float(weight_object)
+        self.weight_object = float(weight_object)
         self.refinement = Refinement(refine_steps, float(refine_learning_rate))
         self.set_encoder = DeepSet(backbone.token_dim, hidden_dim, float(dropout))
         self.map = TextToVisual()
@@ -193,56 +195,41 @@ class Palavra(PseudoWord):
     def encode(
         self, params: Params, frozen: Params, batch: dict[str, jax.Array], rngs: jax.Array
     ) -> Params:
-        """train "map": target_features or target_images, token_ids. train "set":
+        """reference_features float32[batch, set, dim] or reference_images, of one class of objects
 
-        reference_features float32[batch, set, dim] or reference_images, of one class of objects
+        token_ids           int32[batch, set, length], a caption of each image that names the class
         label               int32[batch], the class's number in `objects.words`
-        augmented_token_ids int32[batch, set, length], captions in which the class's word is
-        augmented           int32[batch], this number in `objects.words`
+        augmented_token_ids int32[batch, set, length], the captions with another word of the class
+        augmented           int32[batch], this word's number in `objects.words`
         """
-        if self.train == "map":
-            return self._map_rows(params, frozen, batch)
-        return self._set_rows(params, frozen, batch, rngs)
-
-    def _map_rows(self, params: Params, frozen: Params, batch: dict[str, jax.Array]) -> Params:
-        image = batch.get("target_features")
-        if image is None:
-            image = self.backbone.encode_image(frozen["backbone"], batch["target_images"])
-        text = self.backbone.encode_text(frozen["backbone"], batch["token_ids"])
-        return {"map": self.map_error(params, text, image)}
-
-    def map_error(self, params: Params, text: jax.Array, image: jax.Array) -> jax.Array:
-        """float32[...] from un-normalised float32[..., dim] of texts and of their images."""
-        return jnp.square(self.visual(params, text) - normalise(image)).mean(axis=-1)
-
-    def _set_rows(
-        self, params: Params, frozen: Params, batch: dict[str, jax.Array], rngs: jax.Array
-    ) -> Params:
         if self.objects is None:
             raise ConfigError(
-                "the set encoder is trained on classes of objects: set composer.objects of the "
-                "stage to their file."
+                "PALAVRA is trained on classes of objects: set composer.objects of the stage to "
+                "their file."
             )
-        backbone = frozen["backbone"]
-        params = {"map": jax.lax.stop_gradient(params["map"]), "set": params["set"]}
-        captions = batch["augmented_token_ids"]
-        shape = captions.shape[:2]
-        text = self.backbone.encode_text(backbone, captions.reshape(-1, captions.shape[-1]))
+        backbone, size = frozen["backbone"], batch["token_ids"].shape[1]
+        ids = jnp.concatenate([batch["token_ids"], batch["augmented_token_ids"]], axis=1)
+        text = self.backbone.encode_text(backbone, ids.reshape(-1, ids.shape[-1]))
+        text = text.reshape(*ids.shape[:2], -1)
         images = batch.get("reference_features")
         if images is None:
             pixels = batch["reference_images"]
             images = self.backbone.encode_image(backbone, pixels.reshape(-1, *pixels.shape[2:]))
-        images, text = normalise(images), self.visual(params, text)
-        keys, of_set = jax.vmap(jax.random.split)(rngs), functools.partial(self.set_rows, params)
-        template = batch["template"]
+            images = images.reshape(*pixels.shape[:2], -1)
+        # f reads T as it is, and does not train it
+        fixed = {"map": jax.lax.stop_gradient(params["map"]), "set": params["set"]}
+        keys, of_set = jax.vmap(jax.random.split)(rngs), functools.partial(self.set_rows, fixed)
+        sets, template = self.visual(fixed, text[:, size:]), batch["template"]
         return {
-            "image": of_set(
-                frozen, images.reshape(*shape, -1), batch["label"], template, keys[:, 0]
-            ),
-            "text": of_set(
-                frozen, text.reshape(*shape, -1), batch["augmented"], template, keys[:, 1]
-            ),
+            "map": self.map_error(params, text[:, :size], images).mean(axis=-1),
+            "label": batch["label"],
+            "image": of_set(frozen, normalise(images), batch["label"], template, keys[:, 0]),
+            "text": of_set(frozen, sets, batch["augmented"], template, keys[:, 1]),
         }
+
+    def map_error(self, params: Params, text: jax.Array, image: jax.Array) -> jax.Array:
+        """float32[...] from un-normalised float32[..., dim] of texts and of their images."""
+        return jnp.square(self.visual(params, text) - normalise(image)).mean(axis=-1)
 
     def set_rows(
         self,
@@ -269,16 +256,19 @@ class Palavra(PseudoWord):
             "object": error.mean(axis=-1),
         }
 
+    def set_loss(self, row: Params, label: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Scalar loss and its terms of what `set_rows` gives; label: int32[batch], the classes."""
+        cycle = nt_xent(row["label"], row["word"], TEMPERATURE, label)
+        found = row["object"].mean()
+        return cycle + self.weight_object * found, {"cycle": cycle, "object": found}
+
     def objective(self, params: Params, rows: Params) -> tuple[jax.Array, dict[str, jax.Array]]:
-        if self.train == "map":
-            return rows["map"].mean(), {}
-        metrics: dict[str, Any] = {}
-        total = jnp.zeros(())
-        for name, row in rows.items():
-            cycle = nt_xent(row["label"], row["word"], TEMPERATURE)
-            found = row["object"].mean()
-            metrics |= {f"cycle_{name}": cycle, f"object_{name}": found}
-            total += (cycle + self.weight_object * found) / len(rows)
+        metrics: dict[str, Any] = {"map": rows["map"].mean()}
+        total = metrics["map"]
+        for name in ("image", "text"):
+            loss, terms = self.set_loss(rows[name], rows["label"])
+            metrics |= {f"{term}_{name}": value for term, value in terms.items()}
+            total += loss / 2
         return total, metrics
 
     def invert(self, params: Params, frozen: Params, query: Query, rng: jax.Array) -> jax.Array:

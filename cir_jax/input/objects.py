@@ -74,7 +74,11 @@ class Objects:
 
     def named(self, caption: str) -> list[str]:
         """The classes that a caption names, as whole words."""
-        return [name for name, pattern in self._patterns.items() if pattern.search(caption)]
+        return [name for name in self.classes if self.names(caption, name)]
+
+    def names(self, caption: str, name: str) -> bool:
+        """Whether the caption names this class."""
+        return self._patterns[name].search(caption) is not None
 
     def renamed(self, caption: str, name: str, word: str) -> str:
         """The caption with `word` in place of each word that stands for the class."""
@@ -96,38 +100,60 @@ def members(source: Records, objects: Objects) -> dict[str, np.ndarray]:
     return kept
 
 
+class Labels:
+    """The classes that a table's captions name, one after the other: an epoch has each once."""
+
+    def __init__(self, records: Records, objects: Objects):
+        """Reads all captions; raises DataError when none names a class."""
+        self.records, self.objects = records, objects
+        self.table = records.table
+        self.members = members(records, objects)
+        self.names = list(self.members)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: Any) -> str:
+        return self.names[int(index)]
+
+    def __repr__(self) -> str:
+        return f"Labels({len(self)} of {self.records!r})"
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class ObjectSets(grain.transforms.RandomMap):
-    """A record -> a set of images of one of its classes; see `composers.palavra` for the arrays.
+    """A class -> a set of its images, drawn with replacement; arrays: see `composers.palavra`.
 
-    The record itself and size - 1 others, drawn with replacement; of a record without a class, a
-    random class's. suffix: "images" or "features", what the image field holds.
+    The text of an image is a random one of its captions that name the class. suffix: "images" or
+    "features", what the image field holds.
     """
 
     tokenizer: Tokenizer
-    objects: Objects
-    source: Records
-    members: Mapping[str, np.ndarray]
+    labels: Labels
     suffix: str
     size: int
 
-    def random_map(self, element: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
-        named = [name for name in self.objects.named(_caption(element)) if name in self.members]
-        names = named or list(self.members)
-        name = names[rng.integers(len(names))]
-        rows = rng.choice(self.members[name], self.size)
-        records = [self.source[row] for row in rows]
-        if named:
-            records[0] = element
-        words = self.objects.classes[name]
+    def random_map(self, element: str, rng: np.random.Generator) -> dict[str, Any]:
+        objects, length = self.labels.objects, self.tokenizer.context_length
+        rows = rng.choice(self.labels.members[element], self.size)
+        records = [self.labels.records[row] for row in rows]
+        words = objects.classes[element]
         word = words[rng.integers(len(words))]
-        captions = [self.objects.renamed(_caption(record), name, word) for record in records]
+        captions = [self._text(record, element, rng) for record in records]
+        renamed = [objects.renamed(caption, element, word) for caption in captions]
         return {
             f"reference_{self.suffix}": np.stack([record["image"] for record in records]),
-            "label": np.int32(self.objects.number[name]),
-            "augmented": np.int32(self.objects.number[word]),
-            "augmented_token_ids": self.tokenizer(captions, self.tokenizer.context_length),
+            "token_ids": self.tokenizer(captions, length),
+            "label": np.int32(objects.number[element]),
+            "augmented": np.int32(objects.number[word]),
+            "augmented_token_ids": self.tokenizer(renamed, length),
         }
+
+    def _text(self, record: Mapping[str, Any], name: str, rng: np.random.Generator) -> str:
+        captions = [caption.decode().lower() for caption in record["captions"]]
+        naming = [caption for caption in captions if self.labels.objects.names(caption, name)]
+        # none: the record stands in for an unreadable one
+        return naming[rng.integers(len(naming))] if naming else captions[0]
 
 
 def _caption(record: Mapping[str, Any]) -> str:

@@ -9,14 +9,24 @@ shuffles within a shard and loses records on several hosts.)
 import dataclasses
 import signal
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import grain
 import numpy as np
 from absl import flags
 
 from cir_jax.errors import ConfigError
-from cir_jax.input.records import Records
+from cir_jax.input.tables import Table
+
+
+class Source(Protocol):
+    """Random access to what an epoch goes through, and the table behind it."""
+
+    table: Table
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: Any) -> Any: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +34,7 @@ class Part:
     """One component of a mixture: a source, its transform to an example, its share of the rows."""
 
     name: str
-    source: Records
+    source: Source
     transform: grain.transforms.RandomMap
     weight: float = 1.0
 
@@ -58,7 +68,7 @@ class Pipeline:
 
     @property
     def epoch_examples(self) -> int:
-        """Records of the largest part: what one epoch means."""
+        """Items of the largest part: what one epoch means."""
         return max(len(part.source) for part in self.parts)
 
     def dataset(self) -> grain.MapDataset:
@@ -118,7 +128,7 @@ class Pipeline:
 class ReadGroup(grain.transforms.RandomMap):
     """Group index -> the examples of its consecutive records."""
 
-    source: Records
+    source: Source
     transform: grain.transforms.RandomMap
     group: int
 

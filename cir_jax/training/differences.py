@@ -20,5 +20,9 @@ def differing_fields(
         if isinstance(before, Mapping) and isinstance(now, Mapping):
             found += differing_fields(before, now, free, f"{name}.")
         elif before != now:
-            found.append(f"{name} (was {before!r}, is {now!r})")
+            found.append(f"{name} (was {_said(before)}, is {_said(now)})")
     return found
+
+
+def _said(value: Any) -> str:
+    return "{...}" if isinstance(value, Mapping) and value else repr(value)

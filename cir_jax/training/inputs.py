@@ -12,7 +12,7 @@ import numpy as np
 from cir_jax.errors import ConfigError, unknown
 from cir_jax.experiment import Experiment
 from cir_jax.input import images, keywords, objects, records, text
-from cir_jax.input.pipeline import Part, Pipeline
+from cir_jax.input.pipeline import Part, Pipeline, Source
 from cir_jax.input.tables import Table
 from cir_jax.retrieval.features import image_features
 from cir_jax.storage.places import default_cache_dir
@@ -32,13 +32,15 @@ TABLES = {
 class Example:
     """What becomes of a record: the image fields it needs, and the transform.
 
-    make(experiment, data, source): data is the stage's config.data, source what the records are
-    read from. whole: images come as they are (PIL), for a transform that crops them at random.
+    make(experiment, data, source): data is the stage's config.data, source what an epoch goes
+    through: the records, or what `items` makes of them.
+    whole: images come as they are (PIL), for a transform that crops them at random.
     """
 
     fields: tuple[str, ...]
-    make: Callable[[Experiment, Any, records.Records], grain.transforms.RandomMap]
+    make: Callable[[Experiment, Any, Any], grain.transforms.RandomMap]
     whole: bool = False
+    items: Callable[[Experiment, records.Records], Source] | None = None
 
 
 def _suffix(data: Any) -> str:
@@ -60,15 +62,18 @@ def _masked(experiment: Experiment, data: Any, source: records.Records) -> Any:
     return keywords.MaskedCaptions(experiment.backbone.tokenizer, keywords.tagger(data.keywords))
 
 
-def _object_sets(experiment: Experiment, data: Any, source: records.Records) -> objects.ObjectSets:
+def _labels(experiment: Experiment, source: records.Records) -> objects.Labels:
     known = getattr(experiment.composer, "objects", None)
     if known is None:
         raise ConfigError(
             "sets of objects need a composer with classes: set composer.objects of the stage."
         )
-    found = objects.members(source, known)
+    return objects.Labels(source, known)
+
+
+def _object_sets(experiment: Experiment, data: Any, source: objects.Labels) -> objects.ObjectSets:
     tokenizer = experiment.backbone.tokenizer
-    return objects.ObjectSets(tokenizer, known, source, found, _suffix(data), data.set_size)
+    return objects.ObjectSets(tokenizer, source, _suffix(data), data.set_size)
 
 
 EXAMPLES = {
@@ -82,7 +87,7 @@ EXAMPLES = {
     "images": Example(("image",), lambda experiment, data, source: records.Images(_suffix(data))),
     "cropped_images": Example(("image",), _cropped, whole=True),
     "masked_captions": Example((), _masked),
-    "object_sets": Example(("image",), _object_sets),
+    "object_sets": Example(("image",), _object_sets, items=_labels),
 }
 
 
@@ -119,7 +124,8 @@ def make_pipeline(
             columns["pseudo_words"] = _pseudo_words(experiment, data.tokens, table, workdir)
         transform = images.Whole() if example.whole else backbone.image_transform
         source = records.Records(table, example.fields, transform, features, columns)
-        parts.append(Part(table_name, source, example.make(experiment, data, source), weight))
+        items = example.items(experiment, source) if example.items else source
+        parts.append(Part(table_name, items, example.make(experiment, data, items), weight))
     trim = records.TrimText(backbone.tokenizer.eos_id, text.BUCKET)
     # on several processes every one must see the same shape, without asking the others
     pools = experiment.composer.pools_text and not backbone.reads_padding

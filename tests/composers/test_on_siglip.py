@@ -108,6 +108,7 @@ def batch_of(name, composer, images, files):
             "reference_images": np.stack([images, images[::-1]], axis=1),
             "label": np.arange(rows, dtype=np.int32) % 2,
             "augmented": np.arange(rows, dtype=np.int32) % 2,
+            "token_ids": np.stack([backbone.tokenizer(["a dog", t]) for t in captions]),
             "augmented_token_ids": np.stack([backbone.tokenizer([t, "a cat"]) for t in captions]),
         }
     words = np.random.default_rng(1).normal(size=(rows, backbone.token_dim)).astype(np.float32)

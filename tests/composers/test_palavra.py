@@ -1,6 +1,7 @@
 """PALAVRA: the set encoder, its losses, the steps at query time, sets of objects."""
 
 import json
+import types
 
 import jax
 import jax.numpy as jnp
@@ -10,10 +11,13 @@ import pytest
 from cir_jax.composers import losses, official
 from cir_jax.composers.base import normalise
 from cir_jax.composers.palavra import Palavra
-from cir_jax.errors import ConfigError, DataError, WeightsError
+from cir_jax.errors import CheckpointError, ConfigError, DataError, WeightsError
 from cir_jax.input import objects
+from cir_jax.input.pipeline import Part, Pipeline
 from cir_jax.input.records import Records
-from cir_jax.training import optimizers
+from cir_jax.loading import read_experiment
+from cir_jax.training import inputs, optimizers
+from cir_jax.training import workdir as workdirs
 from data.shapes.objects import objects as world_objects
 from experiments import base
 from tests import tiny as factory
@@ -51,6 +55,7 @@ def batch(tiny):
         "reference_features": rng.normal(size=(rows, SIZE, dim)).astype(np.float32),
         "label": rng.integers(0, 5, rows).astype(np.int32),
         "augmented": rng.integers(0, 5, rows).astype(np.int32),
+        "token_ids": np.stack([tiny[0].tokenizer(["a star", "it", "two"], 16)] * rows),
         "augmented_token_ids": np.stack(
             [tiny[0].tokenizer(["a red star", "it", "two"], 16)] * rows
         ),
@@ -61,23 +66,19 @@ def test_the_loss_does_not_depend_on_devices_or_parts(build, batch):
     inversion.assert_independent_of_devices_and_parts(*build(), batch)
 
 
-def test_a_stage_trains_its_half_alone(build, batch, tiny):
+def test_the_map_learns_beside_the_set_encoder_from_its_own_loss(build, batch, tiny):
     composer, params, frozen = build()
     gradient = inversion.loss_and_gradient(composer, params, frozen, batch)[1]
-    assert max(np.abs(x).max() for x in jax.tree.leaves(gradient["map"])) == 0
     assert all(np.abs(x).max() > 0 for x in jax.tree.leaves(gradient["set"]))
-    composer, _, _ = build(train="map")
-    pairs = {
-        "target_features": batch["reference_features"][:, 0],
-        "token_ids": batch["augmented_token_ids"][:, 0],
-    }
-    loss, gradient = inversion.loss_and_gradient(composer, params, frozen, pairs)
-    assert max(np.abs(x).max() for x in jax.tree.leaves(gradient["set"])) == 0
-    layer = params["map"]["linear"]
-    text = tiny[0].encode_text(tiny[1], pairs["token_ids"])  # un-normalised, as in the release
-    text = normalise(text + text @ layer["kernel"] + layer["bias"][None])
-    expected = jnp.square(text - normalise(pairs["target_features"])).mean()
-    np.testing.assert_allclose(loss, expected, rtol=1e-5)
+    # captions as they are, un-normalised
+    text = tiny[0].encode_text(tiny[1], batch["token_ids"][0])
+
+    def error(layer):
+        mapped = normalise(text + text @ layer["kernel"] + layer["bias"][None])
+        return jnp.square(mapped[None] - normalise(batch["reference_features"])).mean()
+
+    expected = jax.grad(error)(params["map"]["linear"])
+    inversion.assert_same(gradient["map"]["linear"], expected, rtol=1e-4)
 
 
 def test_the_losses_are_their_definitions(build, batch, tiny):
@@ -88,20 +89,29 @@ def test_the_losses_are_their_definitions(build, batch, tiny):
     loss, metrics = composer.objective(params, rows)
     assert composer.objects.words == ["star", "red", "circle", "green", "blue"]
     tokenizer = tiny[0].tokenizer
-    labels = [f"{composer.objects.words[i]} has no two" for i in batch["label"]]
-    label = tiny[0].encode_text(tiny[1], tokenizer(labels))
-    words = composer._words(params, normalise(batch["reference_features"]))
     ids = np.repeat(tokenizer(["* has no two"]), inversion.ROWS, axis=0)
-    text = composer.text_features(tiny[1], ids, words)
-    np.testing.assert_allclose(metrics["cycle_image"], losses.nt_xent(label, text, 0.25), rtol=1e-4)
-    first = [tokenizer.id_of(composer.objects.words[i]) for i in batch["label"]]
-    first = tiny[0].embed_tokens(tiny[1], np.asarray(first)[:, None])[:, 0]
-    error = jnp.square(normalise(first) - normalise(words)).mean()
-    np.testing.assert_allclose(metrics["object_image"], error, rtol=1e-4)
-    expected = sum(
-        metrics[f"cycle_{name}"] + 3 * metrics[f"object_{name}"] for name in ("image", "text")
-    )
-    np.testing.assert_allclose(loss, expected / 2, rtol=1e-5)
+    # f reads T as it is at this step
+    text = composer.visual(params, tiny[0].encode_text(tiny[1], batch["augmented_token_ids"][0]))
+    sets = {
+        "image": (normalise(batch["reference_features"]), batch["label"]),
+        "text": (jnp.repeat(text[None], inversion.ROWS, axis=0), batch["augmented"]),
+    }
+    for name, (of_set, number) in sets.items():
+        labels = [f"{composer.objects.words[i]} has no two" for i in number]
+        label = tiny[0].encode_text(tiny[1], tokenizer(labels))
+        words = composer._words(params, of_set)
+        text = composer.text_features(tiny[1], ids, words)
+        # sets of one class are no negatives of each other, whatever word stands for it
+        expected = losses.nt_xent(label, text, 0.25, batch["label"])
+        assert len(set(batch["label"])) < inversion.ROWS
+        assert expected < losses.nt_xent(label, text, 0.25) - 0.1
+        np.testing.assert_allclose(metrics[f"cycle_{name}"], expected, rtol=1e-4)
+        first = [tokenizer.id_of(composer.objects.words[i]) for i in number]
+        first = tiny[0].embed_tokens(tiny[1], np.asarray(first)[:, None])[:, 0]
+        error = jnp.square(normalise(first) - normalise(words)).mean()
+        np.testing.assert_allclose(metrics[f"object_{name}"], error, rtol=1e-4)
+    of_sets = [metrics[f"cycle_{name}"] + 3 * metrics[f"object_{name}"] for name in sets]
+    np.testing.assert_allclose(loss, metrics["map"] + sum(of_sets) / 2, rtol=1e-5)
 
 
 def test_sets_have_no_order_and_no_size(build, batch):
@@ -177,24 +187,72 @@ def test_sets_of_objects(tiny, file):
     members = objects.members(source, found)
     assert members["star"].tolist() == [0, 2, 4, 6, 8, 10]
     assert members["circle"].tolist() == [2, 3, 6, 7, 10, 11]
-    sets = objects.ObjectSets(tiny[0].tokenizer, found, source, members, "features", 4)
-    rng = np.random.default_rng(0)
-    for index in range(12):
-        row = sets.random_map(source[index], rng)
-        name = found.words[row["label"]]
-        rows = row["reference_features"][:, 0].astype(int)
-        assert set(rows) <= set(members[name].tolist())
-        assert index % 4 == 1 or rows[0] == index
+    sets = objects.ObjectSets(tiny[0].tokenizer, objects.Labels(source, found), "features", 4)
+    rng, drawn = np.random.default_rng(0), set()
+    for record in table.records:
+        record["captions"][1:] = [b"no star or circle", b"make it two"]
+    for name in ["star", "circle"] * 3:
+        row = sets.random_map(name, rng)
+        assert found.words[row["label"]] == name
         word = found.words[row["augmented"]]
         assert word in found.classes[name]
-        expected = [
-            found.renamed(table.records[i]["captions"][0].decode(), name, word) for i in rows
-        ]
-        np.testing.assert_array_equal(row["augmented_token_ids"], tiny[0].tokenizer(expected, 16))
+        rows = row["reference_features"][:, 0].astype(int)
+        assert set(rows) <= set(members[name].tolist())
+        for i, *ids in zip(rows, row["token_ids"], row["augmented_token_ids"], strict=True):
+            # a caption of this image that names the class, and the same one with the word
+            texts = [text.decode() for text in table.records[i]["captions"][:2]]
+            pairs = [[text, found.renamed(text, name, word)] for text in texts]
+            same = [np.array_equal(tiny[0].tokenizer(pair, 16), ids) for pair in pairs]
+            assert any(same)
+            drawn.add(same.index(True))
+    assert drawn == {0, 1}
     for record in table.records:
         record["captions"][0] = b"nothing"
     with pytest.raises(DataError, match="no first caption names one of the classes star, circle"):
         objects.members(source, found)
+
+
+def test_an_epoch_is_one_set_of_each_class(tiny):
+    """Not one of each image; a batch has a class once where there are enough of them."""
+    table = factory.caption_table(64)
+    classes = objects.Objects({word: (word,) for word in [*factory.WORDS[-8:], "nowhere"]})
+    source = Records(table, ("image",), None, {"image": np.ones((64, 24), np.float32)})
+    data = types.SimpleNamespace(features=True, set_size=2)
+    composer = types.SimpleNamespace(objects=classes)
+    experiment = types.SimpleNamespace(composer=composer, backbone=tiny[0])
+    example = inputs.EXAMPLES["object_sets"]
+    labels = example.items(experiment, source)
+    part = Part("captions", labels, example.make(experiment, data, labels))
+
+    def numbers(rows, stop):
+        pipeline = Pipeline(parts=(part,), batch_size=rows, seed=0)
+        assert pipeline.epoch_examples == 8
+        return [batch["label"].tolist() for batch in pipeline.batches(0, stop)]
+
+    found = numbers(4, 4)
+    assert all(sorted(found[i] + found[i + 1]) == list(range(8)) for i in (0, 2))
+    assert found[:2] != found[2:]
+    # fewer classes than rows: each as often as any other
+    assert sorted(numbers(24, 1)[0]) == sorted([*range(8)] * 3)
+    composer.objects = None
+    with pytest.raises(ConfigError, match="sets of objects need a composer with classes"):
+        example.items(experiment, source)
+
+
+def test_workdirs_with_a_stage_of_the_map_are_refused(tmp_path):
+    config = read_experiment("palavra:smoke")
+    assert config.stages == ("invert",)
+    workdirs.claim(tmp_path, config)
+    older = json.loads((tmp_path / workdirs.CONFIG_FILE).read_text())
+    older["stage"]["map"] = dict(older["stage"]["invert"])
+    older["stage"]["invert"]["after"] = "map"
+    (tmp_path / workdirs.CONFIG_FILE).write_text(json.dumps(older))
+    with pytest.raises(
+        CheckpointError,
+        match=r"differ: stage.invert.after \(was 'map', is ''\); "
+        r"stage.map \(was \{...\}, is None\). Use a new --workdir",
+    ):
+        workdirs.claim(tmp_path, config)
 
 
 def test_classes_of_the_embedded_world():
@@ -203,8 +261,6 @@ def test_classes_of_the_embedded_world():
 
 
 def test_mistakes_are_named(build, tmp_path, batch):
-    with pytest.raises(ConfigError, match="train of palavra: 'maps'. Did you mean 'map'"):
-        build(train="maps")
     with pytest.raises(ConfigError, match="templates: 'a photo' must contain {} exactly once"):
         build(templates=("a photo",))
     composer, params, frozen = build(objects="")

@@ -132,6 +132,13 @@ def test_nt_xent_is_its_definition():
     s = np.exp(z @ z.T / 0.3)
     rows = [-np.log(s[k, (k + 5) % 10] / (s[k].sum() - s[k, k])) for k in range(10)]
     np.testing.assert_allclose(losses.nt_xent(a, b, 0.3), np.mean(rows), rtol=1e-5)
+    groups = np.asarray([3, 0, 3, 1, 3])  # pairs of one group are no negatives of each other
+    both, pair = np.concatenate([groups, groups]), [(k + 5) % 10 for k in range(10)]
+    kept = [s[k][(both != both[k]) | (np.arange(10) == pair[k])] for k in range(10)]
+    rows = [-np.log(s[k, pair[k]] / kept[k].sum()) for k in range(10)]
+    np.testing.assert_allclose(losses.nt_xent(a, b, 0.3, groups), np.mean(rows), rtol=1e-5)
+    one = jax.grad(lambda x: losses.nt_xent(x, b, 0.3, np.zeros(5, int)))(jnp.asarray(a))
+    assert (one == 0).all()  # without negatives
     same = jax.grad(lambda x: losses.nt_xent(x, x, 0.3))(jnp.asarray(a))
     assert np.isfinite(same).all()
 

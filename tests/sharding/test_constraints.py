@@ -43,10 +43,10 @@ STAGES = {
     ("pic2word", "contrastive"): ({"reference_images": IMAGES}, True),
     ("lincir", "smp"): ({"token_ids": WORDS, "masked_token_ids": WORDS}, False),
     ("searle", "distil"): ({"reference_images": IMAGES, "pseudo_words": "token"}, True),
-    ("palavra", "map"): ({"target_images": IMAGES, "token_ids": WORDS}, False),
     ("palavra", "invert"): (
         {
             "reference_images": "sets of images",
+            "token_ids": "sets of words",
             "augmented_token_ids": "sets of words",
             "label": "number",
             "augmented": "number",

@@ -52,7 +52,7 @@ def shards(tree):
 def test_frozen_parameters_lie_as_the_config_says(config, given, fc1, fc2):
     config.frozen = given
     made = experiments.setup(config)
-    of_stage = experiments.of_stage(made, "map")
+    of_stage = experiments.of_stage(made, "invert")
     for experiment in (made, of_stage):
         frozen = experiment.frozen["backbone"]
         for tower in ("text", "vision"):
