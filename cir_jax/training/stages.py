@@ -27,15 +27,22 @@ def train(experiment: Experiment, workdir: Path, scorer: Scorer | None = None) -
     (it answers no queries yet). None = the last one is.
     A finished stage is read back, an interrupted one resumed, so the same command always continues.
     """
+    config = experiment.config
+    best = config.checkpoint.get("best", "")
+    if best and scorer is None:
+        raise ConfigError(
+            f"config.checkpoint.best={best!r}: stages.train needs the scorer that "
+            "cir_jax.evaluation.selection.scorer(experiment) makes."
+        )
     params, before = None, ""
-    continued = {stage.after for stage in experiment.config.stage.values()}
+    continued = {stage.after for stage in config.stage.values()}
     # read before anything is computed: it may not fit
     given = official_params(experiment)
-    for name in stage_names(experiment.config):
-        if experiment.config.stage[name].kind == "inversion":
+    for name in stage_names(config):
+        if config.stage[name].kind == "inversion":
             inversion.run(of_stage(experiment, name), name, workdir)
             continue
-        previous = params if before == experiment.config.stage[name].after else None
+        previous = params if before == config.stage[name].after else None
         if before == "" and given is not None:
             previous = given
         initial = initial_params(experiment, name, workdir, previous)

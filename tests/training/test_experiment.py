@@ -158,6 +158,8 @@ def test_how_the_best_checkpoint_is_chosen_belongs_to_the_run(tmp_path):
     config.checkpoint.every, config.checkpoint.keep = "7 steps", 9
     workdirs.claim(tmp_path, config)
     config.checkpoint.best = "cirr R@1"
+    with pytest.raises(ConfigError, match="best='cirr R@1': stages.train needs the scorer that"):
+        stages.train(experiments.Experiment(config, None, None, None, {}), tmp_path)
     with pytest.raises(CheckpointError, match=r"differ: checkpoint.best \(was '', is 'cirr R@1'\)"):
         workdirs.claim(tmp_path, config)
 
