@@ -54,7 +54,10 @@ def experiment(name: str, composer: Mapping[str, Any]) -> ConfigDict:
     # they fit; --dry_run says the bytes
     config.frozen = "split"
     config.log_every = 50
-    config.checkpoint = ConfigDict({"every": "500 steps", "keep": 2})
+    # best: benchmark and metric, "cirr R@1": each checkpoint is scored by it on val, and the best
+    # one is kept beside the newest `keep` and is the result of the stage (unless another stage
+    # continues this one); "" = the last one is
+    config.checkpoint = ConfigDict({"every": "500 steps", "keep": 2, "best": ""})
     config.evaluation = ConfigDict()
     # | bfloat16: of evaluation, inversion and search; with bfloat16, nearest phrases move
     config.evaluation.dtype = "float32"

@@ -9,7 +9,8 @@ alone 4.2 +- 0.2. Images are not read in training.
 Presets: shapes (embedded world), smoke (seconds, for tests), and the paper's recipe on vit_b32,
 vit_l14, vit_h14 and vit_g14: 5.5 million texts in a prepared dataset with a table `texts`
 (`launch/prepare.py --dataset=texts`), named with --config.stage.smp.data.dataset, keywords by spaCy
-(`pip install cir_jax[keywords]`). Released weights need no training:
+(`pip install cir_jax[keywords]`). --config.checkpoint.best="cirr R@1" chooses the checkpoint as the
+release does; it wants a prepared CIRR. Released weights need no training:
 
     python launch/eval.py --config=experiments/lincir.py:vit_l14 \\
         --config.init_from=official:lincir_large.pt

@@ -8,7 +8,9 @@ paper has no numbers on CIRCO; others give its L/14 weights 9.51 there (Slerp's 
 
 Presets: shapes (embedded world), smoke (seconds, for tests), and the paper's recipe on vit_l14 and
 vit_b32: 3 million images (CC3M) in a prepared dataset with a table `images`, named with
---config.stage.contrastive.data.dataset, batch 1024, 30 epochs. Released weights need no training:
+--config.stage.contrastive.data.dataset, batch 1024, 30 epochs. vit_l14_code and vit_b32_code are
+what the released code makes of it on 8 devices (`cir_jax/composers/pic2word.py`). Released weights
+need no training:
 
     python launch/eval.py --config=experiments/pic2word.py:vit_l14 \\
         --config.init_from=official:pic2word_large.pt
@@ -42,6 +44,8 @@ RELEASED = {
     "stage.contrastive.optimizer.eps": 1e-6,
     "checkpoint.every": "1k steps",
 }
+# Adam does the same with an eighth of the gradient and eps 1e-6
+EIGHT_DEVICES = {"stage.contrastive.optimizer.eps": 8e-6}
 PRESETS = {
     "shapes": {},
     "smoke": {
@@ -55,6 +59,8 @@ PRESETS = {
     },
     "vit_b32": {"backbone": "openai/clip-vit-base-patch32", **RELEASED},
     "vit_l14": {"backbone": "openai/clip-vit-large-patch14", **RELEASED},
+    "vit_b32_code": {"backbone": "openai/clip-vit-base-patch32", **RELEASED, **EIGHT_DEVICES},
+    "vit_l14_code": {"backbone": "openai/clip-vit-large-patch14", **RELEASED, **EIGHT_DEVICES},
 }
 
 

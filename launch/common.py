@@ -67,13 +67,13 @@ def prepare(config: ConfigDict, training: bool) -> None:
     """Builds what the config reads and this project can make itself (the embedded world)."""
     from cir_jax import experiment as experiments
     from cir_jax import weights
-    from cir_jax.evaluation import benchmarks
+    from cir_jax.evaluation import benchmarks, selection
     from cir_jax.training import stages
     from data import build
 
     needs = [benchmarks.required(config.evaluation.benchmarks)]
     if training:
-        needs.append(stages.required_tables(config))
+        needs += [stages.required_tables(config), selection.required(config)]
     # a wrong name or size shows before minutes of work
     weights.load_architecture(config.backbone, image_size=config.get("image_size"))
     data_dir = experiments.data_dir(config)

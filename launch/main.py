@@ -26,7 +26,7 @@ def main() -> None:
     pixel_limit.apply()
     common.join(joining)
     from cir_jax import experiment as experiments
-    from cir_jax.evaluation import runner
+    from cir_jax.evaluation import runner, selection
     from cir_jax.storage.places import default_cache_dir
     from cir_jax.training import stages
     from cir_jax.training import workdir as workdirs
@@ -39,12 +39,13 @@ def main() -> None:
     if DRY_RUN.value:
         print(plan)
         return
+    scorer = selection.scorer(experiment)
     workdirs.claim(workdir, config)
     with workdirs.only_run(workdir):
         kept = f"checkpoints and words in {workdir} and features in {default_cache_dir()} are kept"
         ending.phase("running the stages", kept)
         workdirs.say_changes(workdir, config)
-        params = stages.train(experiment, workdir)
+        params = stages.train(experiment, workdir, scorer)
         ending.phase("exporting", f"what was trained is in {workdir}")
         stages.export(experiment, params)
         common.evaluating(workdir)

@@ -33,7 +33,7 @@ def main(argv: list[str]) -> None:
     ending.phase("generating", f"finished concepts are kept in {_OUTPUT.value}.part")
     try:
         generation.generate(
-            phrases.read_names(_CONCEPTS.value),
+            list(dict.fromkeys(phrases.read_names(_CONCEPTS.value))),
             Path(_OUTPUT.value).expanduser(),
             model=_MODEL.value,
             count=_COUNT.value,

@@ -4,13 +4,22 @@
     v = phi(text(caption) + s u n),  u ~ Unif(0, 1), n ~ N(0, I)
 
 The noise stands for the gap between texts and images, as at query time phi is given the image's
-feature. Keywords are maximal runs of adjectives, nouns and determiners; every one of them becomes
-the same word (`cir_jax.input.keywords` has the masking, with all its fallbacks).
+feature. Keywords are maximal runs of adjectives, nouns, names and determiners; every one of them
+becomes the same word (`cir_jax.input.keywords` has the masking, with all its fallbacks). Images are
+never read in training.
 
 As in the released code (navervision/lincir) features are un-normalised on both sides of the loss
-and at the network's input; `l2_normalize` (off there) normalises the input, at query time too. The
-release computes features in fp16 and selects the checkpoint of the best CIRR recall; here the last
-one is taken. Images are never read in training.
+and at the network's input; `l2_normalize` (off there) normalises the input, noise included, and at
+query time too. Where the numbers are not the release's:
+* It trains in fp16 with loss scaling: the towers' weights, the sum with the noise, phi; the squares
+  are fp32. At query time the pixels are fp16. Here towers compute in `config.dtype`, all else in
+  float32.
+* Its result is the checkpoint of the best R@1 on CIRR val, of every 1000 steps (and of step 50).
+  Here the last step, or with `--config.checkpoint.best="cirr R@1"` the best of the checkpoints.
+* Its moving average (off) is fp16, of decay min(0.9999, (1 + step) / (10 + step)), and scored, but
+  not what is then kept as the best. Here the decay `stage.smp.ema` is constant, and the average is
+  what is scored and kept.
+* Empty captions, which it trains on as "$", are dropped when the table of texts is made.
 """
 
 import jax

@@ -12,6 +12,7 @@ prefix, prefixes    int32[phrases], int32[beginnings, length''], `beginnings`: s
 lengths             int32[phrases, 2] of original and suffix, with start and end token
 first, count        int32[concepts] a concept's rows; count 0 = discarded (`PhraseBook.discarded`)
 concepts            float32[concepts, dim] unit features: mean over the templates (METHODS 2.1)
+row                 int32[rows] concept of each row of `names`; only where concepts are repeated
 features            float32[phrases, dim] un-normalised, of a book of at most `cached` phrases
 
 A method uses it so:
@@ -85,8 +86,9 @@ class Phrases:
     ) -> "Phrases":
         """From a phrase book (`input.phrases.read`).
 
-        every: each occurrence of the concept in a phrase becomes a placeholder (SEARLE's phi), not
-            the first alone (OTI). suffix: False = phrases are "a photo of {concept}".
+        every: as SEARLE's phi, not OTI: each occurrence of the concept in a phrase becomes a
+            placeholder, not the first alone; a concept is as near as often as `names` lists it, not
+            once. suffix: False = phrases are "a photo of {concept}".
         names: file of the concepts to associate images with; "" = all of the book.
         Raises DataError, ConfigError when top_k is not in 1..concepts.
         """
@@ -107,10 +109,11 @@ class Phrases:
         source: str = "phrases",
     ) -> "Phrases":
         """See `read`."""
-        if not 1 <= top_k <= len(book.concepts):
+        repeated = book.rows if every else ()
+        most = len(repeated or book.concepts)
+        if not 1 <= top_k <= most:
             raise ConfigError(
-                f"top_k={top_k}: {source} has {len(book.concepts)} concepts, so it must be in "
-                f"1..{len(book.concepts)}."
+                f"top_k={top_k}: {source} has {most} concepts, so it must be in 1..{most}."
             )
         tokenizer, causal = backbone.tokenizer, backbone.family == "clip"
         placeholder = tokenizer.id_of(files.PLACEHOLDER)
@@ -157,6 +160,8 @@ class Phrases:
             "first": (np.cumsum(count) - count).astype(np.int32),
             "count": count,
         }
+        if repeated:
+            tables["row"] = np.asarray([number[name] for name in repeated], np.int32)
         made = cls(book, top_k, templates, tables, tuple(map(int, usual)), source, len(cut))
         if made.dropped and jax.process_index() == 0:
             print(made.report(), flush=True)
@@ -215,6 +220,7 @@ class Phrases:
     def associate(self, tables: Tables, features: jax.Array) -> jax.Array:
         """The top_k concepts nearest to each image, best first: int32[batch, top_k].
 
+        Of a table with rows, a repeated concept is there as often as its rows are among the top_k.
         features: float32[batch, dim], un-normalised image features. Discarded concepts count, too:
         the released code leaves them out after the cut. Where that leaves none, it stops with an
         error (OTI) or draws forever (phi); here the nearest concept with phrases is the last one.
@@ -222,7 +228,10 @@ class Phrases:
         """
         images = normalise(features.astype(jnp.float32))
         scores = jnp.matmul(images, tables["concepts"].T, precision="highest")
-        top = jax.lax.top_k(scores, self.top_k)[1].astype(jnp.int32)
+        row = tables.get("row")
+        of_rows = scores if row is None else scores[:, row]
+        top = jax.lax.top_k(of_rows, self.top_k)[1].astype(jnp.int32)
+        top = top if row is None else jnp.take(row, top)
         usable = tables["count"] > 0
         nearest = jnp.where(usable[None], scores, -jnp.inf).argmax(axis=-1).astype(jnp.int32)
         last = jnp.where(usable[top].any(axis=-1), top[:, -1], nearest)

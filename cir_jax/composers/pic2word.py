@@ -5,13 +5,21 @@
 over the global batch, both directions averaged; images alone, no texts. A query is
 "a photo of * , {modification text}".
 
-Paper and released code (google-research/composed_image_retrieval), which decides:
-* Dropout comes before ReLU.
-* In training the word is inserted before the end token of "a photo of", and the feature is read one
-  position further. That is the prompt "a photo of *" with `*` replaced, as it is written here.
-* The image feature goes into the network un-normalised.
-* On FashionIQ the release joins the two captions in one order only, "{second} and {first}"; here
-  the benchmark's protocol averages both orders, as papers that re-evaluate Pic2Word do.
+As in the released code (google-research/composed_image_retrieval) the image feature goes into the
+network un-normalised. The release inserts the word before the end token of "a photo of", and drops
+out before ReLU: that changes nothing. Where the numbers are not the release's:
+* Each of its W devices has the whole loss, of features gathered from all, but the gradient of its
+  own rows alone; the mean over devices is then 1/W of the gradient. Adam divides that factor out
+  again except for its epsilon, so the release takes the steps of eps = W x 1e-6 on the full
+  gradient: shorter ones where gradients are of that size. Here the gradient is that of the loss, so
+  that nothing depends on the devices. The stage's `optimizer.eps` of W x 1e-6 is the release on W
+  devices, exactly (unless `clip_norm` is set); the presets *_code have that of 8.
+* It computes in fp16 with loss scaling, the network too; here the towers in `config.dtype`, the
+  network and the loss in float32.
+* Its epochs leave out what does not fill a batch; durations here count examples.
+* On FashionIQ it joins the two captions in one order only, "{second} and {first}"; here the
+  benchmark's protocol averages both orders, as papers that re-evaluate Pic2Word do. The release's
+  is `fashioniq:reversed`.
 
 Defaults are the released ones: two hidden layers (`n_layer`), 512 wide on every backbone, dropout
 0.1.

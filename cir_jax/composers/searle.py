@@ -6,17 +6,24 @@ I: un-normalised image feature; v_oti: the image's stored word, from a stage tha
 NT-Xent over the 2 x batch rows of both at temperature 0.25; phrase: about one of the image's top_k
 concepts, drawn anew each time (`composers.phrases`).
 
-Paper and released code (miccunifi/SEARLE):
+The released code (miccunifi/SEARLE) decides where it is not the paper; so here, too:
 * w_gpt = 0.25 and top_k = 15 in the paper, 0.75 and 150 in the code. The code's NT-Xent is half of
-  the paper's formula, so the weights mean different things. Defaults here are the code's.
-* The code replaces all occurrences of the concept in the phrase by `$`, but overwrites the first
-  alone: later ones stay a literal `$`. So here.
-* The code draws concepts of a whole batch again until none is discarded; here each image draws
-  among its usable concepts. The distribution is the same. Of an image without any it would draw
-  forever; here such an image has the nearest one beyond top_k (`Phrases.associate`).
-* The code compares the rows of one device; here negatives are global.
-* Concepts are compared with stored features in float32, even if the step is bfloat16: that would
-  choose others. Images that are encoded in the step have its type.
+  the paper's formula, and has rows of their own kind among its negatives, so the weights mean
+  different things.
+* All occurrences of the concept in the phrase become `$`, but the first alone is overwritten.
+* A concept that is listed twice is drawn twice as often (the released list has none).
+
+Where the numbers are not the release's:
+* It trains in fp16 with loss scaling (text tower and phi), on fp32 image features; concepts are
+  associated by fp16 features. Here towers compute in `config.dtype`, phi and losses in float32, and
+  so does the association with stored features, even if the step is bfloat16: that would choose
+  others. Images that are encoded in the step have its type.
+* Other random numbers. It draws the concepts of a whole batch until none is discarded, here each
+  image draws among its usable ones: the distribution is the same. Where an image has none it would
+  draw forever; here such an image has the nearest usable one (`Phrases.associate`).
+* A concept of whose phrases one is cut off before its `$` is discarded, too; there it is an error.
+* It watches CIRR's val split without saying which epoch was released. Here the result is the last
+  step, or the best one by `config.checkpoint.best`.
 
 The ablations of Table 4 are settings: `distillation` "cosine" or "none" (the cycle contrastive loss
 of PALAVRA: NT-Xent of the image features and the text features of "a photo of $"), `weight_gpt` 0.

@@ -6,9 +6,17 @@ I: image feature; T: text feature; template: "a photo of $" and the like; phrase
 one of the image's concepts, with the concept replaced by v (`composers.phrases`). One token per
 image; AdamW; both texts are drawn anew in every iteration; the answer is the moving average of v.
 
-Exactly the released code, but for two things. There the loss is the mean over a batch of 32 images;
-here every image is alone, with the gradient that it has there (MEAN_OVER), so that the result does
-not depend on the batch. And each image draws its texts from a key of its own.
+The released code (miccunifi/SEARLE), where the numbers are not its own:
+* It runs the towers in fp16 with loss scaling, which skips the iterations that overflow, and takes
+  the concepts from fp16 features. Here towers compute in `config.dtype`, the rest in float32.
+* Its loss is the mean over a batch of 32 images, fewer in the last one. Here every image is alone,
+  with the gradient that it has among 32 (MEAN_OVER): all that changes is Adam's epsilon, and the
+  result does not depend on the batch. Each image draws its texts from a key of its own.
+* Its concepts are the first top_k distinct names of the 250 nearest, less the discarded ones. Here
+  as well, but if none is left, where it stops with an error, the nearest usable one is taken; and a
+  concept of whose phrases one is cut off before its `$`, an error there, is discarded, too.
+The weights divided by their sum, the moving average that starts at the random words, and the one
+occurrence of a concept that is replaced are the release's, not the paper's.
 
 What makes it fast, and changes nothing: all iterations are one compiled scan; texts run at their
 own length instead of 77, and only from the pseudo-word on (models.clip_suffix); only the token gets

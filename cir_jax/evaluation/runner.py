@@ -39,8 +39,10 @@ def trained_params(experiment: Experiment, workdir: Path | None) -> Any:
             params, position = scored_params(experiment, directory)
             step, steps = position["next_batch"], position["steps"]
             last = name == stage_names(experiment.config)[-1]
-            if jax.process_index() == 0 and not (last and step == steps):
-                print(f"unfinished training: evaluating step {step} of {steps} of {name}")
+            if not (last and position["reached"] == steps):
+                _say(f"unfinished training: evaluating step {step} of {steps} of {name}")
+            elif step < steps:
+                _say(f"evaluating step {step} of {steps} of {name}, the best checkpoint")
             return params
     params = official_params(experiment)
     if params is not None:

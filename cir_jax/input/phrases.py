@@ -34,10 +34,14 @@ TEMPLATES = (
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PhraseBook:
-    """Templates with one `{}` each, and the phrases about each concept (names stripped)."""
+    """Templates with one `{}` each, and the phrases about each concept (names stripped).
+
+    rows: the concepts as a file of names lists them, where it lists some more than once; else ().
+    """
 
     templates: tuple[str, ...]
     concepts: Mapping[str, tuple[str, ...]]
+    rows: tuple[str, ...] = ()
 
     @functools.cached_property
     def discarded(self) -> frozenset[str]:
@@ -62,17 +66,19 @@ class PhraseBook:
     def without_suffix(self) -> "PhraseBook":
         """One phrase per concept, "a photo of {concept}": SEARLE's ablation without GPT."""
         names = {name: (f"a photo of {name}",) for name in self.concepts}
-        return PhraseBook(self.templates, names)
+        return dataclasses.replace(self, concepts=names)
 
     def only(self, names: list[str], source: str) -> "PhraseBook":
         """The book of these concepts. Raises DataError naming those it has no phrases for."""
-        if missing := [name for name in names if name not in self.concepts]:
+        chosen = dict.fromkeys(names)
+        if missing := [name for name in chosen if name not in self.concepts]:
             raise DataError(
-                f"{source}: {len(missing)} of its {len(names)} concepts have no phrases, such as "
+                f"{source}: {len(missing)} of its {len(chosen)} concepts have no phrases, such as "
                 f"{', '.join(map(repr, missing[:3]))}. Generate them (launch/phrases.py continues "
                 "an unfinished file), or leave these concepts out."
             )
-        return PhraseBook(self.templates, {name: self.concepts[name] for name in names})
+        rows = tuple(names) if len(chosen) < len(names) else ()
+        return PhraseBook(self.templates, {name: self.concepts[name] for name in chosen}, rows)
 
 
 def with_placeholder(phrase: str, concept: str, every: bool = False) -> str:
@@ -137,8 +143,9 @@ def write(path: Path, book: PhraseBook) -> None:
 
 
 def read_names(path: str | Path) -> list[str]:
-    """Distinct, stripped concept names: a CSV with a column DisplayName (Open Images), or lines.
+    """Stripped concept names: a CSV with a column DisplayName (Open Images), or lines.
 
+    As often as they are listed, which is once in the released file of Open Images.
     Raises DataError when the file is missing or holds no names.
     """
     path = Path(path).expanduser()
@@ -153,7 +160,7 @@ def read_names(path: str | Path) -> list[str]:
                 names = [line.strip() for line in file]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{path}: unreadable list of concepts ({error}).") from error
-    names = list(dict.fromkeys(name for name in names if name))
+    names = [name for name in names if name]
     if not names:
         raise DataError(f"{path}: no concept names.")
     return names

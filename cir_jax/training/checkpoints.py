@@ -7,7 +7,7 @@ Orbax has no digests of arrays: OCDBT's checksums guard its index, a flipped bit
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,6 +20,7 @@ from jax.experimental import multihost_utils
 
 from cir_jax.errors import CheckpointError, CirError
 from cir_jax.storage import digests, faults
+from cir_jax.training.scores import Scores
 from cir_jax.training.step import TrainState
 
 ITEMS = ("params", "ema", "optimizer", "position")
@@ -44,15 +45,28 @@ class _WithDigests(ocp.path.atomicity.AtomicRenameTemporaryPath):
         digests.add(Path(self.get_final()))  # of the two small files that finishing writes
 
 
+class _NewestAndBest:
+    """A preservation policy: the newest `keep`, and the best of those that have a score."""
+
+    def __init__(self, keep: int, scores: Scores):
+        self._keep, self._scores = keep, scores
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        steps = [info.step for info in checkpoints]
+        scored = [step for step in steps if step in self._scores.values]
+        kept = {*steps[-self._keep :], *self._scores.ranked(scored)[:1]}
+        return [step in kept for step in steps]
+
+
 class Checkpoints:
     """Checkpoints under one directory, each a Composite of params, ema, optimizer and position.
 
     params and ema are items of their own so that evaluation reads only what it needs. position is
     JSON: where the input pipeline stands (the next batch, and what it reads), restorable on any
-    number of processes and workers.
+    number of processes and workers. Kept are the newest `keep`, and the best one by `scores`.
     """
 
-    def __init__(self, directory: Path, keep: int = 2):
+    def __init__(self, directory: Path, keep: int = 2, scores: Scores | None = None):
         self.directory = Path(directory).absolute()
         self._open = contextlib.ExitStack()
         self._open.enter_context(_one_message())
@@ -66,7 +80,8 @@ class Checkpoints:
             self._manager = ocp.CheckpointManager(
                 self.directory,
                 options=ocp.CheckpointManagerOptions(
-                    max_to_keep=keep,
+                    max_to_keep=None if scores else keep,
+                    preservation_policy=_NewestAndBest(keep, scores) if scores else None,
                     create=True,
                     cleanup_tmp_directories=True,
                     temporary_path_class=_WithDigests,
@@ -318,16 +333,22 @@ def _restore(like: TrainState) -> dict[str, Any]:
 
 
 @_one_message()
-def load_scored(directory: Path, like: Any) -> tuple[Any, dict[str, Any]]:
+def load_scored(
+    directory: Path, like: Any, scores: Scores | None = None
+) -> tuple[Any, dict[str, Any]]:
     """Evaluated parameters (averaged where there is averaging) as numpy, and their position.
 
+    Those of the best checkpoint where they were scored, else of the newest. scores: None = as on
+    disk, which process 0 may still be writing in the run itself.
     like: tree of shapes of the parameters. Works whatever mesh and number of processes saved them.
+    The position's "reached" is the step that training came to.
     A damaged checkpoint is named in a warning and left where it is. Raises CheckpointError when all
     are damaged, when one cannot be read now, and when it holds other parameters.
     """
     directory = Path(directory).absolute()
     steps = _patiently(lambda: _finished(directory), directory, verified=True)
-    for step in steps:
+    scores = Scores(directory.parent) if scores is None else scores
+    for step in scores.ranked(steps):
         path = directory / str(step)
         item = "ema" if (path / "ema").is_dir() else "params"
         found = _undamaged(
@@ -336,7 +357,8 @@ def load_scored(directory: Path, like: Any) -> tuple[Any, dict[str, Any]]:
         if found is None:
             continue
         if not (problem := _not_finite(found[0])):
-            return found
+            reached = steps[0] if step in scores.values else found[1].get("next_batch", step)
+            return found[0], found[1] | {"reached": reached}
         _warn_damaged(path / item, problem)
     raise CheckpointError(
         f"{directory}: no readable checkpoint"

@@ -24,9 +24,11 @@ from cir_jax.errors import CheckpointError, CirError, ConfigError
 from cir_jax.input.pipeline import Pipeline
 from cir_jax.sharding import joining, placement
 from cir_jax.sharding import mesh as meshes
-from cir_jax.training.checkpoints import Checkpoints
+from cir_jax.training import logs
+from cir_jax.training.checkpoints import Checkpoints, load_scored
 from cir_jax.training.differences import differing_fields
 from cir_jax.training.logs import MetricsLog
+from cir_jax.training.scores import Scorer, Scores
 from cir_jax.training.step import Step, TrainState, init_state, sharded
 
 
@@ -62,12 +64,17 @@ class Stage:
     checkpoint_every: int = 500
     keep: int = 2
 
+    def regular(self, step: int) -> bool:
+        """Whether an unbroken run saves this step; such checkpoints are scored."""
+        return step > 0 and (step % self.checkpoint_every == 0 or step == self.steps)
+
 
 @dataclasses.dataclass
 class Trainer:
     """One stage bound to its composer, frozen parameters, data and mesh.
 
     initial: parameters to start from (another stage's or checkpoint's); None = composer.init.
+    scorer: scores each checkpoint, so that the best one is the result; None = the last one is.
     """
 
     stage: Stage
@@ -76,6 +83,7 @@ class Trainer:
     pipeline: Pipeline
     mesh: Mesh
     initial: Any = None
+    scorer: Scorer | None = None
 
     def __post_init__(self) -> None:
         field = f"stage.{self.stage.name}.batch_size"
@@ -127,22 +135,46 @@ class Trainer:
     def run(self, directory: Path) -> Any:
         """Trains to the end, or from the newest checkpoint under `directory` to the end.
 
-        Returns the scored parameters (averaged where the stage averages). Raises NanLoss,
-        Preempted, CheckpointError.
+        Returns the scored parameters (averaged where the stage averages) of the last step, or of
+        the best checkpoint. Raises NanLoss, Preempted, CheckpointError.
         """
-        stage = self.stage
-        with Checkpoints(directory / "checkpoints", stage.keep) as checkpoints:
+        stage, scores = self.stage, Scores(directory) if self.scorer else None
+        with Checkpoints(directory / "checkpoints", stage.keep, scores) as checkpoints:
             state = self._restore(checkpoints)
             start = int(jax.device_get(state.step))
-            if start >= stage.steps:
-                return state.scored
-            log = MetricsLog(directory, start) if jax.process_index() == 0 else None
-            try:
-                state = self._train(state, start, checkpoints, log)
-            finally:
-                if log:
-                    log.close()
-        return state.scored
+            unscored = False
+            if scores is not None:
+                scores.continue_from(start, self.scorer.metric)
+                done = start in scores.values and self._logged(directory, start)
+                unscored = stage.regular(start) and not done
+            if start < stage.steps or unscored:
+                log = MetricsLog(directory, start) if jax.process_index() == 0 else None
+                try:
+                    if unscored:
+                        self._score(state, start, scores, log)
+                    if start < stage.steps:
+                        state = self._train(state, start, checkpoints, scores, log)
+                finally:
+                    if log:
+                        log.close()
+        if scores is None:
+            return state.scored
+        best, _ = load_scored(directory / "checkpoints", self.abstract.params, scores)
+        return placement.place(self.mesh, best)
+
+    def _logged(self, directory: Path, step: int) -> bool:
+        """Whether the score of a step is in the log, where it comes last."""
+        rows = logs.read(directory / "metrics.jsonl")
+        return any(row["step"] == step and self.scorer.metric in row for row in rows)
+
+    def _score(self, state: TrainState, step: int, scores: Scores, log: MetricsLog | None) -> None:
+        """Scores the parameters of a checkpoint, unless a run that was killed then has done so."""
+        if step not in scores.values:
+            with jax.transfer_guard("allow"):
+                scores.add(step, self.scorer.measure(state.scored))
+        if log:
+            best = scores.ranked(scores.values)[0]
+            log.write(step, {scores.metric: scores.values[step], "best_step": best}, {})
 
     def _restore(self, checkpoints: Checkpoints) -> TrainState:
         contents = self._contents
@@ -184,7 +216,12 @@ class Trainer:
         }
 
     def _train(
-        self, state: TrainState, start: int, checkpoints: Checkpoints, log: MetricsLog | None
+        self,
+        state: TrainState,
+        start: int,
+        checkpoints: Checkpoints,
+        scores: Scores | None,
+        log: MetricsLog | None,
     ) -> TrainState:
         stage, last_saved = self.stage, start
         pending: list[tuple[int, Any]] = []
@@ -207,7 +244,7 @@ class Trainer:
                 pending.append((number, metrics))
                 bar.update()
                 leaving = preempted(number)
-                save = number % stage.checkpoint_every == 0 or number == stage.steps or leaving
+                save = stage.regular(number) or leaving
                 if save or number % stage.log_every == 0:
                     values = self._check(pending, checkpoints.directory, last_saved)
                     seconds = time.perf_counter() - window_start
@@ -224,6 +261,9 @@ class Trainer:
                     raise Preempted(
                         f"{stage.name}: stopped and saved after step {number}.", leaving
                     )
+                if save and scores is not None:
+                    self._score(state, number, scores, log)
+                    window_start = time.perf_counter()
             checkpoints.wait()  # while a signal still lets the last one become whole
         return state
 

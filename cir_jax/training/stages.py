@@ -17,25 +17,37 @@ from cir_jax.training import durations, inversion, optimizers
 from cir_jax.training.checkpoints import load_scored
 from cir_jax.training.inputs import make_pipeline
 from cir_jax.training.loop import Stage, Trainer, check_weights, describe
+from cir_jax.training.scores import Scorer
 
 
-def train(experiment: Experiment, workdir: Path) -> Any:
+def train(experiment: Experiment, workdir: Path, scorer: Scorer | None = None) -> Any:
     """Runs the config's stages in order and returns the last one's scored parameters.
 
+    scorer: of checkpoints; the best one is the result of a stage, unless another one continues it
+    (it answers no queries yet). None = the last one is.
     A finished stage is read back, an interrupted one resumed, so the same command always continues.
     """
+    config = experiment.config
+    best = config.checkpoint.get("best", "")
+    if best and scorer is None:
+        raise ConfigError(
+            f"config.checkpoint.best={best!r}: stages.train needs the scorer that "
+            "cir_jax.evaluation.selection.scorer(experiment) makes."
+        )
     params, before = None, ""
+    continued = {stage.after for stage in config.stage.values()}
     # read before anything is computed: it may not fit
     given = official_params(experiment)
-    for name in stage_names(experiment.config):
-        if experiment.config.stage[name].kind == "inversion":
+    for name in stage_names(config):
+        if config.stage[name].kind == "inversion":
             inversion.run(of_stage(experiment, name), name, workdir)
             continue
-        previous = params if before == experiment.config.stage[name].after else None
+        previous = params if before == config.stage[name].after else None
         if before == "" and given is not None:
             previous = given
         initial = initial_params(experiment, name, workdir, previous)
-        trainer = make_trainer(experiment, name, initial, workdir)
+        chosen = None if name in continued else scorer
+        trainer = make_trainer(experiment, name, initial, workdir, scorer=chosen)
         params, before = trainer.run(workdir / name), name
     return params
 
@@ -59,10 +71,11 @@ def make_trainer(
     initial: Any,
     workdir: Path | None = None,
     shapes_only: bool = False,
+    scorer: Scorer | None = None,
 ) -> Trainer:
     """The trainer of stage `name`, starting from `initial` (None = fresh parameters).
 
-    shapes_only: zeros in place of everything precomputed, for a dry run.
+    shapes_only: zeros in place of everything precomputed, for a dry run. scorer: as `train`'s.
     """
     config, experiment = experiment.config, of_stage(experiment, name, shapes_only)
     recipe = config.stage[name]
@@ -88,9 +101,8 @@ def make_trainer(
         checkpoint_every=every,
         keep=config.checkpoint.keep,
     )
-    return Trainer(
-        stage, experiment.composer, experiment.frozen, pipeline, experiment.mesh, initial
-    )
+    composer, frozen, mesh = experiment.composer, experiment.frozen, experiment.mesh
+    return Trainer(stage, composer, frozen, pipeline, mesh, initial, scorer)
 
 
 def official_params(experiment: Experiment) -> Any:
@@ -122,9 +134,9 @@ def initial_params(experiment: Experiment, name: str, workdir: Path, previous: A
     for directory in candidates:
         if (directory / "checkpoints").is_dir():
             params, position = scored_params(experiment, directory)
-            if position["next_batch"] < position["steps"]:
+            if position["reached"] < position["steps"]:
                 raise CheckpointError(
-                    f"{directory} stopped at step {position['next_batch']} of {position['steps']}: "
+                    f"{directory} stopped at step {position['reached']} of {position['steps']}: "
                     f"stage {name!r} continues a finished stage. Finish it first."
                 )
             return params
@@ -136,7 +148,8 @@ def initial_params(experiment: Experiment, name: str, workdir: Path, previous: A
 
 
 def scored_params(experiment: Experiment, directory: Path) -> tuple[Any, dict[str, Any]]:
-    """The scored parameters of a stage directory, on the mesh, and their position."""
+    """The scored parameters of a stage directory, of its best checkpoint where checkpoints were
+    scored, on the mesh, and their position (`load_scored`)."""
     like = jax.eval_shape(experiment.composer.init, jax.random.key(0))
     tree, position = load_scored(directory / "checkpoints", like)
     check_weights(position, experiment.composer, directory)

@@ -26,7 +26,8 @@ FREE_FIELDS = (
     "remat",
     "evaluation",
     "log_every",
-    "checkpoint",
+    "checkpoint.every",
+    "checkpoint.keep",
     "workers",
     "data_dir",
     "stages",
@@ -77,7 +78,8 @@ def _shaping(values: Mapping[str, Any]) -> dict[str, Any]:
         return {**part, "composer": composers.shaping(settings)} if settings else dict(part)
 
     stages = {name: of(stage) for name, stage in values.get("stage", {}).items()}
-    return {"image_size": 0} | of(values) | {"stage": stages}
+    checkpoint = {"best": ""} | values.get("checkpoint", {})
+    return {"image_size": 0} | of(values) | {"stage": stages, "checkpoint": checkpoint}
 
 
 def claim(workdir: Path, config: ml_collections.ConfigDict) -> None:

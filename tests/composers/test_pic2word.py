@@ -1,7 +1,11 @@
 """Pic2Word: its loss, its files, its crops. Values of the original are in tests/golden."""
 
+import functools
+
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from PIL import Image
 
@@ -10,6 +14,8 @@ from cir_jax.composers.base import normalise
 from cir_jax.composers.pic2word import Pic2Word
 from cir_jax.errors import ConfigError, DataError, WeightsError
 from cir_jax.input.images import RandomResizedCrop
+from cir_jax.training import optimizers
+from experiments import pic2word
 from tests import tiny as factory
 from tests.composers import inversion
 
@@ -51,6 +57,48 @@ def test_the_scale_is_the_backbones_unless_given(made, batch, tiny):
     np.testing.assert_allclose(loss, losses.info_nce(unit, rows["text"], own), rtol=1e-5)
     rows = jax.jit(given.encode)(params, frozen, batch, rngs)
     np.testing.assert_allclose(given.objective(params, rows)[0], loss, rtol=1e-6)
+
+
+def test_the_released_gradient_is_that_of_eps_times_the_devices(made):
+    """A rank has the whole loss and the gradient of its own rows; ranks are averaged; eps 1e-6."""
+    composer, ranks = made[0], 8
+    settings = pic2word.get_config("vit_l14_code").stage.contrastive.optimizer.to_dict()
+    assert settings["eps"] == ranks * 1e-6
+    build = functools.partial(optimizers.optimizer, steps=9, to_steps=lambda *_, **__: 0)
+    images, features = jax.random.normal(jax.random.key(0), (2, 2 * ranks, 6))
+    rank_of = jnp.arange(2 * ranks) // 2
+
+    def loss(weights, own=None):
+        """own: bool[rows], of a rank, which come first; None = all are on one device."""
+        text = normalise(features @ weights["kernel"])
+        rows = {"image": 10 * normalise(images), "text": text}
+        if own is not None:
+            rows["text"] = jnp.where(own[:, None], text, jax.lax.stop_gradient(text))
+            rows = {name: x[jnp.argsort(~own)] for name, x in rows.items()}
+        return composer.objective({}, rows)[0]
+
+    def of_ranks(weights):
+        found = jax.vmap(lambda rank: jax.grad(loss)(weights, rank_of == rank))(jnp.arange(ranks))
+        return jax.tree.map(lambda x: x.mean(axis=0), found)
+
+    def updates(gradient, optimizer):
+        """float32[steps, 6, 6]"""
+
+        def step(carry, _):
+            weights, state = carry
+            update, state = optimizer.update(gradient(weights), state, weights)
+            return (optax.apply_updates(weights, update), state), update["kernel"]
+
+        # large weights: their gradients are of the size of eps
+        start = {"kernel": 1e4 * jax.random.normal(jax.random.key(1), (6, 6))}
+        return jax.lax.scan(step, (start, optimizer.init(start)), length=3)[1]
+
+    release = build(settings | {"eps": 1e-6, "weight_decay": 0.0})
+    ours = build(settings | {"weight_decay": 0.0})
+    sides = ((of_ranks, release), (jax.grad(loss), ours), (jax.grad(loss), release))
+    expected, code, full = jax.jit(lambda: [updates(*side) for side in sides])()
+    np.testing.assert_allclose(code, expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max())
+    assert np.abs(full - expected).max() > 0.2 * np.abs(expected).max()
 
 
 def test_prompts(tiny):

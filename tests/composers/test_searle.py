@@ -9,6 +9,7 @@ import pytest
 
 from cir_jax.composers import losses, official
 from cir_jax.composers.losses import cosine_loss
+from cir_jax.composers.phrases import Phrases
 from cir_jax.composers.searle import Searle
 from cir_jax.errors import ConfigError, DataError, WeightsError
 from cir_jax.input.records import Images, Records
@@ -182,6 +183,27 @@ def test_concepts_without_phrases_are_named(build, tmp_path):
     names.write_text("red star\nyellow ring\n")
     with pytest.raises(DataError, match="1 of its 2 concepts have no phrases, such as 'yellow ri"):
         build(names=str(names))
+
+
+def test_rows_of_the_concept_table_count_as_often_as_they_are_listed(tiny, book, tmp_path):
+    """For phi, as released: three of the four nearest rows are "blue star"; for OTI, each once."""
+    names = tmp_path / "names.csv"
+    listed = ["blue star", "red star", "blue star", "green circle", "blue star "]
+    names.write_text("\n".join(["LabelName,DisplayName", *(f"/m/1,{name}" for name in listed)]))
+    phi = Phrases.read(book, tiny[0], 4, every=True, names=names)
+    oti = Phrases.read(book, tiny[0], 3, names=names)
+    assert phi.names == oti.names == ["blue star", "red star", "green circle"]
+    concepts = np.asarray([[1, 0], [0.5, 0.5], [0, -1]], np.float32)
+    image = jnp.asarray([[2.0, 1.0]])
+    top = [np.asarray(p.associate(p.tables | {"concepts": concepts}, image)) for p in (phi, oti)]
+    assert top[0].tolist() == [[0, 0, 0, 1]] and top[1].tolist() == [[0, 1, 2]]
+    keys = jax.random.split(jax.random.key(0), 400)
+    tables = jax.tree.map(jnp.asarray, phi.tables)
+    drawn = phi.draw_concept_first(tables, jnp.tile(top[0], (400, 1)), keys)
+    of_blue = np.asarray(drawn) < phi.tables["count"][0]  # its phrases come first
+    assert abs(of_blue.mean() - 0.75) < 0.06
+    with pytest.raises(ConfigError, match="top_k=6: .* has 5 concepts"):
+        Phrases.read(book, tiny[0], 6, every=True, names=names)
 
 
 def test_images_without_a_word_are_left_out():

@@ -33,6 +33,8 @@ def test_smoke(name, scratch, tmp_path):
     flags = (f"--config=experiments/{name}.py:smoke", *LESS)
     if name == "pic2word":  # as the papers' presets: this is training's type alone
         flags += ("--config.dtype=bfloat16",)
+    if name == "lincir":  # as its release chooses
+        flags = (*flags, "--config.checkpoint.best=shapes_tiny/cirr R@1")
     exported = tmp_path / "exported"
     status, output = run(
         "main",
@@ -53,6 +55,9 @@ def test_smoke(name, scratch, tmp_path):
     trained, read = results(tmp_path / "run"), results(tmp_path / "again")
     stored = json.loads((tmp_path / "run" / "results.json").read_text())["results"]
     assert {r["dtype"] for r in stored} == {"float32"}
+    if name == "lincir":
+        rows = logs.read(tmp_path / "run" / "smp" / "metrics.jsonl")
+        assert [row["step"] for row in rows if "val/shapes_tiny/cirr R@1" in row] == [4, 8]
     assert trained == read and 0 <= trained[name]["mAP@10"]["value"] <= 100
 
 

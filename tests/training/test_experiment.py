@@ -26,6 +26,7 @@ from cir_jax.sharding.mesh import make_mesh
 from cir_jax.training import durations, inputs, optimizers, stages
 from cir_jax.training import workdir as workdirs
 from cir_jax.training.checkpoints import Checkpoints
+from cir_jax.training.scores import Scores
 from cir_jax.training.step import init_state
 from experiments import base, compodiff
 from tests import tiny as factory
@@ -174,6 +175,22 @@ def test_a_workdir_without_the_field_has_the_size_of_its_backbone(tmp_path):
         workdirs.claim(tmp_path, config)
 
 
+def test_how_the_best_checkpoint_is_chosen_belongs_to_the_run(tmp_path):
+    config = compodiff.get_config("smoke")
+    workdirs.claim(tmp_path, config)
+    file = tmp_path / workdirs.CONFIG_FILE
+    older = json.loads(file.read_text())
+    del older["checkpoint"]["best"]
+    file.write_text(json.dumps(older))
+    config.checkpoint.every, config.checkpoint.keep = "7 steps", 9
+    workdirs.claim(tmp_path, config)
+    config.checkpoint.best = "cirr R@1"
+    with pytest.raises(ConfigError, match="best='cirr R@1': stages.train needs the scorer that"):
+        stages.train(experiments.Experiment(config, None, None, None, {}), tmp_path)
+    with pytest.raises(CheckpointError, match=r"differ: checkpoint.best \(was '', is 'cirr R@1'\)"):
+        workdirs.claim(tmp_path, config)
+
+
 def test_workdir_of_another_run_names_the_fields(tmp_path):
     config = compodiff.get_config("smoke")
     workdirs.claim(tmp_path, config)
@@ -275,9 +292,10 @@ def test_eval_of_a_workdir_without_checkpoint(stand_in, tmp_path):
         runner.trained_params(stand_in, tmp_path)
 
 
-def save(stand_in, directory, **position):
+def save(stand_in, directory, seed=3, step=0, **position):
     position = {"next_batch": 8, "steps": 8, "weights_id": stand_in.backbone.weights_id} | position
-    state = init_state(stand_in.composer, optax.adam(1e-3), seed=3, ema=True)
+    state = init_state(stand_in.composer, optax.adam(1e-3), seed=seed, ema=True)
+    state = state.replace(step=jax.numpy.int32(step))
     with Checkpoints(directory / "checkpoints") as checkpoints:
         checkpoints.save(state, position)
     return state
@@ -297,6 +315,20 @@ def test_stage_does_not_continue_a_half_trained_one(stand_in, tmp_path):
     save(stand_in, tmp_path / "stage1", next_batch=4)
     with pytest.raises(CheckpointError, match="stopped at step 4 of 8.*Finish it first"):
         stages.initial_params(stand_in, "stage2", tmp_path, None)
+
+
+def test_a_stage_continues_the_best_checkpoint_of_a_finished_one(stand_in, tmp_path, capsys):
+    best = save(stand_in, tmp_path / "stage1", step=4, next_batch=4)
+    save(stand_in, tmp_path / "stage1", seed=4, step=8)
+    scores = Scores(tmp_path / "stage1")
+    for step, value in ((2, 9.0), (4, 7.0), (8, 6.0)):  # 2 is no longer there
+        scores.add(step, value)
+    found = stages.initial_params(stand_in, "stage2", tmp_path, None)
+    jax.tree.map(np.testing.assert_array_equal, found, best.params)
+    stand_in.config.stages = ("stage1",)
+    evaluated = runner.trained_params(stand_in, tmp_path)
+    jax.tree.map(np.testing.assert_array_equal, evaluated, best.params)
+    assert "evaluating step 4 of 8 of stage1, the best checkpoint" in capsys.readouterr().out
 
 
 def test_checkpoint_of_other_weights_is_refused(stand_in, tmp_path):

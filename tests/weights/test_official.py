@@ -53,7 +53,7 @@ def test_export_then_evaluation_and_training_start_there(made, tmp_path, capsys,
             starts[self.name] = self.initial
             return "trained"
 
-    def make_trainer(experiment, name, initial, workdir):
+    def make_trainer(experiment, name, initial, workdir, scorer):
         return Trainer(name, initial)
 
     monkeypatch.setattr(stages, "make_trainer", make_trainer)
@@ -70,7 +70,7 @@ def test_later_stages_continue_the_first(tiny, tmp_path, monkeypatch):
     official.save(experiment.composer, file, params, experiment.frozen)
     assert set(torch.load(file, weights_only=True)) == {"ema_model"}
     experiment.config.init_from = f"official:{file}"
-    starts = []
+    starts, scorers = [], []
 
     class Trainer:
         def __init__(self, initial):
@@ -80,8 +80,13 @@ def test_later_stages_continue_the_first(tiny, tmp_path, monkeypatch):
             starts.append(self.initial)
             return directory.name
 
-    monkeypatch.setattr(stages, "make_trainer", lambda e, name, initial, w: Trainer(initial))
-    assert stages.train(experiment, tmp_path) == "stage2"
+    def make_trainer(experiment, name, initial, workdir, scorer):
+        scorers.append(scorer)
+        return Trainer(initial)
+
+    monkeypatch.setattr(stages, "make_trainer", make_trainer)
+    assert stages.train(experiment, tmp_path, "scorer") == "stage2"
+    assert scorers == [None, "scorer"]  # a stage that another continues answers no queries yet
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(starts[0]), params)
     assert starts[1] == "stage1"
 

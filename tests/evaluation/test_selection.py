@@ -1,0 +1,79 @@
+"""`config.checkpoint.best`: what it may say, and that it looks at the validation split alone."""
+
+import types
+
+import pytest
+
+from cir_jax.errors import ConfigError
+from cir_jax.evaluation import benchmarks, selection
+from cir_jax.evaluation.evaluate import evaluate
+from experiments import base
+from tests.evaluation import worlds
+
+
+def config(best, **composer):
+    made = base.experiment("lincir", {"name": "lincir", **composer})
+    made.checkpoint.best = best
+    return made
+
+
+def test_nothing_is_scored_unless_asked_for():
+    assert selection.wanted(config("")) is None and selection.required(config("")) == {}
+    old = config("")
+    del old.checkpoint.best
+    assert selection.wanted(old) is None
+
+
+def test_benchmark_and_metric():
+    assert selection.wanted(config("cirr R@1")) == ("cirr", "R@1")
+    small = config("fashioniq:small_gallery Avg")
+    assert selection.wanted(small) == ("fashioniq:small_gallery", "Avg")
+    assert selection.required(small) == {"fashioniq": {"queries", "gallery"}}
+
+
+@pytest.mark.parametrize(
+    ("best", "message"),
+    [
+        ("cirr", r"unknown benchmark in config.checkpoint.best='cirr' \(expected .*'cirr R@1'\)"),
+        ("crr R@1", "'crr'. Did you mean 'cirr'. Valid: circo, cirr, .*shapes/circo"),
+        ("cirr R@3", "unknown metric of cirr in .*'R@3'. Did.* Valid: Avg, R@1, R@10, R@5, R@50"),
+        ("coco_object mean rank", "unknown benchmark"),
+        ("shapes/captions R@1", "unknown benchmark"),
+    ],
+)
+def test_mistakes_list_what_there_is(best, message):
+    with pytest.raises(ConfigError, match=message):
+        selection.wanted(config(best))
+
+
+def experiment(tiny, best, composer=worlds.ColourOracle):
+    made = composer(tiny[0])
+    return types.SimpleNamespace(
+        config=config(best), composer=made, data_dir="data", mesh=worlds.mesh(1),
+        frozen={"backbone": tiny[1]},
+    )  # fmt: skip
+
+
+def test_the_score_is_the_metric_on_val(tiny, monkeypatch, tmp_path):
+    monkeypatch.setenv("CIR_JAX_CACHE", str(tmp_path))
+    asked = []
+
+    def load(name, split, directory, *, allow_partial):
+        asked.append((name, split, directory, allow_partial))
+        return worlds.benchmark()
+
+    monkeypatch.setattr(benchmarks, "load", load)
+    made = experiment(tiny, "shapes/circo mAP@5")
+    made.config.evaluation.split = "test_0"  # of the evaluation, not of the choice
+    scorer = selection.scorer(made)
+    assert asked == [("shapes/circo", "val", "data", False)]
+    assert scorer.metric == "val/shapes/circo mAP@5"
+    expected = evaluate(made.composer, {}, made.frozen, worlds.benchmark(), mesh=made.mesh)
+    assert scorer.measure({}) == expected.metrics["mAP@5"].value > 0
+
+
+def test_a_backbone_that_is_trained_has_no_queries(tiny):
+    composer = types.SimpleNamespace(pretrained_backbone=False)
+    made = experiment(tiny, "cirr R@1", lambda _: composer)
+    with pytest.raises(ConfigError, match="trains a backbone, which composes no queries"):
+        selection.scorer(made)

@@ -1,0 +1,74 @@
+"""Each inversion network, stopped dead and continued: the numbers of an unbroken run.
+
+One compiled step serves all three runs. SEARLE, with its stage of words, is in tests/launch.
+"""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from cir_jax import composers
+from cir_jax.experiment import Experiment, of_stage
+from cir_jax.loading import read_experiment
+from cir_jax.sharding import placement
+from cir_jax.sharding.mesh import make_mesh
+from cir_jax.training import inputs, logs, stages
+from tests import tiny as factory
+
+STAGES = {"pic2word": "contrastive", "lincir": "smp", "palavra": "invert"}
+STEPS, LAST = 5, 3  # a checkpoint every 2, the end after LAST
+
+
+class Killed(BaseException):
+    pass
+
+
+def rows(directory):
+    found = logs.read(directory / "metrics.jsonl")
+    return [{k: v for k, v in row.items() if k != "speed"} for row in found]
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_a_killed_run_goes_on_to_the_same_numbers(name, tiny, tmp_path, monkeypatch):
+    config, stage = read_experiment(f"experiments/{name}.py:smoke"), STAGES[name]
+    config.log_every, config.checkpoint.every = 1, "2 steps"
+    config.composer.hidden_dim = 8
+    recipe = config.stage[stage]
+    recipe.batch_size, recipe.duration = 8, f"{STEPS} steps"
+    if name == "pic2word":  # the crops are drawn, too
+        recipe.data.example, recipe.data.features = "cropped_images", False
+    if name == "palavra":
+        objects = tmp_path / "objects.json"
+        objects.write_text(json.dumps({"star": ["star"], "circle": ["circle"]}))
+        recipe.composer.objects, recipe.composer.hidden_dim = str(objects), 8
+    if name == "lincir":
+        del config.composer.hidden_dim
+    monkeypatch.setattr(inputs, "Table", lambda *_: factory.caption_table(40))
+    monkeypatch.setenv("CIR_JAX_CACHE", str(tmp_path / "cache"))
+    backbone, params = tiny
+    settings = config.composer.to_dict()
+    composer = composers.build(settings.pop("name"), backbone, **settings)
+    mesh = make_mesh({"data": 1}, jax.devices()[:1])
+    frozen = placement.place(mesh, composer.freeze(params))
+    experiment = Experiment(config, mesh, backbone, composer, frozen)
+    trainer = stages.make_trainer(experiment, stage, None)
+
+    whole = jax.device_get(trainer.run(tmp_path / "whole"))
+    batches = type(trainer.pipeline).batches
+
+    def cut(pipeline, start, stop):
+        yield from batches(pipeline, start, LAST)
+        raise Killed
+
+    with pytest.raises(Killed), monkeypatch.context() as patch:
+        patch.setattr(type(trainer.pipeline), "batches", cut)
+        trainer.run(tmp_path / "killed")
+    assert [row["step"] for row in rows(tmp_path / "killed")] == [1, 2, 3]
+    trainer.pipeline = inputs.make_pipeline(of_stage(experiment, stage), stage)
+    again = jax.device_get(trainer.run(tmp_path / "killed"))
+    assert rows(tmp_path / "killed") == rows(tmp_path / "whole")
+    assert len(rows(tmp_path / "whole")) == STEPS
+    jax.tree.map(np.testing.assert_array_equal, again, whole)
+    assert trainer.step.traces == 1
