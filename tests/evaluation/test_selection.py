@@ -49,8 +49,8 @@ def test_mistakes_list_what_there_is(best, message):
 def experiment(tiny, best, composer=worlds.ColourOracle):
     made = composer(tiny[0])
     return types.SimpleNamespace(
-        config=config(best), composer=made, data_dir="data", mesh=worlds.mesh(1),
-        frozen={"backbone": tiny[1]},
+        config=config(best), backbone=tiny[0], composer=made, data_dir="data",
+        mesh=worlds.mesh(1), frozen={"backbone": tiny[1]},
     )  # fmt: skip
 
 
