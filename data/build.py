@@ -43,7 +43,7 @@ from cir_jax.errors import DataError, unknown
 from cir_jax.input import images
 from cir_jax.storage import faults
 from cir_jax.storage.places import default_data_dir
-from data import progress, shards
+from data import apart, progress, shards
 from data.source import MAX_LISTED, Options, SourceBuilder, Split, Survey
 
 DATASETS = {  # name: module and class of its TFDS builder, whose configs are the tables
@@ -155,10 +155,19 @@ def survey(
 def prepare_needed(
     *needs: Mapping[str, Iterable[str]], data_dir: str | os.PathLike | None = None
 ) -> None:
-    """Builds those of the needed tables (dataset -> tables) that this project makes itself."""
+    """Builds those of the needed tables (dataset -> tables) that this project makes itself.
+
+    Where there is more than one core, those that a dataset calls APART are built beside the others.
+    """
     for dataset in dict.fromkeys(name for need in needs for name in need if name in DATASETS):
-        tables = {table for need in needs for table in need.get(dataset, ())}
-        prepare(dataset, sorted(tables), data_dir)
+        tables = sorted({table for need in needs for table in need.get(dataset, ())})
+        missing = [t for t in tables if not is_built(table_dir(dataset, t, data_dir))]
+        beside = [t for t in missing if t in getattr(_builder_class(dataset), "APART", ())]
+        if beside and beside != missing and (os.cpu_count() or 1) > 1:
+            root = table_dir(dataset, beside[0], data_dir).parents[2]
+            with apart.building(dataset, beside, root):
+                prepare(dataset, [t for t in missing if t not in beside], data_dir)
+        prepare(dataset, tables, data_dir)
 
 
 def prepare(

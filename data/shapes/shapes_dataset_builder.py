@@ -52,6 +52,7 @@ class Shapes(tfds.core.GeneratorBasedBuilder):
     VERSION = tfds.core.Version(VERSION)
     BUILDER_CONFIGS = [tfds.core.BuilderConfig(name=t, version=VERSION) for t in TABLES]
     SIZES = Sizes()
+    APART = ("captions", "triplets", "pretrain")  # long, and not of the benchmarks' world
     url_infos = None  # nothing is downloaded; looking for checksums needs a package TFDS omits
 
     def _info(self) -> tfds.core.DatasetInfo:
@@ -98,4 +99,5 @@ class ShapesTiny(Shapes):
     """The same world in the size of a test."""
 
     BUILDER_CONFIGS = Shapes.BUILDER_CONFIGS
+    APART = ()
     SIZES = Sizes(256, 64, 256, 128, BenchmarkSizes(circo=12, cirr_sets=8, fashioniq=15, genecis=4))
