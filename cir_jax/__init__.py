@@ -12,7 +12,7 @@ def load(
     *,
     backbone: str | Path | None = None,
     weights: str | Path | None = None,
-    dtype: str | None = None,
+    dtype: Any = None,
 ) -> Any:
     """A trained method, or a training-free one, ready to search: a `Searcher`.
 
@@ -21,7 +21,7 @@ def load(
         override the one in the workdir.
     backbone: a directory or hub id in place of the config's. weights: of a trained method, the
         checkpoint of its authors. dtype: of the computation in place of the config's
-        `evaluation.dtype`, "float32" (the default, as in evaluation) or "bfloat16".
+        `evaluation.dtype`, "float32" (the default, as in evaluation) or "bfloat16", or a type.
 
         search = cir_jax.load("runs/compodiff/shapes")
         search = cir_jax.load("slerp", backbone="openai/clip-vit-large-patch14")

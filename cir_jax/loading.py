@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from ml_collections import ConfigDict
 
 from cir_jax import experiment as experiments
@@ -84,7 +85,7 @@ def load(
     *,
     backbone: str | Path | None = None,
     weights: str | Path | None = None,
-    dtype: str | None = None,
+    dtype: Any = None,
 ) -> Searcher:
     """See `cir_jax.load`."""
     workdir = None
@@ -115,7 +116,7 @@ def load(
             raise ConfigError(f"load: weights={str(weights)!r} or a workdir, not both.")
         config.init_from = f"{FLAG}{weights}"
     if dtype is not None:
-        config.evaluation.dtype = dtype
+        config.evaluation.dtype = dtype if isinstance(dtype, str) else np.dtype(dtype).name
     experiment = experiments.for_evaluation(experiments.setup(config))
     if not experiment.composer.pretrained_backbone:
         raise ConfigError(

@@ -39,13 +39,13 @@ def main() -> None:
     if DRY_RUN.value:
         print(plan)
         return
-    scorer = selection.scorer(experiment)
+    scorer, given = selection.scorer(experiment), stages.start(experiment, workdir)
     workdirs.claim(workdir, config)
     with workdirs.only_run(workdir):
         kept = f"checkpoints and words in {workdir} and features in {default_cache_dir()} are kept"
         ending.phase("running the stages", kept)
         workdirs.say_changes(workdir, config)
-        params = stages.train(experiment, workdir, scorer)
+        params = stages.train(experiment, workdir, scorer, given)
         ending.phase("exporting", f"what was trained is in {workdir}")
         stages.export(experiment, params)
         common.evaluating(workdir)

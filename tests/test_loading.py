@@ -4,6 +4,7 @@ import sys
 import types
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -89,6 +90,8 @@ def test_it_answers_as_the_evaluation_does(monkeypatch):
     np.testing.assert_array_equal(ours, compose(made))
     assert 1e-5 < np.abs(ours - compose(trained)).max() < 0.1
     half = cir_jax.load(config=config, dtype="bfloat16")
+    assert half.composer.backbone.dtype.name == "bfloat16"
+    half = cir_jax.load("slerp", dtype=jnp.bfloat16)  # as for `weights.load`
     assert half.composer.backbone.dtype.name == "bfloat16"
     assert cir_jax.load("slerp").composer.backbone.dtype.name == "float32"
 

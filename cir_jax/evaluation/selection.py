@@ -103,4 +103,9 @@ def scorer(experiment: Experiment) -> Scorer | None:
         )
         return result.metrics[metric].value
 
-    return Scorer(f"{SPLIT}/{name} {metric}", measure)
+    settings = {
+        "evaluation.dtype": composer.backbone.dtype.name,
+        "data": benchmark.data,
+        **{f"composer.{key}": config.composer.get(key) for key in composer.inference_settings},
+    }
+    return Scorer(f"{SPLIT}/{name} {metric}", measure, settings)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import hashlib
 import json
 import re
 from collections.abc import Mapping
@@ -34,6 +35,8 @@ class Objects:
         file = next((place for place in places(path) if place.is_file()), Path(path))
         try:
             content = json.loads(file.read_text(encoding="utf-8"))
+            if text := [name for name, words in content.items() if not isinstance(words, list)]:
+                raise TypeError(f"the words of {text[0]!r} are no list")
             classes = {
                 name: tuple(dict.fromkeys((name, *words))) for name, words in content.items()
             }
@@ -56,6 +59,12 @@ class Objects:
     def words(self) -> list[str]:
         """All words once; their numbers are what examples carry."""
         return list(dict.fromkeys(word for words in self.classes.values() for word in words))
+
+    @functools.cached_property
+    def identity(self) -> str:
+        """Hash of the classes and their words, in order."""
+        content = [(name, list(words)) for name, words in self.classes.items()]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:24]
 
     @functools.cached_property
     def number(self) -> dict[str, int]:
@@ -117,7 +126,7 @@ class Labels:
         return self.names[int(index)]
 
     def __repr__(self) -> str:
-        return f"Labels({len(self)} of {self.records!r})"
+        return f"Labels({len(self)} of {self.records!r}, {self.objects.identity})"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -201,10 +201,14 @@ class Checkpoints:
 
 @contextlib.contextmanager
 def _one_message() -> Iterator[None]:
-    """Drops what Orbax logs about errors that it also raises: hundreds of lines of traceback."""
+    """Drops what Orbax logs about errors that it also raises: hundreds of lines of traceback.
+
+    And that an item has no metadata of its own, as the items of all our checkpoints.
+    """
 
     def others(record: logging.LogRecord) -> bool:
-        return not (record.exc_info and "orbax" in Path(record.pathname).parts)
+        dropped = record.exc_info or "Metadata file does not exist" in str(record.msg)
+        return not (dropped and "orbax" in Path(record.pathname).parts)
 
     logger = absl_logging.get_absl_logger()
     logger.addFilter(others)
@@ -241,7 +245,7 @@ def _undamaged(
 
 
 def _warn_damaged(path: Path, what: str) -> None:
-    logging.warning("checkpoint %s is not readable (%s); trying the one before.", path, what)
+    logging.warning("checkpoint %s is not readable (%s); trying another one.", path, what)
 
 
 def _verify(path: Path, below: Collection[str] | None) -> str | None:

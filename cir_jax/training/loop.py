@@ -148,6 +148,8 @@ class Trainer:
                 done = start in scores.values and self._logged(directory, start)
                 unscored = stage.regular(start) and not done
             if start < stage.steps or unscored:
+                if scores is not None:
+                    scores.compare_with(self.scorer.settings)
                 log = MetricsLog(directory, start) if jax.process_index() == 0 else None
                 try:
                     if unscored:

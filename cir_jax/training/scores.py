@@ -6,7 +6,7 @@ the run goes on, so the choice is that of an unbroken run.
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +15,22 @@ import jax
 from cir_jax.errors import CheckpointError
 from cir_jax.storage import faults
 from cir_jax.storage.atomic import write_atomically
+from cir_jax.training.differences import differing_fields
 
 FILE = "scores.json"
 
 
 @dataclasses.dataclass(frozen=True)
 class Scorer:
-    """Says how good parameters are. measure(params): higher is better; all processes call it."""
+    """Says how good parameters are. measure(params): higher is better; all processes call it.
+
+    settings: config field -> value of what a score depends on, beside the parameters, and what may
+    change between the runs of a workdir.
+    """
 
     metric: str
     measure: Callable[[Any], float]
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 class Scores:
@@ -36,10 +42,12 @@ class Scores:
     def __init__(self, directory: Path):
         self._path = Path(directory) / FILE
         self.metric, self.values = "", {}
+        self.settings: Mapping[str, Any] | None = None
         try:
             content = json.loads(self._path.read_bytes())
             self.metric = str(content["metric"])
             self.values = {int(step): float(value) for step, value in content["scores"].items()}
+            self.settings = content.get("settings")
         except FileNotFoundError:
             pass
         except OSError as error:
@@ -64,10 +72,21 @@ class Scores:
         self.metric = metric
         self.values = {number: value for number, value in self.values.items() if number <= step}
 
+    def compare_with(self, settings: Mapping[str, Any]) -> None:
+        """Before others are added: CheckpointError when those there are of other settings."""
+        before = settings if self.settings is None or not self.values else self.settings
+        if differ := differing_fields(before, settings):
+            raise CheckpointError(
+                f"{self._path}: the checkpoints there were scored with other settings, so new "
+                f"scores cannot be compared with theirs: {'; '.join(differ)}. Go on with the "
+                "settings of before, or use a new --workdir."
+            )
+        self.settings = dict(settings)
+
     def add(self, step: int, value: float) -> None:
         """Remembers a score, on disk too (process 0). Raises DataError when there is no room."""
         self.values[step] = value
-        content = {"metric": self.metric, "scores": self.values}
+        content = {"metric": self.metric, "settings": self.settings, "scores": self.values}
         if jax.process_index() == 0:
             text = json.dumps(content, indent=1) + "\n"
             write_atomically(self._path, lambda file: file.write(text.encode()))

@@ -20,11 +20,13 @@ from cir_jax.training.loop import Stage, Trainer, check_weights, describe
 from cir_jax.training.scores import Scorer
 
 
-def train(experiment: Experiment, workdir: Path, scorer: Scorer | None = None) -> Any:
+def train(
+    experiment: Experiment, workdir: Path, scorer: Scorer | None = None, given: Any = None
+) -> Any:
     """Runs the config's stages in order and returns the last one's scored parameters.
 
     scorer: of checkpoints; the best one is the result of a stage, unless another one continues it
-    (it answers no queries yet). None = the last one is.
+    (it answers no queries yet). None = the last one is. given: of `start`; None = read here.
     A finished stage is read back, an interrupted one resumed, so the same command always continues.
     """
     config = experiment.config
@@ -36,8 +38,7 @@ def train(experiment: Experiment, workdir: Path, scorer: Scorer | None = None) -
         )
     params, before = None, ""
     continued = {stage.after for stage in config.stage.values()}
-    # read before anything is computed: it may not fit
-    given = official_params(experiment)
+    given = start(experiment, workdir) if given is None else given
     for name in stage_names(config):
         if config.stage[name].kind == "inversion":
             inversion.run(of_stage(experiment, name), name, workdir)
@@ -90,6 +91,8 @@ def make_trainer(
     for field, value in (("log_every", config.log_every), ("checkpoint.every", every)):
         if value < 1:
             raise ConfigError(f"config.{field} comes to {value} steps; it must be 1 or more.")
+    if config.checkpoint.keep < 1:  # 0 would delete what was trained
+        raise ConfigError(f"config.checkpoint.keep={config.checkpoint.keep}; it must be 1 or more.")
     stage = Stage(
         name=name,
         steps=steps,
@@ -103,6 +106,19 @@ def make_trainer(
     )
     composer, frozen, mesh = experiment.composer, experiment.frozen, experiment.mesh
     return Trainer(stage, composer, frozen, pipeline, mesh, initial, scorer)
+
+
+def start(experiment: Experiment, workdir: Path) -> Any:
+    """`official_params`, read before anything is computed or written: they may not fit.
+
+    Raises CheckpointError, too, when the first stage continues one whose result is nowhere.
+    """
+    given = official_params(experiment)
+    names = stage_names(experiment.config)
+    trained = [name for name in names if experiment.config.stage[name].kind != "inversion"]
+    if given is None and trained and experiment.config.stage[trained[0]].after:
+        _continued(experiment, trained[0], workdir)
+    return given
 
 
 def official_params(experiment: Experiment) -> Any:
@@ -122,10 +138,22 @@ def initial_params(experiment: Experiment, name: str, workdir: Path, previous: A
 
     Raises CheckpointError when the stage continues another one whose result is nowhere.
     """
+    if previous is not None or not experiment.config.stage[name].after:
+        return previous
+    directory = _continued(experiment, name, workdir)
+    params, position = scored_params(experiment, directory)
+    if position["reached"] < position["steps"]:
+        raise CheckpointError(
+            f"{directory} stopped at step {position['reached']} of {position['steps']}: "
+            f"stage {name!r} continues a finished stage. Finish it first."
+        )
+    return params
+
+
+def _continued(experiment: Experiment, name: str, workdir: Path) -> Path:
+    """The directory of the stage that stage `name` continues. CheckpointError where none is."""
     config = experiment.config
     after = config.stage[name].after
-    if previous is not None or not after:
-        return previous
     if config.init_from:
         given = Path(config.init_from).expanduser()
         candidates = [given / after, given]
@@ -133,13 +161,7 @@ def initial_params(experiment: Experiment, name: str, workdir: Path, previous: A
         candidates = [workdir / after]
     for directory in candidates:
         if (directory / "checkpoints").is_dir():
-            params, position = scored_params(experiment, directory)
-            if position["reached"] < position["steps"]:
-                raise CheckpointError(
-                    f"{directory} stopped at step {position['reached']} of {position['steps']}: "
-                    f"stage {name!r} continues a finished stage. Finish it first."
-                )
-            return params
+            return directory
     raise CheckpointError(
         f"stage {name!r} continues stage {after!r}, of which there is no checkpoint in "
         f"{' or '.join(map(str, candidates))}. Run --config.stages={after},{name}, or set "

@@ -34,6 +34,8 @@ FREE_FIELDS = (
     "export_to",
 )
 """Config fields that may change between runs of one workdir: they do not change what is learned."""
+FIELDS = ("name", "seed", "backbone", "dtype", "stages", "init_from", "data_dir", "evaluation")
+"""Config fields that workdirs of all versions have."""
 
 
 def check(workdir: Path, config: ml_collections.ConfigDict) -> None:
@@ -168,4 +170,10 @@ def _no_config(values: Any) -> str:
     for name, stage in values["stage"].items():
         if not isinstance(stage, dict) or not isinstance(stage.get("composer", {}), dict):
             return f"its field 'stage.{name}' is no stage"
+    lacks = [name for name in FIELDS if name not in values]
+    lacks += ["composer.name"] if "name" not in values["composer"] else []
+    if lacks:
+        return f"it lacks the fields {', '.join(lacks)}"
+    if not isinstance(values["evaluation"], dict):
+        return "its field 'evaluation' is no object"
     return ""

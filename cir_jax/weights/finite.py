@@ -66,7 +66,8 @@ def refuse(
     dtype = np.dtype(backbone.model.dtype).name
     names = ", ".join(name(first + int(row)) for row in odd[:SHOWN])
     more = f" and {len(odd) - SHOWN} more" if len(odd) > SHOWN else ""
-    wider = "" if dtype == "float32" else "try --config.dtype=float32; "
+    fields = "--config.dtype=float32 (in training), --config.evaluation.dtype=float32 (elsewhere)"
+    wider = "" if dtype == "float32" else f"try {fields}; "
     raise WeightsError(
         f"{what}: not finite, though the input was read: {names}{more}. Computed in {dtype} with "
         f"{backbone.weights_id}: {cause}, or numbers overflow. None of these rows was stored. "

@@ -232,6 +232,9 @@ def test_an_epoch_is_one_set_of_each_class(tiny):
     found = numbers(4, 4)
     assert all(sorted(found[i] + found[i + 1]) == list(range(8)) for i in (0, 2))
     assert found[:2] != found[2:]
+    # what a checkpoint says of its data: other words are other data
+    more = objects.Objects(classes.classes | {"nowhere": ("nowhere", "here")})
+    assert repr(labels) != repr(objects.Labels(source, more))
     # fewer classes than rows: each as often as any other
     assert sorted(numbers(24, 1)[0]) == sorted([*range(8)] * 3)
     composer.objects = None
@@ -270,6 +273,9 @@ def test_mistakes_are_named(build, tmp_path, batch):
         build(objects=str(tmp_path / "none.json"))
     (tmp_path / "bad.json").write_text("[]")
     with pytest.raises(DataError, match="bad.json: not a dictionary of classes"):
+        build(objects=str(tmp_path / "bad.json"))
+    (tmp_path / "bad.json").write_text('{"dog": "puppy"}')  # not the words p, u, y
+    with pytest.raises(DataError, match="bad.json: .*the words of 'dog' are no list"):
         build(objects=str(tmp_path / "bad.json"))
 
 

@@ -4,9 +4,11 @@ import types
 
 import pytest
 
+from cir_jax import composers
 from cir_jax.errors import ConfigError
 from cir_jax.evaluation import benchmarks, selection
 from cir_jax.evaluation.evaluate import evaluate
+from cir_jax.experiment import Experiment
 from experiments import base
 from tests.evaluation import worlds
 
@@ -70,6 +72,22 @@ def test_the_score_is_the_metric_on_val(tiny, monkeypatch, tmp_path):
     assert scorer.metric == "val/shapes/circo mAP@5"
     expected = evaluate(made.composer, {}, made.frozen, worlds.benchmark(), mesh=made.mesh)
     assert scorer.measure({}) == expected.metrics["mAP@5"].value > 0
+
+
+def test_scores_say_what_they_depend_on(tiny, monkeypatch):
+    monkeypatch.setattr(benchmarks, "load", lambda *_, **__: worlds.benchmark())
+    made = config("shapes/circo mAP@5", refine_steps=3, hidden_dim=16)
+    made.composer.name = "palavra"
+    made.dtype = "bfloat16"  # that of training
+    backbone = tiny[0].with_dtype(made.dtype)
+    composer = composers.build("palavra", backbone, refine_steps=3, hidden_dim=16)
+    frozen = composer.freeze(tiny[1])
+    experiment = Experiment(made, worlds.mesh(1), backbone, composer, frozen)
+    settings = selection.scorer(experiment).settings
+    assert settings["evaluation.dtype"] == "float32" and "data" in settings
+    assert settings["composer.refine_steps"] == 3 and "composer.hidden_dim" not in settings
+    made.evaluation.dtype = "bfloat16"
+    assert selection.scorer(experiment).settings["evaluation.dtype"] == "bfloat16"
 
 
 def test_a_backbone_that_is_trained_has_no_queries(tiny):

@@ -224,6 +224,11 @@ def test_dry_run_encodes_nothing(tmp_path):
             "stage2.batch_size=32 is not divisible by microbatches=3",
         ),
         ([f"--config={SMOKE}", "--config.backbone=/nowhere"], "/nowhere.*hf download"),
+        ([f"--config={SMOKE}", "--config.checkpoint.keep=0"], "checkpoint.keep=0; it must be 1"),
+        (
+            [f"--config={SMOKE}", "--config.stages=stage2", "--config.init_from=/nowhere"],
+            "no checkpoint in /nowhere/stage1 or /nowhere",
+        ),
         ([], "--config is missing"),
     ],
     ids=str,

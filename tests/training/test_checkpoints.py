@@ -110,6 +110,7 @@ def test_evaluation_notices_it_too_and_moves_nothing(saved, copy, item, caplog):
     file.write_bytes(content)
     params, position = scored(copy)
     assert position["next_batch"] == 2 and "4 is not readable (damaged" in caplog.text
+    assert "Metadata file" not in caplog.text  # of an item, which has none
     same(params, saved[1][2].ema)
     assert names(copy) == ["2", "4"]
 

@@ -223,6 +223,9 @@ def test_no_workdir_at_all(tmp_path):
         workdirs.read_config(tmp_path)
 
 
+WHOLE = json.loads(compodiff.get_config("smoke").to_json())
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -232,6 +235,8 @@ def test_no_workdir_at_all(tmp_path):
         (b"{}", "its field 'composer' is no object"),
         (b'{"composer": {}, "stage": 3}', "its field 'stage' is no object"),
         (b'{"composer": {}, "stage": {"a": []}}', "its field 'stage.a' is no stage"),
+        (b'{"composer": {}, "stage": {}}', "it lacks the fields name, .*evaluation, composer.name"),
+        (json.dumps({**WHOLE, "evaluation": []}).encode(), "its field 'evaluation' is no object"),
         (b'{"composer": {}, "stage": {}', "not valid JSON"),
         (b'{"composer": "\xff"}', "not valid JSON .*utf-8"),
         (b"", "not valid JSON"),
@@ -285,6 +290,17 @@ def stand_in(tiny):
 def test_stage_without_the_stage_it_continues(stand_in, tmp_path):
     with pytest.raises(CheckpointError, match="stage 'stage2' continues stage 'stage1'.*init_from"):
         stages.initial_params(stand_in, "stage2", tmp_path, None)
+
+
+def test_what_a_run_starts_from_is_looked_for_before_it_writes(stand_in, tmp_path):
+    stand_in.config.stages = ("stage2",)
+    with pytest.raises(CheckpointError, match="stage 'stage2' continues stage 'stage1'.*init_from"):
+        stages.start(stand_in, tmp_path)
+    stand_in.config.init_from = f"official:{tmp_path / 'none.pt'}"
+    with pytest.raises(WeightsError, match="none.pt: no such file"):
+        stages.start(stand_in, tmp_path)
+    stand_in.config.init_from, stand_in.config.stages = "", ("stage1", "stage2")
+    assert stages.start(stand_in, tmp_path) is None
 
 
 def test_eval_of_a_workdir_without_checkpoint(stand_in, tmp_path):

@@ -23,7 +23,7 @@ class Killed(BaseException):
     pass
 
 
-def run(directory, best, measure=None, before=None, **stage):
+def run(directory, best, measure=None, before=None, settings=None, **stage):
     """best: parameters of the step to be found; measure: called before each score."""
 
     def score(params):
@@ -34,7 +34,7 @@ def run(directory, best, measure=None, before=None, **stage):
         )
 
     made = trainer(steps=STEPS, ema=EMA, keep=1, before=before, **stage)
-    made.scorer = Scorer("val/line R@1", score)
+    made.scorer = Scorer("val/line R@1", score, settings or {})
     return jax.device_get(made.run(directory))
 
 
@@ -117,6 +117,22 @@ def test_a_signal_is_not_kept_waiting_by_a_score(unbroken, best, tmp_path):
     result = run(tmp_path, best)
     jax.tree.map(np.testing.assert_array_equal, result, best)
     assert found(tmp_path) == unbroken[1]
+
+
+def test_scores_of_other_settings_are_not_compared(best, tmp_path):
+    def killed():
+        raise Killed
+
+    said = r"evaluation.dtype \(was 'float32', is 'bfloat16'\)"
+    ours, other = ({"evaluation.dtype": name} for name in ("float32", "bfloat16"))
+    with pytest.raises(Killed):
+        run(tmp_path, best, before=lambda step: killed() if step > 6 else None, settings=ours)
+    before = found(tmp_path)
+    with pytest.raises(CheckpointError, match=f"cannot be compared with theirs: {said}. Go on"):
+        run(tmp_path, best, settings=other)
+    assert found(tmp_path) == before
+    run(tmp_path, best, settings=ours)
+    run(tmp_path, best, settings=other)  # nothing is left to score
 
 
 def test_a_damaged_best_checkpoint_gives_way_to_the_next_best(best, tmp_path, caplog):

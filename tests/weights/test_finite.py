@@ -117,6 +117,10 @@ def test_rows_that_are_not_finite_are_named_before_any_is_handed_on():
     with pytest.raises(WeightsError, match=message):
         next(checked)
     assert ended
+    half = finite.checked(pieces(), 0, "features", backbone.with_dtype("bfloat16"), str)
+    next(half)
+    with pytest.raises(WeightsError, match="try .*--config.evaluation.dtype=float32"):
+        next(half)
 
 
 def test_what_earlier_versions_stored():
