@@ -12,7 +12,7 @@ import pytest
 from cir_jax import composers
 from cir_jax.composers import searle_oti
 from cir_jax.composers.phrases import Phrases
-from cir_jax.composers.searle_oti import SearleOti, Texts
+from cir_jax.composers.searle_oti import SearleOti
 from cir_jax.composers.suffixes import Split, Suffixes
 from cir_jax.errors import ConfigError, DataError
 from cir_jax.evaluation import evaluate, protocols
@@ -167,12 +167,15 @@ def test_the_scan_is_the_plain_loop_over_whole_texts(make):
     ours = searle_oti.start(composer.recipe, words)
     for i in range(3):
         which, phrase = composer.draw(frozen["phrases"], top, rngs, jnp.int32(i))
-        texts = Texts(
-            functools.partial(text, jnp.asarray(templates[which])),
-            functools.partial(text, jnp.asarray(masked[phrase])),
-            composer.backbone.encode_text(frozen["backbone"], jnp.asarray(plain[phrase])),
+        template = functools.partial(text, jnp.asarray(templates[which]))
+        replaced = functools.partial(text, jnp.asarray(masked[phrase]))
+        target = composer.backbone.encode_text(frozen["backbone"], jnp.asarray(plain[phrase]))
+        ours, found, _ = searle_oti.update(
+            composer.recipe,
+            ours,
+            searle_oti.image_term(composer.recipe, ours.words, template, features),
+            searle_oti.phrase_term(composer.recipe, ours.words, replaced, target),
         )
-        ours, found, _ = searle_oti.step(composer.recipe, ours, features, texts)
         np.testing.assert_allclose(losses.total[i], found.total, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(state.average, ours.average, rtol=1e-4, atol=1e-5)
     assert np.abs(np.asarray(state.words) - ours.average).max() > 1e-3
