@@ -36,7 +36,7 @@ import optax
 
 from cir_jax.composers.base import Params, Query
 from cir_jax.composers.losses import cosine_loss
-from cir_jax.composers.phrases import Phrases
+from cir_jax.composers.phrases import Phrases, Tables
 from cir_jax.composers.pseudo_word import PseudoWord
 from cir_jax.composers.suffixes import Suffixes
 from cir_jax.errors import ConfigError, DataError, unknown
@@ -290,19 +290,15 @@ class SearleOti(PseudoWord):
         rngs: one key per image; the result depends on nothing else of the batch.
         """
         repeat, tables = self._of_each_start, frozen["phrases"]
-        features, texts = repeat(features), self.phrases.templates
-        texts = jax.tree.map(jnp.asarray, dataclasses.asdict(texts))
+        features = repeat(features)
         templates, phrases = (
-            Suffixes(self, frozen["backbone"], of["prefixes"], of["prefix_lengths"])
-            for of in (texts, tables)
+            Suffixes(self, frozen["backbone"], texts)
+            for texts in (self.phrases.templates, tables.replaced)
         )
 
         def iteration(state: State, number: jax.Array) -> tuple[State, Losses]:
             which, rows = self.draw(tables, top, rngs, number)
-            which = repeat(which)
-            template = functools.partial(
-                templates.features, texts["prefix"][which], texts["ids"][which]
-            )
+            template = functools.partial(templates.features, repeat(which))
             image = image_term(self.recipe, state.words, template, features)
             phrase = self._phrase_term(frozen, phrases, state.words, rows)
             return update(self.recipe, state, image, phrase)[:2]
@@ -321,7 +317,7 @@ class SearleOti(PseudoWord):
         return words.reshape(-1, shape[1])
 
     def draw(
-        self, tables: Params, top: jax.Array, rngs: jax.Array, number: jax.Array
+        self, tables: Tables, top: jax.Array, rngs: jax.Array, number: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
         """Template and phrase of each image in iteration `number`: int32[batch] each."""
         keys = jax.vmap(lambda key: jax.random.split(jax.random.fold_in(key, number)))(rngs)
@@ -336,13 +332,12 @@ class SearleOti(PseudoWord):
         """words: of each start. rows: of `draw`."""
         if self.regulariser == "none":
             return Term(jnp.zeros(len(words)), jnp.zeros_like(words))
-        tables, repeat = frozen["phrases"], self._of_each_start
+        repeat = self._of_each_start
 
-        def run(original: jax.Array, suffix: jax.Array) -> Term:
+        def run(original: int, suffix: int) -> Term:
             target = repeat(self.phrases.targets(self.backbone, frozen, rows, original))
-            of_each = repeat(tables["prefix"][rows]), repeat(suffix)
-            phrase = functools.partial(phrases.features, *of_each)
+            phrase = functools.partial(phrases.features, repeat(rows), length=suffix)
             return phrase_term(self.recipe, words, phrase, target)
 
         # with the gradient, so that nothing is kept for it outside of the branch that runs
-        return self.phrases.at_usual_length(run, tables, rows)
+        return self.phrases.at_usual_length(run, frozen["phrases"], rows)
