@@ -26,6 +26,7 @@ from cir_jax.models.resnet import ResNetConfig
 from cir_jax.retrieval import ranking
 from cir_jax.retrieval.features import unit
 from cir_jax.weights import clip as clip_weights
+from cir_jax.weights import compodiff as compodiff_weights
 from cir_jax.weights import convert, open_clip
 from tests import peers
 
@@ -295,8 +296,8 @@ def info_nce(fixture: Any) -> Outputs:
 def composed_diffusion(fixture: Any) -> Outputs:
     """CompoDiff's denoiser, its parts, guidance, and sampling with stored noise."""
     inputs = {name: jnp.asarray(x) for name, x in fixture.inputs.items()}
-    config = compodiff.released_config(fixture.params)
-    params = compodiff.from_released(fixture.params, fixture.path.name)
+    config = compodiff_weights.config_of(fixture.params)
+    params = compodiff_weights.to_params(fixture.params, fixture.path.name)
     denoiser = compodiff.Denoiser(config)
     table = schedule.cosine(config.timesteps)
     image, mask, x = inputs["image_cond"][:, 0], inputs["input_mask"], inputs["noisy_image_embed"]

@@ -31,9 +31,14 @@ def optimisation(fixture: Any) -> Outputs:
 
     @jax.jit
     def step(state: searle_oti.State, template: Any, replaced: Any, original: Any) -> Any:
-        features = (functools.partial(text, ids) for ids in (template, replaced))
-        texts = searle_oti.Texts(*features, model.encode_text(original))
-        return searle_oti.step(recipe, state, images, texts)
+        template, replaced = (functools.partial(text, ids) for ids in (template, replaced))
+        target = model.encode_text(original)
+        return searle_oti.update(
+            recipe,
+            state,
+            searle_oti.image_term(recipe, state.words, template, images),
+            searle_oti.phrase_term(recipe, state.words, replaced, target),
+        )
 
     images = model.encode_image(jnp.asarray(nhwc(inputs["images"])))
     state = searle_oti.start(recipe, jnp.asarray(inputs["init_pseudo_tokens"]))

@@ -41,24 +41,22 @@ unit features times sqrt(dim), for backbones whose projections are far from the 
 the noise has.
 """
 
-import dataclasses
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import linen as nn
 
 from cir_jax.composers.base import Composer, Params, Query, normalise
 from cir_jax.diffusion.sampling import ddim, guided, stack_branches
 from cir_jax.diffusion.schedule import cosine, q_sample
-from cir_jax.errors import ConfigError, WeightsError, unknown
+from cir_jax.errors import ConfigError, unknown
 from cir_jax.models import denoiser as layers
 from cir_jax.models.backbone import Backbone
 from cir_jax.sharding.constraints import split_rows
-from cir_jax.weights import convert, files, official
+from cir_jax.weights import compodiff as released
+from cir_jax.weights import files, official
 
 FEATURE_SCALES = ("none", "unit_variance")
 
@@ -210,11 +208,11 @@ class CompoDiff(Composer):
 
     def read_official(self, path: Path, frozen: Params) -> Params:
         del frozen
-        return from_released(files.read_tensors(path), str(path))
+        return released.to_params(files.read_tensors(path), str(path))
 
     def write_official(self, path: Path, params: Params, frozen: Params) -> None:
         del frozen
-        official.write(path, {"ema_model": to_released(params, self.config)})
+        official.write(path, {"ema_model": released.to_tensors(params, self.config)})
 
     def encode(
         self, params: Params, frozen: Params, batch: dict[str, jax.Array], rngs: jax.Array
@@ -384,69 +382,3 @@ class CompoDiff(Composer):
     def no_mask(self) -> jax.Array:
         """float32[1, mask_size, mask_size], one row for all."""
         return jnp.zeros((1, self.config.mask_size, self.config.mask_size))
-
-
-# Released checkpoints. The Hugging Face file prefixes every name with "model."; the training file
-# holds the same names without it under the key "ema_model". The schedule and the rotary frequencies
-# are stored, but are constants: checked on reading, made again on writing.
-
-PREFIX = "model."
-_CONSTANTS = (r"noise_scheduler\..*", r".*\.rotary_emb\.freqs")
-
-
-def released_config(tensors: Mapping[str, np.ndarray]) -> layers.DenoiserConfig:
-    """The sizes of a released checkpoint, read off its shapes; names with or without prefix."""
-    shape = {name.removeprefix(PREFIX): np.shape(tensor) for name, tensor in tensors.items()}
-    layer = "net.transformer.layers.{}.1.to_q.weight".format
-    try:
-        dim_head = shape["net.transformer.layers.0.1.null_kv"][1]
-        return layers.DenoiserConfig(
-            embed_dim=shape["net.to_text_embeds.0.weight"][0],
-            text_dim=shape["net.to_text_embeds.0.weight"][1],
-            depth=sum(layer(index) in shape for index in range(len(shape))),
-            heads=shape["net.transformer.rel_pos_bias.relative_attention_bias.weight"][1],
-            dim_head=dim_head,
-            cross_heads=shape[layer(0)][0] // dim_head,
-            mask_size=round(shape["net.to_mask_embeds.1.net.0.0.weight"][1] ** 0.5),
-            timesteps=shape["noise_scheduler.betas"][0],
-        )
-    except KeyError as error:
-        raise WeightsError(
-            f"not a CompoDiff checkpoint: it has no {error.args[0]!r}. Expected the tensors of "
-            "navervision/CompoDiff-Aesthetic, or those under 'ema_model' of a training file."
-        ) from error
-
-
-def released_constants(config: layers.DenoiserConfig) -> dict[str, np.ndarray]:
-    """{released name without prefix: tensor} of what is stored but not trained."""
-    constants = {
-        f"noise_scheduler.{name}": table
-        for name, table in dataclasses.asdict(cosine(config.timesteps)).items()
-    }
-    frequencies = layers.rotary_frequencies(config.dim_head)
-    for index in range(config.depth):
-        constants[f"net.transformer.layers.{index}.0.rotary_emb.freqs"] = frequencies
-    return constants
-
-
-def from_released(tensors: Mapping[str, np.ndarray], what: str = "CompoDiff weights") -> Params:
-    """Denoiser parameters from a released checkpoint, with or without prefix.
-
-    Raises WeightsError for missing or unknown tensors, and for stored constants that are not ours.
-    """
-    tensors = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
-    config = released_config(tensors)
-    for name, expected in released_constants(config).items():
-        # one tensor shared by all layers is stored once by some formats
-        stored = tensors.get(name, expected)
-        if stored.shape != expected.shape or not np.allclose(stored, expected, 1e-5, 1e-7):
-            raise WeightsError(
-                f"{what}: {name} differs from this model's. Only the cosine schedule and rotary "
-                "base 10000 of the released CompoDiff are implemented."
-            )
-    return convert.to_ours(tensors, layers.released_names(config), ignore=_CONSTANTS, what=what)
-
-
-def to_released(params: Params, config: layers.DenoiserConfig) -> dict[str, np.ndarray]:
-    """The released checkpoint of our parameters, without prefix."""
-    return convert.to_source(params, layers.released_names(config)) | released_constants(config)

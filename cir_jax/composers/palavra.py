@@ -94,7 +94,7 @@ MAP_NAMES, SET_NAMES = convert.Names(), convert.Names()
 MAP_NAMES.linear("layers.0", "linear")
 for _i in range(LAYERS):
     SET_NAMES.linear(f"phi.{2 * _i}.Gamma", f"gamma_{_i}")
-    SET_NAMES[f"phi.{2 * _i}.Lambda.weight"] = ((f"lambda_{_i}", "kernel"), "linear")
+    SET_NAMES.linear(f"phi.{2 * _i}.Lambda", f"lambda_{_i}", bias=False)
 SET_NAMES.linear("ro.1", "fc")
 SET_NAMES.linear("ro.4", "out")
 

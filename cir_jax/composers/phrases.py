@@ -4,25 +4,14 @@
 
 phrase: one about a concept that the image resembles, the concept replaced by the pseudo-word. It
 keeps pseudo-words where the text encoder expects words. Association, drawing and loss run in the
-compiled program, from tables that lie in `frozen["phrases"]`:
-
-original            uint16[phrases, length] ids of all phrases (int32 of large vocabularies)
-suffixes            uint16[phrases, length'] ids with the placeholder, without the beginning
-prefix, prefixes    int32[phrases], int32[beginnings, length''], `beginnings`: see `suffixes.Split`
-lengths             int32[phrases, 2] of original and suffix, with start and end token
-first, count        int32[concepts] a concept's rows; count 0 = discarded (`PhraseBook.discarded`)
-concepts            float32[concepts, dim] unit features: mean over the templates (METHODS 2.1)
-row                 int32[rows] concept of each row of `names`; only where concepts are repeated
-features            float32[phrases, dim] un-normalised, of a book of at most `cached` phrases
-
-A method uses it so:
+compiled program, from `Tables` that lie in `frozen["phrases"]`. A method uses it so:
 
     def __init__(...):    self.phrases = Phrases.read(path, backbone, top_k, every=True)
     def freeze(...):      phrases = self.phrases.freeze(backbone, p, cached, shapes_only)
                           return super().freeze(p, shapes_only) | {"phrases": phrases}
     def encode(...):      top = self.phrases.associate(frozen["phrases"], features)
                           row = self.phrases.draw_concept_first(frozen["phrases"], top, rngs)
-                          loss = phrase_loss(self, frozen, row, words)      # float32[batch]
+                          loss = phrase_loss(self, self.phrases, frozen, row, words)
 
 Memory: Open Images' 20,931 concepts with 256 phrases each are 5.4 million rows, 10.7 MB per token
 of their length and table: 0.9 GB for both at length 40, on each device. The tables are as wide as
@@ -35,6 +24,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -44,7 +34,7 @@ from cir_jax.composers.base import normalise
 from cir_jax.composers.losses import cosine_loss
 from cir_jax.composers.phrase_features import concept_features, phrase_features
 from cir_jax.composers.pseudo_word import PseudoWord
-from cir_jax.composers.suffixes import Split, Suffixes, lengths_of
+from cir_jax.composers.suffixes import Array, Split, Suffixes, lengths_of
 from cir_jax.errors import ConfigError, DataError
 from cir_jax.input import phrases as files
 from cir_jax.input.text import BUCKET, Tokenizer
@@ -54,7 +44,29 @@ from cir_jax.storage.places import places
 LONG_TAIL = 1e-4
 """The share of phrases longer than `Phrases.usual`: small, as one of them slows down its batch."""
 
-Tables = dict[str, jax.Array]
+
+@flax.struct.dataclass
+class Tables:
+    """Phrases and concepts as the compiled program reads them.
+
+    original: uint16[phrases, length], ids of all phrases (int32 of large vocabularies);
+        original_lengths: int32[phrases] of them, with start and end token.
+    replaced: the phrases with the placeholder, cut in front of it.
+    first, count: int32[concepts], a concept's rows; count 0 = discarded (`PhraseBook.discarded`).
+    row: int32[rows], concept of each row of `names`; only where concepts are repeated.
+    Of `Phrases.freeze`:
+    concepts: float32[concepts, dim], unit features: mean over the templates (METHODS 2.1).
+    features: float32[phrases, dim], un-normalised, of a book of at most `cached` phrases.
+    """
+
+    original: Array
+    original_lengths: Array
+    replaced: Split
+    first: Array
+    count: Array
+    row: Array | None = None
+    concepts: Array | None = None
+    features: Array | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -68,7 +80,7 @@ class Phrases:
     book: files.PhraseBook
     top_k: int
     templates: Split
-    tables: dict[str, np.ndarray]
+    tables: Tables
     usual: tuple[int, int]
     source: str
     cut: int
@@ -142,26 +154,23 @@ class Phrases:
         count = np.bincount(np.asarray(owners)[keep], minlength=len(number)).astype(np.int32)
         original = original[keep]
         split = Split.of(replaced[keep], placeholder, eos, causal)
-        lengths = np.stack([lengths_of(original, eos), split.lengths], axis=1)
+        original_lengths = lengths_of(original, eos)
+        lengths = np.stack([original_lengths, split.lengths], axis=1)
         longest = lengths.max(axis=0)
         usual = np.quantile(lengths, 1 - LONG_TAIL, axis=0, method="higher").astype(int)
         if (longest - usual < BUCKET).all():
             usual = longest  # not worth a branch of its own
         texts = [text.format(f" {files.PLACEHOLDER} ") for text in book.templates]
         templates = Split.of(tokenizer(texts), placeholder, eos, causal)
-        templates = dataclasses.replace(templates, ids=templates.ids[:, : templates.lengths.max()])
-        tables = {
-            "original": original[:, : longest[0]],
-            "suffixes": split.ids[:, : longest[1]],
-            "prefix": split.prefix,
-            "prefixes": split.prefixes,
-            "prefix_lengths": split.prefix_lengths,
-            "lengths": lengths,
-            "first": (np.cumsum(count) - count).astype(np.int32),
-            "count": count,
-        }
-        if repeated:
-            tables["row"] = np.asarray([number[name] for name in repeated], np.int32)
+        templates = templates.replace(ids=templates.ids[:, : templates.lengths.max()])
+        tables = Tables(
+            original=original[:, : longest[0]],
+            original_lengths=original_lengths,
+            replaced=split.replace(ids=split.ids[:, : longest[1]]),
+            first=(np.cumsum(count) - count).astype(np.int32),
+            count=count,
+            row=np.asarray([number[n] for n in repeated], np.int32) if repeated else None,
+        )
         made = cls(book, top_k, templates, tables, tuple(map(int, usual)), source, len(cut))
         if made.dropped and jax.process_index() == 0:
             print(made.report(), flush=True)
@@ -175,12 +184,12 @@ class Phrases:
     @property
     def dropped(self) -> int:
         """Concepts without usable phrases."""
-        return int((self.tables["count"] == 0).sum())
+        return int((self.tables.count == 0).sum())
 
     def report(self) -> str:
         """One line: how many concepts and phrases there are, and how many were discarded."""
         return (
-            f"{self.source}: {len(self.names)} concepts, {len(self.tables['lengths'])} phrases; "
+            f"{self.source}: {len(self.names)} concepts, {len(self.tables.original)} phrases; "
             f"{len(self.book.discarded)} concepts discarded, as one of their phrases does not "
             f"contain them, {self.cut} as it is too long."
         )
@@ -195,26 +204,26 @@ class Phrases:
         are drawn. Either way in the backbone's dtype, those of concepts always in float32.
         shapes_only: features are 0 (`Composer.freeze`).
         """
-        phrases = len(self.tables["lengths"])
-        features = {"concepts": (len(self.names), functools.partial(concept_features, self.book))}
-        if phrases <= cached:
-            ids = self.tables["original"]
-            features["features"] = (phrases, functools.partial(phrase_features, ids))
-        return self.tables | {
-            name: np.zeros((rows, backbone.dim), np.float32)
-            if shapes_only
-            else compute(backbone, params)
-            for name, (rows, compute) in features.items()
-        }
+        ids = self.tables.original
 
-    def targets(self, backbone: Backbone, frozen: Any, rows: jax.Array, ids: jax.Array) -> Any:
+        def made(rows: int, compute: Callable[[], np.ndarray]) -> np.ndarray:
+            return np.zeros((rows, backbone.dim), np.float32) if shapes_only else compute()
+
+        concepts = made(len(self.names), lambda: concept_features(self.book, backbone, params))
+        features = None
+        if len(ids) <= cached:
+            features = made(len(ids), lambda: phrase_features(ids, backbone, params))
+        return self.tables.replace(concepts=concepts, features=features)
+
+    def targets(self, backbone: Backbone, frozen: Any, rows: jax.Array, length: int) -> jax.Array:
         """float32[batch, dim]: features of phrases, without a gradient.
 
-        frozen: with "backbone" and "phrases". rows: int32[batch]; ids: int32[batch, length], their
-        `original`.
+        frozen: with "backbone" and "phrases". rows: int32[batch]; length: one that they fit into.
         """
-        if "features" in frozen["phrases"]:
-            return frozen["phrases"]["features"][rows]
+        tables = frozen["phrases"]
+        if tables.features is not None:
+            return tables.features[rows]
+        ids = tables.original[rows][:, :length].astype(jnp.int32)
         return jax.lax.stop_gradient(backbone.encode_text(frozen["backbone"], ids))
 
     def associate(self, tables: Tables, features: jax.Array) -> jax.Array:
@@ -227,12 +236,12 @@ class Phrases:
         In float32 on every device, in training, too: less would choose other concepts.
         """
         images = normalise(features.astype(jnp.float32))
-        scores = jnp.matmul(images, tables["concepts"].T, precision="highest")
-        row = tables.get("row")
+        scores = jnp.matmul(images, tables.concepts.T, precision="highest")
+        row = tables.row
         of_rows = scores if row is None else scores[:, row]
         top = jax.lax.top_k(of_rows, self.top_k)[1].astype(jnp.int32)
         top = top if row is None else jnp.take(row, top)
-        usable = tables["count"] > 0
+        usable = tables.count > 0
         nearest = jnp.where(usable[None], scores, -jnp.inf).argmax(axis=-1).astype(jnp.int32)
         last = jnp.where(usable[top].any(axis=-1), top[:, -1], nearest)
         return top.at[:, -1].set(last)
@@ -244,11 +253,11 @@ class Phrases:
         """
 
         def one(concepts: jax.Array, rng: jax.Array) -> jax.Array:
-            ends = jnp.cumsum(tables["count"][concepts])
+            ends = jnp.cumsum(tables.count[concepts])
             drawn = jax.random.randint(rng, (), 0, ends[-1])
             slot = jnp.searchsorted(ends, drawn, side="right")
-            before = ends - tables["count"][concepts]
-            return tables["first"][concepts[slot]] + drawn - before[slot]
+            before = ends - tables.count[concepts]
+            return tables.first[concepts[slot]] + drawn - before[slot]
 
         return jax.vmap(one)(top, rngs)
 
@@ -260,40 +269,34 @@ class Phrases:
 
         def one(concepts: jax.Array, rng: jax.Array) -> jax.Array:
             which, what = jax.random.split(rng)
-            count = tables["count"][concepts]
+            count = tables.count[concepts]
             ends = jnp.cumsum(count > 0)
             slot = jax.random.randint(which, (), 0, ends[-1])
             slot = jnp.searchsorted(ends, slot, side="right")
-            return tables["first"][concepts[slot]] + jax.random.randint(what, (), 0, count[slot])
+            return tables.first[concepts[slot]] + jax.random.randint(what, (), 0, count[slot])
 
         return jax.vmap(one)(top, rngs)
 
     def draw_any(self, tables: Tables, top: jax.Array, rngs: jax.Array) -> jax.Array:
         """int32[batch]: a phrase of any concept, whatever the image shows (SEARLE's ablation)."""
-        total = len(tables["lengths"])
+        total = len(tables.original)
         return jax.vmap(lambda rng: jax.random.randint(rng, (), 0, total))(rngs)
 
     def at_usual_length(
-        self, run: Callable[[jax.Array, jax.Array], Any], tables: Tables, rows: jax.Array
+        self, run: Callable[[int, int], Any], tables: Tables, rows: jax.Array
     ) -> Any:
-        """run(original ids, suffix ids) of the rows, at a length that all of them fit into.
+        """run(length of originals, length of suffixes), lengths that all of the rows fit into.
 
-        ids: int32[batch, length] each. What `run` returns must not depend on the lengths.
+        What it returns must not depend on them.
         """
-        names = ("original", "suffixes")
-
-        def cut(lengths: tuple[int, ...]) -> Any:
-            ids = (tables[name][rows][:, :n] for name, n in zip(names, lengths, strict=True))
-            return run(*(x.astype(jnp.int32) for x in ids))
-
-        longest = tuple(tables[name].shape[1] for name in names)
+        longest = tables.original.shape[1], tables.replaced.ids.shape[1]
         if self.usual == longest:
-            return cut(longest)
-        fits = tables["lengths"][rows] <= jnp.asarray(self.usual)[None]
-        if "features" in tables:  # the originals are not read
-            fits = fits[:, 1:]
+            return run(*longest)
+        fits = tables.replaced.lengths[rows] <= self.usual[1]
+        if tables.features is None:  # else the originals are not read
+            fits &= tables.original_lengths[rows] <= self.usual[0]
         # one condition for the whole batch: only one branch runs
-        return jax.lax.cond(fits.all(), lambda: cut(self.usual), lambda: cut(longest))
+        return jax.lax.cond(fits.all(), lambda: run(*self.usual), lambda: run(*longest))
 
 
 def phrase_loss(
@@ -304,12 +307,12 @@ def phrase_loss(
     frozen: with "backbone" and "phrases". rows: int32[batch] from a draw. words:
     [batch, token_dim]. No gradient flows into the original phrases.
     """
-    tables, backbone = frozen["phrases"], frozen["backbone"]
-    suffixes = Suffixes(composer, backbone, tables["prefixes"], tables["prefix_lengths"])
+    tables = frozen["phrases"]
+    suffixes = Suffixes(composer, frozen["backbone"], tables.replaced)
 
-    def run(original: jax.Array, suffix: jax.Array) -> jax.Array:
+    def run(original: int, suffix: int) -> jax.Array:
         target = phrases.targets(composer.backbone, frozen, rows, original)
-        return cosine_loss(suffixes.features(tables["prefix"][rows], suffix, words), target)
+        return cosine_loss(suffixes.features(rows, words, suffix), target)
 
     return phrases.at_usual_length(run, tables, rows)
 

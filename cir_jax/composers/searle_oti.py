@@ -36,7 +36,7 @@ import optax
 
 from cir_jax.composers.base import Params, Query
 from cir_jax.composers.losses import cosine_loss
-from cir_jax.composers.phrases import Phrases
+from cir_jax.composers.phrases import Phrases, Tables
 from cir_jax.composers.pseudo_word import PseudoWord
 from cir_jax.composers.suffixes import Suffixes
 from cir_jax.errors import ConfigError, DataError, unknown
@@ -80,6 +80,12 @@ class Recipe:
     decay_over: int = 0
 
     @property
+    def shares(self) -> tuple[float, float]:
+        """Of the two losses in what is minimised."""
+        total = self.mean_over * (self.weight_cos + self.weight_gpt)
+        return self.weight_cos / total, self.weight_gpt / total
+
+    @property
     def optimizer(self) -> optax.GradientTransformation:
         rate = self.learning_rate
         if self.decay_over:
@@ -87,16 +93,11 @@ class Recipe:
         return optax.adamw(rate, weight_decay=self.weight_decay)
 
 
-class Texts(NamedTuple):
-    """What an iteration compares: texts that hold the pseudo-word, and where they should be.
+class Term(NamedTuple):
+    """loss: float32[batch]. gradient: float32[batch, token_dim], of its share, by the words."""
 
-    target: float32[batch, dim], features of the unchanged phrases; without it (and `phrase`)
-    nothing is regularised.
-    """
-
-    template: TextFeatures
-    phrase: TextFeatures | None = None
-    target: jax.Array | None = None
+    loss: jax.Array
+    gradient: jax.Array
 
 
 class State(NamedTuple):
@@ -120,30 +121,34 @@ def start(recipe: Recipe, words: jax.Array) -> State:
     return State(words, words, recipe.optimizer.init(words))
 
 
-def losses(recipe: Recipe, words: jax.Array, images: jax.Array, texts: Texts) -> Losses:
+def image_term(recipe: Recipe, words: jax.Array, template: TextFeatures, images: jax.Array) -> Term:
     """images: float32[batch, dim], un-normalised."""
-    image = IMAGE_LOSSES[recipe.image_loss](texts.template(words), images)
-    if texts.phrase is None:
-        return Losses(image, image, jnp.zeros_like(image))
-    phrase = cosine_loss(texts.phrase(words), texts.target)
-    total = recipe.weight_cos * image + recipe.weight_gpt * phrase
-    return Losses(total / (recipe.weight_cos + recipe.weight_gpt), image, phrase)
+    loss = IMAGE_LOSSES[recipe.image_loss]
+    return _term(lambda words: loss(template(words), images), words, recipe.shares[0])
 
 
-def step(
-    recipe: Recipe, state: State, images: jax.Array, texts: Texts
+def phrase_term(recipe: Recipe, words: jax.Array, phrase: TextFeatures, target: jax.Array) -> Term:
+    """target: float32[batch, dim], features of the unchanged phrases."""
+    return _term(lambda words: cosine_loss(phrase(words), target), words, recipe.shares[1])
+
+
+def _term(loss: Callable[[jax.Array], jax.Array], words: jax.Array, share: float) -> Term:
+    """loss: of each word alone, so that one pass back is the gradients of all."""
+    found, pull = jax.vjp(loss, words)
+    return Term(found, *pull(jnp.full_like(found, share)))
+
+
+def update(
+    recipe: Recipe, state: State, image: Term, phrase: Term
 ) -> tuple[State, Losses, jax.Array]:
-    """One iteration: new state, the losses before it, the gradient float32[batch, token_dim]."""
-
-    def objective(words: jax.Array) -> tuple[jax.Array, Losses]:
-        found = losses(recipe, words, images, texts)
-        return found.total.sum() / recipe.mean_over, found
-
-    gradient, found = jax.grad(objective, has_aux=True)(state.words)
+    """The new state, the losses before it, their gradient float32[batch, token_dim]."""
+    total = recipe.weight_cos * image.loss + recipe.weight_gpt * phrase.loss
+    total = total / (recipe.weight_cos + recipe.weight_gpt)
+    gradient = image.gradient + phrase.gradient
     updates, optimizer = recipe.optimizer.update(gradient, state.optimizer, state.words)
     words = state.words + updates
     average = recipe.ema * state.average + (1 - recipe.ema) * words
-    return State(words, average, optimizer), found, gradient
+    return State(words, average, optimizer), Losses(total, image.loss, phrase.loss), gradient
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -227,12 +232,12 @@ class SearleOti(PseudoWord):
             )
         self.iterations, self.starts, self.regulariser = iterations, starts, regulariser
         self.cached_phrases = cached_phrases
+        weights = (1.0, 0.0) if regulariser == "none" else (weight_cos, weight_gpt)
         self.recipe = Recipe(
             learning_rate,
             weight_decay,
             ema,
-            weight_cos,
-            weight_gpt,
+            *weights,
             image_loss,
             decay_over=iterations if schedule == "cosine" else 0,
         )
@@ -284,19 +289,19 @@ class SearleOti(PseudoWord):
         starts]. features: float32[batch, dim], un-normalised. top: int32[batch, top_k] concepts.
         rngs: one key per image; the result depends on nothing else of the batch.
         """
-        features = self._of_each_start(features)
-        templates, tables = self.phrases.templates, frozen["phrases"]
-        readers = tuple(
-            Suffixes(self, frozen["backbone"], jnp.asarray(ids), jnp.asarray(lengths))
-            for ids, lengths in (
-                (templates.prefixes, templates.prefix_lengths),
-                (tables["prefixes"], tables["prefix_lengths"]),
-            )
+        repeat, tables = self._of_each_start, frozen["phrases"]
+        features = repeat(features)
+        templates, phrases = (
+            Suffixes(self, frozen["backbone"], texts)
+            for texts in (self.phrases.templates, tables.replaced)
         )
 
         def iteration(state: State, number: jax.Array) -> tuple[State, Losses]:
-            drawn = self.draw(tables, top, rngs, number)
-            return self._iteration(frozen, readers, state, features, *drawn)
+            which, rows = self.draw(tables, top, rngs, number)
+            template = functools.partial(templates.features, repeat(which))
+            image = image_term(self.recipe, state.words, template, features)
+            phrase = self._phrase_term(frozen, phrases, state.words, rows)
+            return update(self.recipe, state, image, phrase)[:2]
 
         state = start(self.recipe, words)
         return jax.lax.scan(iteration, state, jnp.arange(self.iterations))
@@ -312,7 +317,7 @@ class SearleOti(PseudoWord):
         return words.reshape(-1, shape[1])
 
     def draw(
-        self, tables: Params, top: jax.Array, rngs: jax.Array, number: jax.Array
+        self, tables: Tables, top: jax.Array, rngs: jax.Array, number: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
         """Template and phrase of each image in iteration `number`: int32[batch] each."""
         keys = jax.vmap(lambda key: jax.random.split(jax.random.fold_in(key, number)))(rngs)
@@ -321,28 +326,18 @@ class SearleOti(PseudoWord):
         draw = self.phrases.draw_any if self.regulariser == "random" else self.phrases.draw
         return template, draw(tables, top, keys[:, 1])
 
-    def _iteration(
-        self,
-        frozen: Params,
-        readers: tuple[Suffixes, ...],
-        state: State,
-        features: jax.Array,
-        which: jax.Array,
-        rows: jax.Array,
-    ) -> tuple[State, Losses]:
-        """readers: of templates and phrases. features: of each start. which, rows: of `draw`."""
-        which, repeat = self._of_each_start(which), self._of_each_start
-        templates, tables = self.phrases.templates, frozen["phrases"]
-        ids, prefix = jnp.asarray(templates.ids)[which], jnp.asarray(templates.prefix)[which]
-        template = functools.partial(readers[0].features, prefix, ids)
+    def _phrase_term(
+        self, frozen: Params, phrases: Suffixes, words: jax.Array, rows: jax.Array
+    ) -> Term:
+        """words: of each start. rows: of `draw`."""
         if self.regulariser == "none":
-            return step(self.recipe, state, features, Texts(template))[:2]
+            return Term(jnp.zeros(len(words)), jnp.zeros_like(words))
+        repeat = self._of_each_start
 
-        def run(original: jax.Array, suffix: jax.Array) -> tuple[State, Losses]:
+        def run(original: int, suffix: int) -> Term:
             target = repeat(self.phrases.targets(self.backbone, frozen, rows, original))
-            of_each = repeat(tables["prefix"][rows]), repeat(suffix)
-            phrase = functools.partial(readers[1].features, *of_each)
-            texts = Texts(template, phrase, target)
-            return step(self.recipe, state, features, texts)[:2]
+            phrase = functools.partial(phrases.features, repeat(rows), length=suffix)
+            return phrase_term(self.recipe, words, phrase, target)
 
-        return self.phrases.at_usual_length(run, tables, rows)
+        # with the gradient, so that nothing is kept for it outside of the branch that runs
+        return self.phrases.at_usual_length(run, frozen["phrases"], rows)

@@ -1,10 +1,11 @@
 """Texts cut in front of a placeholder: what they begin with is read once (`models.clip_suffix`)."""
 
 import collections
-import dataclasses
 from typing import Any
 
+import flax.struct
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from cir_jax.composers.pseudo_word import PseudoWord
@@ -15,7 +16,11 @@ MAX_PREFIXES = 64
 """Beginnings whose states are kept; texts that begin otherwise are read as a whole."""
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+Array = np.ndarray | jax.Array
+"""On the host, or in the compiled program."""
+
+
+@flax.struct.dataclass
 class Split:
     """Texts with a placeholder, cut in front of it (models.clip_suffix).
 
@@ -24,11 +29,11 @@ class Split:
     goes with texts that are whole. lengths: int32[texts] of ids, with the end token.
     """
 
-    ids: np.ndarray
-    lengths: np.ndarray
-    prefix: np.ndarray
-    prefixes: np.ndarray
-    prefix_lengths: np.ndarray
+    ids: Array
+    lengths: Array
+    prefix: Array
+    prefixes: Array
+    prefix_lengths: Array
 
     @classmethod
     def of(cls, token_ids: np.ndarray, mark: int, eos: int | None, causal: bool = True) -> "Split":
@@ -65,28 +70,27 @@ class Suffixes:
     backbone: parameters of the text tower.
     """
 
-    def __init__(
-        self, composer: PseudoWord, backbone: Any, prefixes: jax.Array, prefix_lengths: jax.Array
-    ):
+    def __init__(self, composer: PseudoWord, backbone: Any, texts: Split):
         self.composer, self.params, self.past = composer, backbone, None
+        self.texts = jax.tree.map(jnp.asarray, texts)
         if composer.backbone.family == "clip":
             model = composer.backbone.model
-            past = clip_suffix.read_prefixes(
-                model.config, backbone, prefixes, prefix_lengths, model.dtype
-            )
+            beginnings = self.texts.prefixes, self.texts.prefix_lengths
+            past = clip_suffix.read_prefixes(model.config, backbone, *beginnings, model.dtype)
             self.past = jax.lax.stop_gradient(past)
 
-    def features(self, prefix: jax.Array, token_ids: jax.Array, words: jax.Array) -> jax.Array:
-        """float32[batch, dim] of the texts with `words`, float[batch, token_dim], put in.
+    def features(self, rows: jax.Array, words: jax.Array, length: int | None = None) -> jax.Array:
+        """float32[batch, dim] of the texts `rows` with `words`, float[batch, token_dim], put in.
 
-        prefix: int32[batch]; token_ids: int32[batch, length] from there on. Only the first
-        placeholder is replaced, as in SEARLE.
+        rows: int32[batch]. length: one that the ids of all of them fit into; None = of all texts.
+        Only the first placeholder is replaced, as in SEARLE.
         """
+        token_ids = self.texts.ids[rows][:, :length].astype(jnp.int32)
         if self.past is None:  # not causal: the texts are whole
             return self.composer.text_features(self.params, token_ids, words)
         backbone = self.composer.backbone
         at = (token_ids == self.composer.placeholder_id).argmax(axis=-1)
         embeddings = backbone.embed_tokens(self.params, token_ids)
         embeddings = overwrite_tokens(embeddings, at, words)
-        past = clip_suffix.of_rows(self.past, prefix)
+        past = clip_suffix.of_rows(self.past, self.texts.prefix[rows])
         return clip_suffix.encode(backbone.config, self.params, past, token_ids, embeddings)

@@ -48,10 +48,11 @@ class Names(dict[str, Target]):
         self[f"{source}.running_mean"] = ((*path, "mean"), "same")
         self[f"{source}.running_var"] = ((*path, "var"), "same")
 
-    def linear(self, source: str, *path: str | tuple[str, ...]) -> None:
+    def linear(self, source: str, *path: str | tuple[str, ...], bias: bool = True) -> None:
         """Linear: weight, bias -> kernel, bias."""
         self[f"{source}.weight"] = ((*path, "kernel"), "linear")
-        self[f"{source}.bias"] = ((*path, "bias"), "same")
+        if bias:
+            self[f"{source}.bias"] = ((*path, "bias"), "same")
 
 
 def to_ours(

@@ -228,12 +228,13 @@ def test_phrases_stay_whole(loaded):
     book = PhraseBook(tuple(BOOK["templates"]), {k: tuple(v) for k, v in BOOK["concepts"].items()})
     phrases = Phrases.tokenise(book, backbone, 1, every=True)
     tables = phrases.tables
-    assert tables["original"].shape == tables["suffixes"].shape == (4, LENGTH)
+    assert tables.original.shape == tables.replaced.ids.shape == (4, LENGTH)
     assert phrases.usual == (LENGTH, LENGTH) and phrases.templates.ids.shape == (2, LENGTH)
-    assert not tables["prefix"].any() and (tables["lengths"] == LENGTH).all()
+    assert not tables.replaced.prefix.any()
+    assert all((of == LENGTH).all() for of in (tables.original_lengths, tables.replaced.lengths))
     placeholder = backbone.tokenizer.id_of("$")
-    assert (tables["suffixes"] == placeholder).sum(axis=1).tolist() == [1, 2, 1, 1]
-    features = phrase_features(tables["original"], backbone, params)
+    assert (tables.replaced.ids == placeholder).sum(axis=1).tolist() == [1, 2, 1, 1]
+    features = phrase_features(tables.original, backbone, params)
     expected = backbone.encode_text(params, backbone.tokenizer(list(BOOK["concepts"]["cat"])))
     np.testing.assert_allclose(features[2:], expected, atol=1e-5)
 

@@ -76,7 +76,7 @@ def test_phrase_features_from_the_table_are_those_computed_in_the_step(build, ba
     found = []
     for cached in (100, 0):
         composer, params, frozen = build(cached_phrases=cached)
-        assert ("features" in frozen["phrases"]) == bool(cached)
+        assert (frozen["phrases"].features is not None) == bool(cached)
 
         def loss(params, frozen, composer=composer):
             return composer.encode(params, frozen, batch, rngs)["gpt"].sum()
@@ -195,12 +195,12 @@ def test_rows_of_the_concept_table_count_as_often_as_they_are_listed(tiny, book,
     assert phi.names == oti.names == ["blue star", "red star", "green circle"]
     concepts = np.asarray([[1, 0], [0.5, 0.5], [0, -1]], np.float32)
     image = jnp.asarray([[2.0, 1.0]])
-    top = [np.asarray(p.associate(p.tables | {"concepts": concepts}, image)) for p in (phi, oti)]
+    top = [np.asarray(p.associate(p.tables.replace(concepts=concepts), image)) for p in (phi, oti)]
     assert top[0].tolist() == [[0, 0, 0, 1]] and top[1].tolist() == [[0, 1, 2]]
     keys = jax.random.split(jax.random.key(0), 400)
     tables = jax.tree.map(jnp.asarray, phi.tables)
     drawn = phi.draw_concept_first(tables, jnp.tile(top[0], (400, 1)), keys)
-    of_blue = np.asarray(drawn) < phi.tables["count"][0]  # its phrases come first
+    of_blue = np.asarray(drawn) < phi.tables.count[0]  # its phrases come first
     assert abs(of_blue.mean() - 0.75) < 0.06
     with pytest.raises(ConfigError, match="top_k=6: .* has 5 concepts"):
         Phrases.read(book, tiny[0], 6, every=True, names=names)

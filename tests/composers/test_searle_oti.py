@@ -12,12 +12,13 @@ import pytest
 from cir_jax import composers
 from cir_jax.composers import searle_oti
 from cir_jax.composers.phrases import Phrases
-from cir_jax.composers.searle_oti import SearleOti, Texts
+from cir_jax.composers.searle_oti import SearleOti
 from cir_jax.composers.suffixes import Split, Suffixes
-from cir_jax.errors import ConfigError, DataError
+from cir_jax.errors import ConfigError, DataError, MeshError
 from cir_jax.evaluation import evaluate, protocols
 from cir_jax.input.phrases import PhraseBook
 from cir_jax.retrieval.features import image_features, unit
+from cir_jax.sharding import placement
 from cir_jax.weights import oti_tokens
 from data.shapes.phrases import phrase_book as shapes_phrases
 from tests.evaluation import worlds
@@ -71,22 +72,24 @@ def test_the_tables_of_a_book(make, tiny, capsys):
     composer, frozen = make()
     phrases, tables = composer.phrases, composer.phrases.tables
     assert phrases.names == ["red star", "circle", "blue", "green circle"]
-    assert tables["count"].tolist() == [2, 3, 1, 0] and tables["first"].tolist() == [0, 2, 5, 6]
+    assert tables.count.tolist() == [2, 3, 1, 0] and tables.first.tolist() == [0, 2, 5, 6]
     assert phrases.dropped == 1
     assert "1 concepts discarded" in capsys.readouterr().out
     placeholder = tiny[0].tokenizer.id_of("$")
-    beginnings = tables["prefixes"], tables["prefix_lengths"]
+    beginnings = tables.replaced.prefixes, tables.replaced.prefix_lengths
     beginnings = {tuple(map(int, ids[:n])) for ids, n in zip(*beginnings, strict=True)}
     start = [int(x) for x in tiny[0].tokenizer(["a photo of $"])[0][:4]]
     assert beginnings == {(), (1,), tuple(start), (1, start[1]), (1, 20)}  # 20: two
-    assert (tables["suffixes"][:, 0] == placeholder).all()
+    assert (tables.replaced.ids[:, 0] == placeholder).all()
     # the second circle of a phrase stays in OTI, and becomes a placeholder for phi
-    assert (tables["suffixes"] == placeholder).sum() == 6
+    assert (tables.replaced.ids == placeholder).sum() == 6
     book = PhraseBook(tuple(BOOK["templates"]), {k: tuple(v) for k, v in BOOK["concepts"].items()})
-    every = Phrases.tokenise(book, tiny[0], 3, every=True).tables["suffixes"]
+    every = Phrases.tokenise(book, tiny[0], 3, every=True).tables.replaced.ids
     assert (every == placeholder).sum() == 7
-    norms = np.linalg.norm(frozen["phrases"]["concepts"], axis=1)
-    assert frozen["phrases"]["concepts"].shape == (4, 24) and np.allclose(norms, 1)
+    norms = np.linalg.norm(frozen["phrases"].concepts, axis=1)
+    assert frozen["phrases"].concepts.shape == (4, 24) and np.allclose(norms, 1)
+    with pytest.raises(MeshError, match="/phrases/original;"):  # rules see the fields' names
+        placement.parameter_shardings(worlds.mesh(1), {"phrases": frozen["phrases"]}, ())
 
 
 def test_concept_features_are_the_mean_over_the_templates(make, tiny):
@@ -96,7 +99,7 @@ def test_concept_features_are_the_mean_over_the_templates(make, tiny):
     features = np.asarray(model.encode_text(params, ids))
     mean = (features / np.linalg.norm(features, axis=1, keepdims=True)).mean(axis=0)
     expected = mean / np.linalg.norm(mean)
-    np.testing.assert_allclose(frozen["phrases"]["concepts"][1], expected, atol=1e-5)
+    np.testing.assert_allclose(frozen["phrases"].concepts[1], expected, atol=1e-5)
     top = make()[0].phrases.associate(frozen["phrases"], 7 * jnp.asarray(expected)[None])
     assert top[0, 0] == 1 and top.shape == (1, 3)
 
@@ -110,7 +113,7 @@ def test_shapes_alone_encode_nothing(make, tiny, tmp_path):
             file.unlink()
     shapes = composer.freeze(tiny[1], shapes_only=True)
     assert stored and not any(path.is_file() for path in cache.rglob("*"))
-    assert not shapes["phrases"]["features"].any() and not shapes["phrases"]["concepts"].any()
+    assert not shapes["phrases"].features.any() and not shapes["phrases"].concepts.any()
     of = functools.partial(jax.tree.map, lambda x: (jnp.shape(x), jnp.asarray(x).dtype))
     assert of(shapes) == of(frozen)
 
@@ -122,12 +125,11 @@ def test_texts_from_the_placeholder_on_have_the_features_of_whole_ones(tiny):
     ids = model.tokenizer(texts, 16)  # the whole context
     split = Split.of(ids, composer.placeholder_id, model.tokenizer.eos_id)
     words = jax.random.normal(jax.random.key(0), (len(texts), model.token_dim))
-    reader = Suffixes(composer, params, split.prefixes, split.prefix_lengths)
-    short = jnp.asarray(split.ids[:, : split.lengths.max()])
-    assert short.shape[1] == 9 and len(split.prefixes) == 4
+    reader, length = Suffixes(composer, params, split), int(split.lengths.max())
+    assert length == 9 and len(split.prefixes) == 4
 
     def cut(words):
-        return reader.features(jnp.asarray(split.prefix), short, words)
+        return reader.features(jnp.arange(len(texts)), words, length)
 
     def whole(words):
         return composer.text_features(params, jnp.asarray(ids), words)
@@ -167,12 +169,15 @@ def test_the_scan_is_the_plain_loop_over_whole_texts(make):
     ours = searle_oti.start(composer.recipe, words)
     for i in range(3):
         which, phrase = composer.draw(frozen["phrases"], top, rngs, jnp.int32(i))
-        texts = Texts(
-            functools.partial(text, jnp.asarray(templates[which])),
-            functools.partial(text, jnp.asarray(masked[phrase])),
-            composer.backbone.encode_text(frozen["backbone"], jnp.asarray(plain[phrase])),
+        template = functools.partial(text, jnp.asarray(templates[which]))
+        replaced = functools.partial(text, jnp.asarray(masked[phrase]))
+        target = composer.backbone.encode_text(frozen["backbone"], jnp.asarray(plain[phrase]))
+        ours, found, _ = searle_oti.update(
+            composer.recipe,
+            ours,
+            searle_oti.image_term(composer.recipe, ours.words, template, features),
+            searle_oti.phrase_term(composer.recipe, ours.words, replaced, target),
         )
-        ours, found, _ = searle_oti.step(composer.recipe, ours, features, texts)
         np.testing.assert_allclose(losses.total[i], found.total, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(state.average, ours.average, rtol=1e-4, atol=1e-5)
     assert np.abs(np.asarray(state.words) - ours.average).max() > 1e-3
@@ -245,8 +250,9 @@ def test_phrase_features_from_the_table_are_those_computed_in_the_iteration(make
 def test_long_phrases_take_another_branch_to_the_same_result(make):
     composer, frozen = make(cached_phrases=0)
     expected = invert(composer, frozen, query())
-    longest = composer.phrases.tables["lengths"].max(axis=0)
-    for usual in ((8, 4), tuple(longest - 1)):
+    tables = composer.phrases.tables
+    longest = tables.original.shape[1], tables.replaced.ids.shape[1]
+    for usual in ((8, 4), (longest[0] - 1, longest[1] - 1)):
         composer.phrases = dataclasses.replace(composer.phrases, usual=usual)
         got = invert(composer, frozen, query())
         np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
@@ -301,8 +307,8 @@ def test_draws_are_uniform(make):
 def test_an_image_without_a_usable_concept_takes_the_nearest_one_with_phrases(make):
     composer, frozen = make(top_k=1)
     tables = frozen["phrases"]
-    features = 5 * tables["concepts"][jnp.asarray([3, 0])]  # all phrases of 3 are discarded
-    nearest = int(jnp.argsort(-(tables["concepts"] @ features[0]))[1])
+    features = 5 * tables.concepts[jnp.asarray([3, 0])]  # all phrases of 3 are discarded
+    nearest = int(jnp.argsort(-(tables.concepts @ features[0]))[1])
     top = composer.phrases.associate(tables, features)
     assert nearest != 3 and top.tolist() == [[nearest], [0]]
     # with a usable one among the top two, the discarded one keeps its place
@@ -311,7 +317,7 @@ def test_an_image_without_a_usable_concept_takes_the_nearest_one_with_phrases(ma
     draws = (composer.phrases.draw, composer.phrases.draw_concept_first)
     for draw in draws:
         rows = draw(tables, top, jax.random.split(jax.random.key(0), 2))
-        first, count = (tables[name][top[:, 0]] for name in ("first", "count"))
+        first, count = (of[top[:, 0]] for of in (tables.first, tables.count))
         assert (rows >= first).all() and (rows < first + count).all()
     words = invert(composer, frozen, query(2) | {"reference_features": features})
     assert np.isfinite(words).all()
@@ -379,7 +385,7 @@ def test_books_that_cannot_work(tiny, tmp_path):
     late = "red " * 15 + "star"
     cut.write_text(json.dumps({"concepts": {"star": [late], "red": ["red"]}}))
     phrases = Phrases.read(str(cut), tiny[0], 1)
-    assert phrases.cut == 1 and phrases.tables["count"].tolist() == [0, 1]
+    assert phrases.cut == 1 and phrases.tables.count.tolist() == [0, 1]
     names = tmp_path / "names.csv"
     names.write_text("LabelName,DisplayName\n/m/1, red \n/m/2,boat\n")
     with pytest.raises(DataError, match="1 of its 2 concepts have no phrases, such as 'boat'"):
@@ -409,7 +415,7 @@ def test_mixed_precision_keeps_words_and_concepts_in_float32(book_file):
     for name in ("float32", "bfloat16"):
         composer = SearleOti(model.with_dtype(name), book_file, top_k=3, iterations=3)
         frozen = composer.freeze(params)
-        concepts[name] = frozen["phrases"]["concepts"]
+        concepts[name] = frozen["phrases"].concepts
         words[name] = invert(composer, jax.tree.map(jnp.asarray, frozen), query())
     np.testing.assert_array_equal(concepts["bfloat16"], concepts["float32"])
     assert words["bfloat16"].dtype == np.float32
