@@ -25,7 +25,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -34,9 +34,10 @@ import numpy as np
 import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
-SIDES = ("jax", "torch", "compile", "onnxruntime")
-"""This library; PyTorch as it is, by torch.compile; what torch.onnx.export makes of it."""
-REFERENCE = "torch"
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.encoders_table import REFERENCE, SIDES, table  # noqa: E402
+
 KINDS = ("image", "text", "text77")
 TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2}
 """Relative error, ||ours - theirs|| / ||theirs||, above which nothing is timed."""
@@ -390,7 +391,6 @@ def resumable(
 
 def complete(config: Mapping[str, Any]) -> dict[str, Any]:
     """With the defaults in place of what `MODELS` does not say."""
-    sys.path.insert(0, str(ROOT))
     from cir_jax.models.clip import ClipConfig
 
     return ClipConfig.from_dict(config).to_dict()
@@ -411,38 +411,6 @@ def cpu_name() -> str:
     return platform.processor()
 
 
-def table(measured: Mapping[str, Any]) -> Iterator[str]:
-    """Markdown, one row per cell; what was skipped or is missing says so below."""
-    head = (
-        *("model", "dtype", "input", "batch", "JAX /s", "PyTorch /s", "torch.compile /s"),
-        *("onnxruntime /s", "times PyTorch", "times the fastest other", "share of matrix rate"),
-        *("MB, JAX / PyTorch", "compile s"),
-    )
-    yield "| " + " | ".join(head) + " |"
-    yield "|" + " --- |" * len(head)
-    reasons: dict[str, None] = {}
-    for cell in measured["cells"]:
-        what = "image" if cell["kind"] == "image" else f"text, {cell['length']}"
-        row = [cell["model"], cell["dtype"], what, str(cell["batch"])]
-        if "skipped" in cell:
-            row += [f"skipped: {cell['skipped']}", *[""] * (len(head) - 5)]
-        else:
-            row += [f"{cell[x]['per_second']:,.1f}" if x in cell else "missing" for x in SIDES]
-            ratios = cell.get("ratio", {})
-            row += [f"{ratios[REFERENCE]:.2f}" if REFERENCE in ratios else "-"]
-            row += [f"**{min(ratios.values()):.2f}**" if ratios else "-"]
-            ours = cell.get("jax", {})
-            row += [f"{ours['share']:.0%}" if ours else "-"]
-            row += [" / ".join(_mb(cell[x]) if x in cell else "-" for x in ("jax", REFERENCE))]
-            row += [f"{ours['compile_s']:.1f}" if ours else "-"]
-            for side, why in cell["missing"].items():
-                reasons[f"{side}, {cell['model']} {cell['dtype']}: {why}"] = None
-        yield "| " + " | ".join(row) + " |"
-    if reasons:
-        yield ""
-        yield from (f"* missing: {reason}" for reason in reasons)
-
-
 def _short(value: Any) -> Any:
     """Floats at four digits: there are no more in a measurement."""
     if isinstance(value, Mapping):
@@ -450,10 +418,6 @@ def _short(value: Any) -> Any:
     if isinstance(value, list):
         return [_short(each) for each in value]
     return float(f"{value:.4g}") if isinstance(value, float) else value
-
-
-def _mb(side: Mapping[str, Any]) -> str:
-    return "not measured" if side["extra_mb"] is None else f"{side['extra_mb']:,.0f}"
 
 
 def main() -> None:
