@@ -22,6 +22,7 @@ from cir_jax.evaluation import (
 from cir_jax.evaluation.queries import CaptionBenchmark, Truth
 from cir_jax.evaluation.result import combine
 from cir_jax.input import images
+from cir_jax.retrieval import features
 from cir_jax.retrieval.features import image_features, unit
 from tests import tiny as factory
 from tests.evaluation import worlds
@@ -113,6 +114,16 @@ def test_baselines_stand_beside_the_method_and_share_the_features(slerp, monkeyp
         scores = raw @ raw[query.reference]
         scores[query.reference] = -np.inf
         assert scores[top[0]] >= scores.max() - 1e-6
+
+
+def test_benchmarks_of_about_one_size_share_programs(slerp):
+    """14 and 11 queries are batches of 16, and the baselines are the same objects."""
+    for queries in (worlds.queries(protocols.CIRR), worlds.queries(protocols.CIRR)[:11]):
+        benchmark = worlds.benchmark(protocols.CIRR, queries=queries)
+        evaluate.evaluate_with_baselines(*slerp, benchmark, mesh=worlds.mesh(1), method="slerp")
+        if len(queries) == 14:
+            programs = features._compose._cache_size()
+    assert features._compose._cache_size() == programs
 
 
 def test_one_program_composes_all_batches(oracle):

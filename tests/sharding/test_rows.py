@@ -38,8 +38,9 @@ def test_every_row_is_loaded_once_over_all_hosts(hosts, monkeypatch):
             assert not counted[:first].any()
 
 
-def test_a_batch_is_no_larger_than_needed(monkeypatch):
+def test_a_batch_is_a_power_of_two_that_is_enough(monkeypatch):
     monkeypatch.setattr(over_rows.jax, "process_count", lambda: 3)
     monkeypatch.setattr(over_rows, "row_shards", lambda mesh: 4)
-    for batch_size, n, expected in ((256, 5, 12), (5, 100, 12), (24, 100, 24)):
+    cases = ((256, 5, 12), (5, 100, 12), (24, 100, 24), (256, 13, 24), (256, 240, 264), (8, 0, 12))
+    for batch_size, n, expected in cases:
         assert over_rows.round_up(None, batch_size, n) == expected
