@@ -74,6 +74,7 @@ class Scores:
 
     def compare_with(self, settings: Mapping[str, Any]) -> None:
         """Before others are added: CheckpointError when those there are of other settings."""
+        settings = json.loads(json.dumps(dict(settings)))  # as they are read back: lists
         before = settings if self.settings is None or not self.values else self.settings
         if differ := differing_fields(before, settings):
             raise CheckpointError(
@@ -81,7 +82,7 @@ class Scores:
                 f"scores cannot be compared with theirs: {'; '.join(differ)}. Go on with the "
                 "settings of before, or use a new --workdir."
             )
-        self.settings = dict(settings)
+        self.settings = settings
 
     def add(self, step: int, value: float) -> None:
         """Remembers a score, on disk too (process 0). Raises DataError when there is no room."""

@@ -241,7 +241,7 @@ WHOLE = json.loads(compodiff.get_config("smoke").to_json())
         (b'{"composer": "\xff"}', "not valid JSON .*utf-8"),
         (b"", "not valid JSON"),
     ],
-    ids=repr,
+    ids=lambda value: repr(value)[:60],
 )
 def test_a_damaged_config_is_named_wherever_it_is_read(tmp_path, content, message):
     (tmp_path / "config.json").write_bytes(content)

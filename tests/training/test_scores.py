@@ -124,7 +124,8 @@ def test_scores_of_other_settings_are_not_compared(best, tmp_path):
         raise Killed
 
     said = r"evaluation.dtype \(was 'float32', is 'bfloat16'\)"
-    ours, other = ({"evaluation.dtype": name} for name in ("float32", "bfloat16"))
+    same = {"composer.guidance": (2.5, 2.0)}
+    ours, other = ({"evaluation.dtype": name} | same for name in ("float32", "bfloat16"))
     with pytest.raises(Killed):
         run(tmp_path, best, before=lambda step: killed() if step > 6 else None, settings=ours)
     before = found(tmp_path)
