@@ -66,6 +66,11 @@ class Composer:
     def __init__(self, backbone: Backbone):
         self.backbone = backbone
 
+    def contents(self) -> dict[str, str]:
+        """What was read beside the backbone's weights, by name: hashes of it. A run goes on with
+        the same."""
+        return {}
+
     def prompt(self, text: str) -> str:
         """The text that is tokenised for a modification text; plain by default."""
         return self.backbone.tokenizer.plain(text)

@@ -79,6 +79,9 @@ class Searle(PhiWord):
         if phrases and weight_gpt:
             self.phrases = Phrases.read(phrases, backbone, top_k, every=True, names=names)
 
+    def contents(self) -> dict[str, str]:
+        return {} if self.phrases is None else {"phrases": self.phrases.book.identity}
+
     def freeze(self, backbone_params: Params, shapes_only: bool = False) -> Params:
         frozen = super().freeze(backbone_params, shapes_only)
         if self.phrases is None:

@@ -59,7 +59,8 @@ class PhraseBook:
     def identity(self) -> str:
         """Hash of the whole content, in order."""
         digest = hashlib.sha256()
-        for text in (*self.templates, *(t for n, p in self.concepts.items() for t in (n, *p))):
+        texts = (t for n, p in self.concepts.items() for t in (n, *p))
+        for text in (*self.templates, *texts, *self.rows):
             digest.update(len(text).to_bytes(4, "little") + text.encode())
         return digest.hexdigest()[:24]
 

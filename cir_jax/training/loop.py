@@ -199,6 +199,12 @@ class Trainer:
                 f"built again from other files. These differ: {'; '.join(differ[:4])}{more}. Use a "
                 "new --workdir, or bring the old table back into config.data_dir."
             )
+        read = self.composer.contents()
+        if differ := differing_fields(position.get("composer", read), read):
+            raise CheckpointError(
+                f"{checkpoints.directory}: was trained with other contents of the composer's "
+                f"files: {', '.join(differ)}. Use a new --workdir, or bring the old files back."
+            )
         print(f"{self.stage.name}: resuming after step {int(jax.device_get(state.step))}")
         return state
 
@@ -214,6 +220,7 @@ class Trainer:
             "steps": self.stage.steps,
             "data": repr(self.pipeline),
             "tables": self._contents,
+            "composer": self.composer.contents(),
             "weights_id": self.composer.backbone.weights_id,
         }
 

@@ -204,6 +204,10 @@ def test_rows_of_the_concept_table_count_as_often_as_they_are_listed(tiny, book,
     assert abs(of_blue.mean() - 0.75) < 0.06
     with pytest.raises(ConfigError, match="top_k=6: .* has 5 concepts"):
         Phrases.read(book, tiny[0], 6, every=True, names=names)
+    searle = Searle(tiny[0], phrases=book, names=str(names), top_k=4)
+    assert searle.contents() == {"phrases": phi.book.identity}
+    names.write_text(names.read_text() + "\n/m/1,blue star")  # as often once more
+    assert Searle(tiny[0], phrases=book, names=str(names), top_k=4).contents() != searle.contents()
 
 
 def test_images_without_a_word_are_left_out():

@@ -157,10 +157,16 @@ def test_other_data_in_the_same_directory_is_refused(tiny, tmp_path):
         make_trainer(tiny, batch_size=8).run(tmp_path)
 
 
-def test_a_table_built_again_under_its_name_is_refused(tmp_path, monkeypatch):
+def test_other_contents_under_the_same_names_are_refused(tmp_path, monkeypatch):
     contents = {"records": 64, "shards": {"a": 3}, "stamp": "one"}
+    book = {"phrases": "one"}
+    trainer = small.trainer(steps=2)
     monkeypatch.setattr(factory.MemoryTable, "contents", lambda table: contents)
-    small.trainer(steps=2).run(tmp_path)
+    monkeypatch.setattr(type(trainer.composer), "contents", lambda composer: book)
+    trainer.run(tmp_path)
+    book = {"phrases": "two"}
+    with pytest.raises(CheckpointError, match=r"composer's files: phrases \(was 'one', is 'two'\)"):
+        small.trainer().run(tmp_path)
     contents = contents | {"records": 60, "shards": {"a": 3, "b": 1}, "stamp": "two"}
     name = r"MemoryTable\(memory\)"
     message = (
@@ -174,6 +180,7 @@ def test_a_table_built_again_under_its_name_is_refused(tmp_path, monkeypatch):
     (file,) = tmp_path.glob("checkpoints/2/position/metadata")
     position = json.loads(file.read_text())
     assert position.pop("tables")["MemoryTable(memory)"]["stamp"] == "one"
+    assert position.pop("composer") == {"phrases": "one"}
     file.write_text(json.dumps(position))
     small.trainer().run(tmp_path)
     assert len(losses(tmp_path)) == 4
