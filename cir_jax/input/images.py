@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from cir_jax.errors import DataError, WeightsError
 from cir_jax.input import preprocessors, resampling
@@ -104,9 +104,12 @@ def reading(what: str) -> Iterator[None]:
             "smaller, or free some."
         ) from error
     except Exception as error:  # PIL raises many types for corrupt data
+        reason = f"{type(error).__name__}: {error}"
+        if isinstance(error, UnidentifiedImageError):  # PIL names its buffer, which is nobody's
+            reason = "of no format that PIL knows"
         raise DataError(
-            f"{what}: not a readable image ({type(error).__name__}: {error}). "
-            "Restore the file, or prepare the dataset again."
+            f"{what}: not a readable image ({reason}). Restore the file; if it lies in a prepared "
+            "dataset, prepare that again."
         ) from error
 
 
