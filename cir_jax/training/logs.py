@@ -7,7 +7,9 @@ checkpoints decide whether the run can go on.
 import contextlib
 import json
 import logging
+import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +75,19 @@ class MetricsLog:
         self._size, self._waiting, self._warned = self._size + len(self._waiting), b"", False
 
 
+@contextlib.contextmanager
+def _without_torch() -> Iterator[None]:
+    """tensorboardX would import PyTorch for an annotation: two seconds of every start."""
+    if "torch" in sys.modules:
+        yield
+        return
+    sys.modules["torch"] = None  # Python's own way to say that there is none
+    try:
+        yield
+    finally:
+        del sys.modules["torch"]
+
+
 class _Board:
     """TensorBoard's file, written in this thread: tensorboardX's own one would die of a full disk.
 
@@ -84,10 +99,10 @@ class _Board:
         self._directory, self._writer, self._flushed = directory, None, 0.0
         with self._ends_on_errors():
             directory.mkdir(parents=True, exist_ok=True)
-            # slow to import, as it takes PyTorch along where there is one
-            from tensorboardX import summary
-            from tensorboardX.event_file_writer import EventsWriter
-            from tensorboardX.proto.event_pb2 import Event, SessionLog
+            with _without_torch():
+                from tensorboardX import summary
+                from tensorboardX.event_file_writer import EventsWriter
+                from tensorboardX.proto.event_pb2 import Event, SessionLog
 
             self._event, self._scalar = Event, summary.scalar
             self._writer = EventsWriter(str(directory / "events"))

@@ -5,12 +5,16 @@ import errno
 import json
 import os
 import pathlib
+import subprocess
+import sys
 
 import pytest
 
 from cir_jax.errors import DataError
 from cir_jax.training import logs
 from tests.training.line import trainer
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 FULL = os.strerror(errno.ENOSPC)
 
@@ -170,3 +174,15 @@ def test_tensorboard_reads_what_was_written(tmp_path):
     assert events[2].session_log.status == 1  # START: hides what a killed run wrote from step 7 on
     found = [(v.tag, v.simple_value) for event in events[3:] for v in event.summary.value]
     assert found == [("loss", 0.5), ("rate", 3.0)]
+
+
+def test_pytorch_is_not_imported_for_it(tmp_path):
+    """tensorboardX would; afterwards it may be imported as ever."""
+    pytest.importorskip("torch")
+    program = (
+        "import pathlib, sys; from cir_jax.training import logs; "
+        f"logs.MetricsLog(pathlib.Path({str(tmp_path)!r}), 0).close(); "
+        "assert 'torch' not in sys.modules; import torch.nn"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)
+    assert list((tmp_path / "tensorboard").iterdir())
