@@ -2,8 +2,9 @@
 
     python launch/main.py --config=experiments/compodiff.py
 
-Takes 7 to 8 minutes on two CPU cores. Expected on the embedded world (three seeds, README): CIRCO-like
-mAP@10 19.0 +- 2.2, where image + text has 14.5 +- 1.7. The paper, ViT-L/14 on CIRCO: 13.36.
+Takes 7 to 8 minutes on two CPU cores. Expected on the embedded world (three seeds, README):
+CIRCO-like mAP@10 19.0 +- 2.2, where image + text has 14.5 +- 1.7. The paper, ViT-L/14 on CIRCO:
+13.36.
 
 Presets: shapes (embedded world, minutes on a laptop), smoke (seconds, for tests), vit_l14 (the
 paper's Table A.1; needs the weights and your own corpora, see --config.stage.*.data.dataset).
