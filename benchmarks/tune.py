@@ -5,8 +5,9 @@
 Each method gets up to BUDGET settings of its query; nothing is trained for them. Trained methods
 are read from the runs of seed 0 that benchmarks/shapes.py leaves in the workdir, and trained there
 if there are none. Chosen is the best CIRCO-like mAP@10 on val; the test worlds are not looked at.
-Writes benchmarks/tune.json after each setting and goes on there; --methods=palavra,slerp tunes
-these alone. README's numbers use the settings in experiments/, which this file must confirm.
+Writes benchmarks/tune.json after each setting and goes on there, with the same weights;
+--methods=palavra,slerp tunes these alone. README's numbers use the settings in experiments/, which
+this file must confirm.
 """
 
 import argparse
@@ -51,7 +52,10 @@ def settings(method: str, default: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def tune(method: str, preset: str, workdir: Path, known: Sequence[Mapping[str, Any]]) -> Iterator:
-    """Yields {"setting", "val": {"circo mAP@10": ...}} of each setting; those `known` are kept."""
+    """Yields {"setting", "weights", "val": {"circo mAP@10": ...}} of each setting.
+
+    Those `known` of the same trained weights are kept.
+    """
     from cir_jax import experiment as experiments
     from cir_jax.evaluation import benchmarks
     from cir_jax.evaluation.evaluate import evaluate
@@ -60,6 +64,7 @@ def tune(method: str, preset: str, workdir: Path, known: Sequence[Mapping[str, A
     from cir_jax.storage.places import default_cache_dir
     from cir_jax.training import stages
     from cir_jax.training import workdir as workdirs
+    from cir_jax.weights.fingerprint import fingerprint
     from data import build
 
     config = read_experiment(f"{method}:{preset}")
@@ -73,11 +78,11 @@ def tune(method: str, preset: str, workdir: Path, known: Sequence[Mapping[str, A
     if config.stages:
         workdirs.claim(directory, config)
         stages.train(experiments.setup(config), directory)
-    loaded = [
-        benchmarks.load(name, "val", experiments.data_dir(config))
-        for name in config.evaluation.benchmarks
-    ]
-    done = {json.dumps(row["setting"]): row for row in known}
+    kind, metric = CHOSEN_BY
+    (name,) = (name for name in config.evaluation.benchmarks if name.endswith(f"/{kind}"))
+    benchmark = benchmarks.load(name, "val", experiments.data_dir(config))
+    weights = fingerprint(trained_params(experiments.setup(config), directory))
+    done = {json.dumps(row["setting"]): row for row in known if row["weights"] == weights}
     points = settings(method, config.composer.to_dict())
     for point in tqdm.tqdm(points, desc=f"tuning {method}", unit="setting"):
         key = json.dumps(point)
@@ -87,22 +92,18 @@ def tune(method: str, preset: str, workdir: Path, known: Sequence[Mapping[str, A
         config.composer.update(point)
         experiment = experiments.for_evaluation(experiments.setup(config))
         params = trained_params(experiment, directory)
-        val = {}
-        for benchmark in loaded:
-            result = evaluate(
-                experiment.composer,
-                params,
-                experiment.frozen,
-                benchmark,
-                mesh=experiment.mesh,
-                batch_size=config.evaluation.batch_size,
-                cache_dir=default_cache_dir(),
-                method=method,
-            )
-            kind = benchmark.name.partition("/")[2]
-            for name in result.headline:
-                val[f"{kind} {name}"] = round(result.metrics[name].value, 3)
-        yield {"setting": json.loads(key), "val": val}
+        result = evaluate(
+            experiment.composer,
+            params,
+            experiment.frozen,
+            benchmark,
+            mesh=experiment.mesh,
+            batch_size=config.evaluation.batch_size,
+            cache_dir=default_cache_dir(),
+            method=method,
+        )
+        val = {f"{kind} {metric}": round(result.metrics[metric].value, 3)}
+        yield {"setting": json.loads(key), "weights": weights, "val": val}
 
 
 def best(rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:

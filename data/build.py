@@ -48,6 +48,7 @@ from data.source import MAX_LISTED, Options, SourceBuilder, Split, Survey
 
 DATASETS = {  # name: module and class of its TFDS builder, whose configs are the tables
     "shapes": ("data.shapes.shapes_dataset_builder", "Shapes"),
+    "shapes_long": ("data.shapes.shapes_dataset_builder", "ShapesLong"),
     "shapes_tiny": ("data.shapes.shapes_dataset_builder", "ShapesTiny"),
     "fashioniq": ("data.fashioniq.fashioniq_dataset_builder", "Fashioniq"),
     "cirr": ("data.cirr.cirr_dataset_builder", "Cirr"),

@@ -16,6 +16,12 @@ from experiments import base
 
 PRESETS = {
     "shapes": {},
+    "shapes_long": {
+        "stage.stage1.data.dataset": "shapes_long",
+        "stage.stage2.data.dataset": "shapes_long",
+        "stage.stage2.duration": "5000 steps",
+        "stage.stage2.ema": 0.998,
+    },
     "smoke": {
         "composer.depth": 1,
         "stage.stage1.data.dataset": "shapes_tiny",
@@ -93,7 +99,7 @@ def get_config(preset: str = "shapes") -> ConfigDict:
         tables={"captions": 0.4, "triplets": 0.6},
         features=True,
         batch_size=128,
-        duration="2500 steps",
+        duration="1600 steps",
         optimizer=optimizer | {"learning_rate": 1e-3},
         ema=0.995,
         after="stage1",

@@ -23,7 +23,7 @@ if jax.__version_info__ < (0, 11):  # later ones end a program for a flag that t
 
 given = os.environ.get("XLA_FLAGS", "").split()
 os.environ["XLA_FLAGS"] = " ".join([*given, *(flag for flag in FLAGS if flag not in given)])
-gc.set_threshold(200_000, 50, 1000)  # tracing makes many objects and little garbage: a fifth of it
+gc.set_threshold(200_000, 50, 1000)  # tracing makes many objects and little garbage
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")

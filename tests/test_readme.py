@@ -1,5 +1,6 @@
 """The README is true: its commands run, its table is the committed measurement."""
 
+import functools
 import importlib.util
 import json
 import re
@@ -145,6 +146,7 @@ def test_python_example_runs(tmp_path, monkeypatch, capsys):
     assert len(lines) == 2 and all(line.endswith(".png") for line in lines)
 
 
+@functools.cache  # it defines flags
 def benchmark():
     spec = importlib.util.spec_from_file_location("shapes_table", ROOT / "benchmarks" / "shapes.py")
     module = importlib.util.module_from_spec(spec)
@@ -156,6 +158,13 @@ def test_table_is_the_committed_measurement():
     measured = json.loads((ROOT / "benchmarks" / "shapes.json").read_text())
     table = re.search(r"<!-- table: .*? -->\n(.*?)\n<!-- end", README, re.S)[1]
     assert table == benchmark().table(measured)
+
+
+def test_differences_are_paired():
+    # as far apart on every seed, though the seeds differ by 10
+    difference = benchmark().difference
+    assert difference([11.0, 21.0, 31.0], [9.0, 19.0, 29.0]) == "+2.0 ± 0.0"
+    assert difference([3.0, 5.0, 7.0], [4.0, 8.0, 12.0]) == "-3.0 ± 1.2"
 
 
 def test_composers_beat_the_baselines_on_every_seed():

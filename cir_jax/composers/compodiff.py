@@ -187,7 +187,7 @@ class CompoDiff(Composer):
             cross_heads=cross_heads,
             timesteps=timesteps,
         )
-        self.denoiser = Denoiser(self.config, backbone.model.dtype)
+        self.denoiser = Denoiser(self.config, backbone.dtype)
         self.schedule = cosine(timesteps)
         self.drop_text, self.drop_image = float(drop_text), float(drop_image)
         self.guidance = (float(guidance[0]), float(guidance[1]))

@@ -172,6 +172,9 @@ class Palavra(PseudoWord):
             "set": self.set_encoder.init(other, features)["params"],
         }
 
+    def contents(self) -> dict[str, str]:
+        return {} if self.objects is None else {"objects": self.objects.identity}
+
     def freeze(self, backbone_params: Params, shapes_only: bool = False) -> Params:
         frozen = super().freeze(backbone_params, shapes_only)
         if self.objects is None:

@@ -31,9 +31,11 @@ def wanted(config: Mapping[str, Any]) -> tuple[str, str] | None:
         return None
     name, _, metric = best.strip().rpartition(" ")
     field = f"config.checkpoint.best={best!r}"
+    if not name:
+        raise ConfigError(f"{field}: expected a benchmark and one of its metrics, as in 'cirr R@1'")
     base, composed = name.partition(":")[0], _composed()
     if base not in composed:
-        what = f"benchmark in {field} (expected one and its metric, such as 'cirr R@1'):"
+        what = f"benchmark to choose a checkpoint by in {field}:"
         raise ConfigError(unknown(what, base, composed))
     protocol = benchmarks.find(name).protocol
     rising = [one for one in protocol.headline if not one.endswith(" rank")]
@@ -43,10 +45,12 @@ def wanted(config: Mapping[str, Any]) -> tuple[str, str] | None:
 
 
 def _composed() -> list[str]:
-    """Benchmarks of composed queries that have a split to choose by."""
-    entries = benchmarks.REGISTRY.items()
-    composed = [name for name, entry in entries if not entry.truths and entry.table != "pretrain"]
-    return [name for name in composed if not benchmarks.REGISTRY[name].split.startswith("train")]
+    """Benchmarks of composed queries."""
+    return [
+        name
+        for name, entry in benchmarks.REGISTRY.items()
+        if not entry.truths and entry.table != "pretrain" and entry.protocol.text != "inversion"
+    ]
 
 
 def required(config: Mapping[str, Any]) -> dict[str, set[str]]:

@@ -126,7 +126,7 @@ class Labels:
         return self.names[int(index)]
 
     def __repr__(self) -> str:
-        return f"Labels({len(self)} of {self.records!r}, {self.objects.identity})"
+        return f"Labels({len(self)} of {self.records!r})"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -4,8 +4,8 @@ The text tower is causal, so the hidden states of "a photo of" do not depend on 
 keys and values are computed once (`read_prefixes`), and `encode` runs the tower on the rest alone.
 An optimised pseudo-word needs no gradient before its position either. Of the last block only the
 pooled row is computed. Features and gradients are those of `Clip.encode_text`, whose parameters
-these functions read. They do not run its blocks: `transformer.Block` with a past was tried, and an
-inversion took as long and a tenth more memory (6 layers of 512, 32 images, CPU).
+these functions read. They do not run its blocks: `transformer.Block` with a past was tried, and its
+inversions were no faster and took more memory.
 """
 
 from typing import Any, NamedTuple

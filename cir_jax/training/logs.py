@@ -77,7 +77,7 @@ class MetricsLog:
 
 @contextlib.contextmanager
 def _without_torch() -> Iterator[None]:
-    """tensorboardX would import PyTorch for an annotation: two seconds of every start."""
+    """tensorboardX would import PyTorch for an annotation, and every start wait for it."""
     if "torch" in sys.modules:
         yield
         return

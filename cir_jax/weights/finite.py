@@ -63,7 +63,7 @@ def refuse(
     odd = odd[np.isinf(rows[odd]).any(axis=1)]
     if not len(odd):
         return
-    dtype = np.dtype(backbone.model.dtype).name
+    dtype = backbone.dtype.name
     names = ", ".join(name(first + int(row)) for row in odd[:SHOWN])
     more = f" and {len(odd) - SHOWN} more" if len(odd) > SHOWN else ""
     fields = "--config.dtype=float32 (in training), --config.evaluation.dtype=float32 (elsewhere)"

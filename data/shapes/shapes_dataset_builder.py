@@ -95,6 +95,13 @@ class Shapes(tfds.core.GeneratorBasedBuilder):
         yield from enumerate(progress(records, size, f"{self.name}/{table}/{split}"))
 
 
+class ShapesLong(Shapes):
+    """More triplets, for a longer training; the rest of the world is that of `shapes`."""
+
+    BUILDER_CONFIGS = [c for c in Shapes.BUILDER_CONFIGS if c.name in ("captions", "triplets")]
+    SIZES = Sizes(triplets=36864)
+
+
 class ShapesTiny(Shapes):
     """The same world in the size of a test."""
 
