@@ -49,9 +49,8 @@ LONG_TAIL = 1e-4
 class Tables:
     """Phrases and concepts as the compiled program reads them.
 
-    original: uint16[phrases, length], ids of all phrases (int32 of large vocabularies);
-        original_lengths: int32[phrases] of them, with start and end token.
-    replaced: the phrases with the placeholder, cut in front of it.
+    replaced: the phrases with the placeholder, cut in front of it; ids are uint16 (int32 of large
+        vocabularies). original: the phrases themselves, cut at the same place.
     first, count: int32[concepts], a concept's rows; count 0 = discarded (`PhraseBook.discarded`).
     row: int32[rows], concept of each row of `names`; only where concepts are repeated.
     Of `Phrases.freeze`:
@@ -59,8 +58,7 @@ class Tables:
     features: float32[phrases, dim], un-normalised, of a book of at most `cached` phrases.
     """
 
-    original: Array
-    original_lengths: Array
+    original: Split
     replaced: Split
     first: Array
     count: Array
@@ -73,13 +71,15 @@ class Tables:
 class Phrases:
     """Tokenised phrases on the host. top_k: concepts of an image.
 
-    templates: with the placeholder in them. usual: lengths of original and suffix that all but
-    LONG_TAIL of the phrases fit into. cut: concepts left out because a phrase is too long.
+    templates: with the placeholder in them. ids: int[phrases, length], whole. usual: lengths of
+    originals and suffixes that all but LONG_TAIL of the phrases fit into. cut: concepts left out
+    because a phrase is too long.
     """
 
     book: files.PhraseBook
     top_k: int
     templates: Split
+    ids: np.ndarray
     tables: Tables
     usual: tuple[int, int]
     source: str
@@ -153,9 +153,10 @@ class Phrases:
         owners = [number[name] for _, name in pairs]
         count = np.bincount(np.asarray(owners)[keep], minlength=len(number)).astype(np.int32)
         original = original[keep]
+        ids = original[:, : lengths_of(original, eos).max()]
         split = Split.of(replaced[keep], placeholder, eos, causal)
-        original_lengths = lengths_of(original, eos)
-        lengths = np.stack([original_lengths, split.lengths], axis=1)
+        whole = split.like(original, eos)
+        lengths = np.stack([whole.lengths, split.lengths], axis=1)
         longest = lengths.max(axis=0)
         usual = np.quantile(lengths, 1 - LONG_TAIL, axis=0, method="higher").astype(int)
         if (longest - usual < BUCKET).all():
@@ -164,14 +165,13 @@ class Phrases:
         templates = Split.of(tokenizer(texts), placeholder, eos, causal)
         templates = templates.replace(ids=templates.ids[:, : templates.lengths.max()])
         tables = Tables(
-            original=original[:, : longest[0]],
-            original_lengths=original_lengths,
+            original=whole.replace(ids=whole.ids[:, : longest[0]]),
             replaced=split.replace(ids=split.ids[:, : longest[1]]),
             first=(np.cumsum(count) - count).astype(np.int32),
             count=count,
             row=np.asarray([number[n] for n in repeated], np.int32) if repeated else None,
         )
-        made = cls(book, top_k, templates, tables, tuple(map(int, usual)), source, len(cut))
+        made = cls(book, top_k, templates, ids, tables, tuple(map(int, usual)), source, len(cut))
         if made.dropped and jax.process_index() == 0:
             print(made.report(), flush=True)
         return made
@@ -189,7 +189,7 @@ class Phrases:
     def report(self) -> str:
         """One line: how many concepts and phrases there are, and how many were discarded."""
         return (
-            f"{self.source}: {len(self.names)} concepts, {len(self.tables.original)} phrases; "
+            f"{self.source}: {len(self.names)} concepts, {len(self.ids)} phrases; "
             f"{len(self.book.discarded)} concepts discarded, as one of their phrases does not "
             f"contain them, {self.cut} as it is too long."
         )
@@ -204,7 +204,7 @@ class Phrases:
         are drawn. Either way in the backbone's dtype, those of concepts always in float32.
         shapes_only: features are 0 (`Composer.freeze`).
         """
-        ids = self.tables.original
+        ids = self.ids
 
         def made(rows: int, compute: Callable[[], np.ndarray]) -> np.ndarray:
             return np.zeros((rows, backbone.dim), np.float32) if shapes_only else compute()
@@ -215,16 +215,16 @@ class Phrases:
             features = made(len(ids), lambda: phrase_features(ids, backbone, params))
         return self.tables.replace(concepts=concepts, features=features)
 
-    def targets(self, backbone: Backbone, frozen: Any, rows: jax.Array, length: int) -> jax.Array:
+    def targets(
+        self, tables: Tables, suffixes: Suffixes, rows: jax.Array, length: int
+    ) -> jax.Array:
         """float32[batch, dim]: features of phrases, without a gradient.
 
-        frozen: with "backbone" and "phrases". rows: int32[batch]; length: one that they fit into.
+        suffixes: of `tables.replaced`. rows: int32[batch]; length: one that they fit into.
         """
-        tables = frozen["phrases"]
         if tables.features is not None:
             return tables.features[rows]
-        ids = tables.original[rows][:, :length].astype(jnp.int32)
-        return jax.lax.stop_gradient(backbone.encode_text(frozen["backbone"], ids))
+        return jax.lax.stop_gradient(suffixes.without_words(tables.original, rows, length))
 
     def associate(self, tables: Tables, features: jax.Array) -> jax.Array:
         """The top_k concepts nearest to each image, best first: int32[batch, top_k].
@@ -279,7 +279,7 @@ class Phrases:
 
     def draw_any(self, tables: Tables, top: jax.Array, rngs: jax.Array) -> jax.Array:
         """int32[batch]: a phrase of any concept, whatever the image shows (SEARLE's ablation)."""
-        total = len(tables.original)
+        total = len(tables.original.ids)
         return jax.vmap(lambda rng: jax.random.randint(rng, (), 0, total))(rngs)
 
     def at_usual_length(
@@ -289,12 +289,12 @@ class Phrases:
 
         What it returns must not depend on them.
         """
-        longest = tables.original.shape[1], tables.replaced.ids.shape[1]
+        longest = tables.original.ids.shape[1], tables.replaced.ids.shape[1]
         if self.usual == longest:
             return run(*longest)
         fits = tables.replaced.lengths[rows] <= self.usual[1]
         if tables.features is None:  # else the originals are not read
-            fits &= tables.original_lengths[rows] <= self.usual[0]
+            fits &= tables.original.lengths[rows] <= self.usual[0]
         # one condition for the whole batch: only one branch runs
         return jax.lax.cond(fits.all(), lambda: run(*self.usual), lambda: run(*longest))
 
@@ -311,7 +311,7 @@ def phrase_loss(
     suffixes = Suffixes(composer, frozen["backbone"], tables.replaced)
 
     def run(original: int, suffix: int) -> jax.Array:
-        target = phrases.targets(composer.backbone, frozen, rows, original)
+        target = phrases.targets(tables, suffixes, rows, original)
         return cosine_loss(suffixes.features(rows, words, suffix), target)
 
     return phrases.at_usual_length(run, tables, rows)

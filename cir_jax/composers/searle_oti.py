@@ -332,12 +332,12 @@ class SearleOti(PseudoWord):
         """words: of each start. rows: of `draw`."""
         if self.regulariser == "none":
             return Term(jnp.zeros(len(words)), jnp.zeros_like(words))
-        repeat = self._of_each_start
+        repeat, tables = self._of_each_start, frozen["phrases"]
 
         def run(original: int, suffix: int) -> Term:
-            target = repeat(self.phrases.targets(self.backbone, frozen, rows, original))
+            target = repeat(self.phrases.targets(tables, phrases, rows, original))
             phrase = functools.partial(phrases.features, repeat(rows), length=suffix)
             return phrase_term(self.recipe, words, phrase, target)
 
         # with the gradient, so that nothing is kept for it outside of the branch that runs
-        return self.phrases.at_usual_length(run, frozen["phrases"], rows)
+        return self.phrases.at_usual_length(run, tables, rows)

@@ -44,18 +44,30 @@ class Split:
         common = collections.Counter(b for b in begins if b).most_common(MAX_PREFIXES)
         rows = {b"": 0} | ({b: i + 1 for i, (b, _) in enumerate(common)} if causal else {})
         prefix = np.asarray([rows.get(b, 0) for b in begins], np.int32)
-        at = np.where(prefix > 0, at, 0)
-        # rows shifted to the left; what comes in from the right is padding behind the end
-        columns = np.minimum(at[:, None] + np.arange(token_ids.shape[1]), token_ids.shape[1] - 1)
-        ids = np.take_along_axis(token_ids, columns, axis=1)
-        lengths = lengths_of(ids, eos)
+        ids = _shifted(token_ids, np.where(prefix > 0, at, 0))
         parts = [np.frombuffer(b, token_ids.dtype) for b in rows]
         widest = max(1, *map(len, parts)) if len(parts) > 1 else 1
         prefixes = np.zeros((len(parts), widest), np.int32)
         for row, part in zip(prefixes, parts, strict=True):
             row[: len(part)] = part
         sizes = np.asarray(list(map(len, parts)), np.int32)
-        return cls(ids, lengths, prefix, prefixes, sizes)
+        return cls(ids, lengths_of(ids, eos), prefix, prefixes, sizes)
+
+    def like(self, token_ids: np.ndarray, eos: int | None) -> "Split":
+        """Other texts of the same number, int[texts, length], cut where they begin as these do."""
+        known, sizes = self.prefixes[self.prefix], self.prefix_lengths[self.prefix]
+        columns = np.arange(known.shape[1])
+        beginning = np.take(token_ids, np.minimum(columns, token_ids.shape[1] - 1), axis=1)
+        same = ((beginning == known) | (columns >= sizes[:, None])).all(axis=1)
+        prefix = np.where(same, self.prefix, 0).astype(np.int32)
+        ids = _shifted(token_ids, self.prefix_lengths[prefix])
+        return self.replace(ids=ids, lengths=lengths_of(ids, eos), prefix=prefix)
+
+
+def _shifted(token_ids: np.ndarray, by: np.ndarray) -> np.ndarray:
+    """Rows shifted to the left; what comes in from the right is padding behind the end."""
+    columns = np.minimum(by[:, None] + np.arange(token_ids.shape[1]), token_ids.shape[1] - 1)
+    return np.take_along_axis(token_ids, columns, axis=1)
 
 
 def lengths_of(token_ids: np.ndarray, eos: int | None) -> np.ndarray:
@@ -88,9 +100,21 @@ class Suffixes:
         token_ids = self.texts.ids[rows][:, :length].astype(jnp.int32)
         if self.past is None:  # not causal: the texts are whole
             return self.composer.text_features(self.params, token_ids, words)
-        backbone = self.composer.backbone
         at = (token_ids == self.composer.placeholder_id).argmax(axis=-1)
-        embeddings = backbone.embed_tokens(self.params, token_ids)
+        embeddings = self.composer.backbone.embed_tokens(self.params, token_ids)
         embeddings = overwrite_tokens(embeddings, at, words)
-        past = clip_suffix.of_rows(self.past, self.texts.prefix[rows])
-        return clip_suffix.encode(backbone.config, self.params, past, token_ids, embeddings)
+        return self._encode(self.texts.prefix[rows], token_ids, embeddings)
+
+    def without_words(self, texts: Split, rows: jax.Array, length: int | None = None) -> jax.Array:
+        """As `features`, of texts without a placeholder, which `Split.like` has cut."""
+        token_ids = texts.ids[rows][:, :length].astype(jnp.int32)
+        backbone = self.composer.backbone
+        if self.past is None:
+            return backbone.encode_text(self.params, token_ids)
+        embeddings = backbone.embed_tokens(self.params, token_ids)
+        return self._encode(texts.prefix[rows], token_ids, embeddings)
+
+    def _encode(self, prefix: jax.Array, token_ids: jax.Array, embeddings: jax.Array) -> jax.Array:
+        past = clip_suffix.of_rows(self.past, prefix)
+        config = self.composer.backbone.config
+        return clip_suffix.encode(config, self.params, past, token_ids, embeddings)

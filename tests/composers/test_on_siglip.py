@@ -228,13 +228,13 @@ def test_phrases_stay_whole(loaded):
     book = PhraseBook(tuple(BOOK["templates"]), {k: tuple(v) for k, v in BOOK["concepts"].items()})
     phrases = Phrases.tokenise(book, backbone, 1, every=True)
     tables = phrases.tables
-    assert tables.original.shape == tables.replaced.ids.shape == (4, LENGTH)
+    assert tables.original.ids.shape == tables.replaced.ids.shape == (4, LENGTH)
     assert phrases.usual == (LENGTH, LENGTH) and phrases.templates.ids.shape == (2, LENGTH)
-    assert not tables.replaced.prefix.any()
-    assert all((of == LENGTH).all() for of in (tables.original_lengths, tables.replaced.lengths))
+    assert not tables.replaced.prefix.any() and not tables.original.prefix.any()
+    assert all((of.lengths == LENGTH).all() for of in (tables.original, tables.replaced))
     placeholder = backbone.tokenizer.id_of("$")
     assert (tables.replaced.ids == placeholder).sum(axis=1).tolist() == [1, 2, 1, 1]
-    features = phrase_features(tables.original, backbone, params)
+    features = phrase_features(phrases.ids, backbone, params)
     expected = backbone.encode_text(params, backbone.tokenizer(list(BOOK["concepts"]["cat"])))
     np.testing.assert_allclose(features[2:], expected, atol=1e-5)
 

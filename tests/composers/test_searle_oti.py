@@ -88,7 +88,7 @@ def test_the_tables_of_a_book(make, tiny, capsys):
     assert (every == placeholder).sum() == 7
     norms = np.linalg.norm(frozen["phrases"].concepts, axis=1)
     assert frozen["phrases"].concepts.shape == (4, 24) and np.allclose(norms, 1)
-    with pytest.raises(MeshError, match="/phrases/original;"):  # rules see the fields' names
+    with pytest.raises(MeshError, match="/phrases/original/ids;"):  # rules see the fields' names
         placement.parameter_shardings(worlds.mesh(1), {"phrases": frozen["phrases"]}, ())
 
 
@@ -144,6 +144,15 @@ def test_texts_from_the_placeholder_on_have_the_features_of_whole_ones(tiny):
     whole_texts = Split.of(ids, composer.placeholder_id, model.tokenizer.eos_id, causal=False)
     np.testing.assert_array_equal(whole_texts.ids, ids)
     assert not whole_texts.prefix.any()
+    # texts without a word: cut where they begin alike, whole where they do not
+    others = ["a photo of green things that are red", "a star", "made $ and $", "a photo of"]
+    ids = model.tokenizer(others, 16)
+    alike = split.like(ids, model.tokenizer.eos_id)
+    assert [bool(row) for row in alike.prefix] == [True, True, False, True]
+    assert alike.lengths.tolist() == [6, 3, 6, 1]
+    found = reader.without_words(alike, jnp.arange(4), int(alike.lengths.max()))
+    expected = model.encode_text(params, jnp.asarray(ids))
+    np.testing.assert_allclose(found, expected, atol=1e-5 * float(jnp.abs(expected).max()))
 
 
 def tiny_composer(tiny):
@@ -251,7 +260,7 @@ def test_long_phrases_take_another_branch_to_the_same_result(make):
     composer, frozen = make(cached_phrases=0)
     expected = invert(composer, frozen, query())
     tables = composer.phrases.tables
-    longest = tables.original.shape[1], tables.replaced.ids.shape[1]
+    longest = tables.original.ids.shape[1], tables.replaced.ids.shape[1]
     for usual in ((8, 4), (longest[0] - 1, longest[1] - 1)):
         composer.phrases = dataclasses.replace(composer.phrases, usual=usual)
         got = invert(composer, frozen, query())

@@ -5,9 +5,12 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+
+from tests.launch import forks
 
 ROOT = Path(__file__).resolve().parents[2]
 SMOKE = "experiments/compodiff.py:smoke"
@@ -64,16 +67,16 @@ def start_together(
 
 def run(binary: str, *flags: str, scratch: Path, devices: int = 1) -> tuple[int, str]:
     """Exit status and output of a whole run."""
-    done = subprocess.run(
-        [sys.executable, f"launch/{binary}.py", *flags],
-        cwd=ROOT,
-        env=environment(scratch, devices),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        timeout=LIMIT,
-        text=True,
+    return run_command(
+        [sys.executable, f"launch/{binary}.py", *flags], environment(scratch, devices)
     )
-    return done.returncode, done.stdout
+
+
+def run_command(command: Sequence[str], env: Mapping[str, str]) -> tuple[int, str]:
+    """Exit status and output of `python ...` in the project's folder."""
+    with tempfile.NamedTemporaryFile("r") as log:
+        status = forks.run(command, env=env, log=Path(log.name), timeout=LIMIT)
+        return status, log.read()
 
 
 def kill_when(process: subprocess.Popen, condition: Callable[[], bool], log: Path) -> bool:

@@ -1,6 +1,5 @@
 """Two processes: a signal to one stops both at one step; damage that one finds, both find."""
 
-import os
 import re
 import signal
 import socket
@@ -13,7 +12,7 @@ import pytest
 
 from cir_jax.storage import digests
 from cir_jax.training import logs
-from tests.launch.binaries import ROOT
+from tests.launch.binaries import ROOT, environment
 from tests.training.line import trainer
 from tests.training.several import STEPS
 
@@ -36,7 +35,7 @@ class Two:
             with log.open("wb") as file:
                 process = subprocess.Popen(
                     [*command, str(directory)], cwd=ROOT, stdout=file, stderr=subprocess.STDOUT,
-                    env={k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_"))}
+                    env=environment(folder) | {"JAX_ENABLE_COMPILATION_CACHE": "0"},
                 )  # fmt: skip
             self.processes.append(process)
 
