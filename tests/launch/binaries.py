@@ -3,7 +3,6 @@
 import os
 import signal
 import socket
-import subprocess
 import sys
 import tempfile
 import time
@@ -35,21 +34,15 @@ def environment(scratch: Path, devices: int = 1) -> dict[str, str]:
 
 def start(
     binary: str, *flags: str, scratch: Path, devices: int = 1, log: Path, **variables: str
-) -> subprocess.Popen:
+) -> forks.Fork:
     """Starts `python launch/<binary>.py flags`; its output goes to the file `log`."""
-    with log.open("ab") as output:
-        return subprocess.Popen(
-            [sys.executable, f"launch/{binary}.py", *flags],
-            cwd=ROOT,
-            env=environment(scratch, devices) | variables,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-        )
+    command = [sys.executable, f"launch/{binary}.py", *flags]
+    return forks.Fork(command, env=environment(scratch, devices) | variables, log=log)
 
 
 def start_together(
     binary: str, *flags: str, scratch: Path, devices: int, logs: Sequence[Path]
-) -> list[subprocess.Popen]:
+) -> list[forks.Fork]:
     """Starts one process per log, which find each other at a free port.
 
     Without stored programs: a process that has read one would wait in a collective for another that
@@ -79,7 +72,7 @@ def run_command(command: Sequence[str], env: Mapping[str, str]) -> tuple[int, st
         return status, log.read()
 
 
-def kill_when(process: subprocess.Popen, condition: Callable[[], bool], log: Path) -> bool:
+def kill_when(process: forks.Fork, condition: Callable[[], bool], log: Path) -> bool:
     """kill -9 as soon as the condition holds; False if the process ended before."""
     deadline = time.monotonic() + LIMIT
     while not condition():
