@@ -88,9 +88,8 @@ def measure(workdir: Path, preset: str, methods: Sequence[str]) -> Values:
             workdirs.claim(directory, config)
             experiment = experiments.setup(config)
             params = stages.train(experiment, directory) or {}  # Slerp has no stages
-            for result in runner.run(experiment, params, directory):
-                if result.method != method and name != BASELINES_OF:
-                    continue
+            alone = name != BASELINES_OF
+            for result in runner.run(experiment, params, directory, alone=alone):
                 row_name = name if own else result.method
                 for metric, estimate in result.metrics.items():
                     row = values.setdefault(f"{result.benchmark.partition('/')[2]} {metric}", {})

@@ -178,6 +178,21 @@ def test_numbers_of_an_experiment_are_the_committed_measurement(name, beside):
     assert list(found.groups()) == expected
 
 
+def test_the_objectives_are_the_committed_measurement():
+    measured = json.loads((ROOT / "benchmarks" / "objectives.json").read_text())
+    text = (ROOT / "benchmarks" / "README.md").read_text()
+    best = {}
+    for objective in ("squared error", "InfoNCE"):
+        steps, row = max(measured["mAP@10"].items(), key=lambda item: sum(item[1][objective]))
+        values = row[objective]
+        best[objective] = f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}"
+        assert best[objective] in text
+        assert objective == "InfoNCE" or f"after {steps} steps" in text
+    assert f"without any training {measured['slerp']:.1f}" in text
+    # what the paragraph concludes
+    assert float(best["squared error"][:4]) < measured["slerp"] < float(best["InfoNCE"][:4])
+
+
 def test_the_inversion_number_is_the_committed_measurement():
     measured = json.loads((ROOT / "benchmarks" / "shapes.json").read_text())["values"]
     first = measured["inversion R@1"]["searle_oti:inversion"]

@@ -107,6 +107,7 @@ class Suffixes:
 
     def without_words(self, texts: Split, rows: jax.Array, length: int | None = None) -> jax.Array:
         """As `features`, of texts without a placeholder, which `Split.like` has cut."""
+        texts = jax.tree.map(jnp.asarray, texts)
         token_ids = texts.ids[rows][:, :length].astype(jnp.int32)
         backbone = self.composer.backbone
         if self.past is None:

@@ -115,11 +115,12 @@ def evaluate_with_baselines(
     seed: int = 0,
     cache_dir: Path | None = None,
     method: str = "",
+    alone: bool = False,
 ) -> list[Result]:
     """The baselines, then the method. Image features are computed once for all of them.
 
-    A method that trains the backbone itself (no `frozen["backbone"]`) has no baselines, nor have
-    caption retrieval and inversion, where one modality is all there is.
+    alone: without the baselines. A method that trains the backbone itself (no `frozen["backbone"]`)
+    has none anyway, nor have caption retrieval and inversion, where one modality is all there is.
     """
     options = dict(mesh=mesh, batch_size=batch_size, cache_dir=cache_dir)
     raw, methods = None, {}
@@ -128,6 +129,8 @@ def evaluate_with_baselines(
         backbone = composer.backbone
         raw = features.image_features(backbone, frozen["backbone"], benchmark.gallery, **options)
         methods = {name: (baseline, {}) for name, baseline in baselines(backbone).items()}
+    if alone:
+        methods = {}
     methods.pop(method, None)  # the method is a baseline itself
     methods[method] = (composer, params)
     return [

@@ -57,10 +57,14 @@ def trained_params(experiment: Experiment, workdir: Path | None) -> Any:
 
 
 def run(
-    experiment: Experiment, params: Any, output: Path, command: Sequence[str] = ()
+    experiment: Experiment,
+    params: Any,
+    output: Path,
+    command: Sequence[str] = (),
+    alone: bool = False,
 ) -> list[Result]:
-    """Evaluates on all of config.evaluation.benchmarks, the baselines beside the method, in
-    config.evaluation.dtype.
+    """Evaluates on all of config.evaluation.benchmarks, in config.evaluation.dtype; the baselines
+    beside the method, unless `alone`.
 
     Prints a table per benchmark, with published numbers of the same protocol; writes `results.json`
     and `report.html` into `output`, per benchmark a contact sheet `<benchmark>.png`, and the files
@@ -99,6 +103,7 @@ def run(
             seed=config.seed,
             cache_dir=default_cache_dir(),
             method=method,
+            alone=alone,
         )
         papers = report.published_rows(results)
         _say("")

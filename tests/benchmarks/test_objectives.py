@@ -30,6 +30,7 @@ def test_it_scores_on_val_while_it_trains(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("CIR_JAX_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(objectives, "STEPS", 20)
     monkeypatch.setattr(objectives, "EVERY", 10)
+    monkeypatch.setattr(objectives, "OBJECTIVES", objectives.OBJECTIVES[1:])
     monkeypatch.setattr(objectives, "SEEDS", (0, 1))
     output = tmp_path / "objectives.json"
     monkeypatch.setattr(sys, "argv", ["objectives", "--preset=smoke", f"--output={output}"])

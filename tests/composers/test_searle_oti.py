@@ -128,9 +128,11 @@ def test_texts_from_the_placeholder_on_have_the_features_of_whole_ones(tiny):
     reader, length = Suffixes(composer, params, split), int(split.lengths.max())
     assert length == 9 and len(split.prefixes) == 4
 
+    @jax.jit
     def cut(words):
         return reader.features(jnp.arange(len(texts)), words, length)
 
+    @jax.jit
     def whole(words):
         return composer.text_features(params, jnp.asarray(ids), words)
 
@@ -150,8 +152,9 @@ def test_texts_from_the_placeholder_on_have_the_features_of_whole_ones(tiny):
     alike = split.like(ids, model.tokenizer.eos_id)
     assert [bool(row) for row in alike.prefix] == [True, True, False, True]
     assert alike.lengths.tolist() == [6, 3, 6, 1]
-    found = reader.without_words(alike, jnp.arange(4), int(alike.lengths.max()))
-    expected = model.encode_text(params, jnp.asarray(ids))
+    longest = int(alike.lengths.max())
+    found = jax.jit(lambda: reader.without_words(alike, jnp.arange(4), longest))()
+    expected = jax.jit(model.encode_text)(params, jnp.asarray(ids))
     np.testing.assert_allclose(found, expected, atol=1e-5 * float(jnp.abs(expected).max()))
 
 

@@ -106,6 +106,10 @@ def test_baselines_stand_beside_the_method_and_share_the_features(slerp, monkeyp
     )
     assert [r.method for r in results] == ["image_only", "text_only", "image_text", "slerp"]
     assert len(calls) == 1
+    (alone,) = evaluate.evaluate_with_baselines(
+        *slerp, benchmark, mesh=worlds.mesh(1), method="slerp", alone=True
+    )
+    assert alone.method == "slerp" and np.array_equal(alone.top, results[-1].top)
     # the image-only baseline finds what is nearest to the reference: itself, were it not removed
     image_only = results[0]
     backbone, params = slerp[0].backbone, slerp[2]["backbone"]

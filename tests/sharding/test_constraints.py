@@ -29,7 +29,7 @@ from tests.weights import siglip_worlds, worlds
 ROW, WORD, TOKEN = 13, 11, 5
 ROWS = 8 * ROW
 LENGTH = WORD
-MESHES = [(2, 4, 1), (2, 2, 2)]  # .ci/run knows one by its name
+MESHES = [(2, 4, 1), (2, 2, 2)]
 BOOK = {
     "templates": ["a photo of a {}", "{} and it"],
     "concepts": {"star": ["a star is red", "two star and star"], "circle": ["a circle", "circle"]},
@@ -64,10 +64,6 @@ STAGES = {
         False,
     ),
 }
-
-
-def named(sizes):
-    return "x".join(map(str, sizes))
 
 
 def shapes_of(batch, backbone, rows):
@@ -186,7 +182,7 @@ def test_every_training_stage_is_here():
     assert found == set(STAGES)
 
 
-@pytest.mark.parametrize("sizes", MESHES, ids=named)
+@pytest.mark.parametrize("sizes", MESHES, ids=str)
 @pytest.mark.parametrize(("name", "stage"), STAGES)
 def test_steps_move_no_activations(name, stage, sizes, backbones, files):
     lowered = lower(name, stage, sizes, *backbones("clip"), files)
@@ -237,7 +233,7 @@ def queries(mesh, backbone, **what):
     }
 
 
-@pytest.mark.parametrize("sizes", MESHES, ids=named)
+@pytest.mark.parametrize("sizes", MESHES, ids=str)
 def test_features_of_images_move_no_activations(sizes, backbones):
     backbone, params = backbones("clip")
     mesh = meshes.make_mesh(dict(zip(meshes.AXES, sizes, strict=True)))
