@@ -2,11 +2,11 @@
 
     python launch/main.py --config=experiments/palavra.py
 
-Takes 3 to 4 minutes on two CPU cores (228 s beside other work). Expected on the embedded world
-(three seeds): CIRCO-like mAP@10 11.9 +- 1.2, more than text alone (4.2 +- 0.2), less than image +
-text (14.5 +- 1.7): its words are trained to name a class of objects, and what else is on the image
-comes in by the refinement alone (30 steps, as released, leave it at 9.5 on val, 100 reach 13.7).
-SEARLE's paper, B/32 on CIRCO: 5.32, between image + text and SEARLE.
+Takes 3 to 4 minutes on two CPU cores. Expected on the embedded world (three seeds): CIRCO-like
+mAP@10 11.9 +- 1.2, more than text alone (4.2 +- 0.2), less than image + text (14.5 +- 1.7): its
+words are trained to name a class of objects, and what else is on the image comes in by the
+refinement alone (30 steps, as released, leave it at 9.5 on val, 100 reach 13.7:
+benchmarks/tune.json). SEARLE's paper, B/32 on CIRCO: 5.32, between image + text and SEARLE.
 
 Presets: shapes (embedded world), smoke (seconds, for tests) and vit_b32, the released recipe (COCO
 captions and images). It wants a prepared dataset with a table `captions`

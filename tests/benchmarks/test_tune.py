@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -18,6 +19,16 @@ def test_the_budget_is_the_same_for_all_and_holds_the_default(method):
     assert points[0] == {name: default[name] for name in tune.GRIDS[method]}
     assert tune.BUDGET - 1 <= len(points) <= tune.BUDGET
     assert len({json.dumps(point) for point in points}) == len(points)
+
+
+@pytest.mark.parametrize("method", tune.GRIDS)
+def test_the_experiment_has_the_setting_that_was_chosen(method):
+    rows = json.loads((Path(tune.__file__).parent / "tune.json").read_text())["methods"][method]
+    default = read_experiment(f"{method}:shapes").composer.to_dict()
+    assert [row["setting"] for row in rows] == json.loads(
+        json.dumps(tune.settings(method, default))
+    )
+    assert tune.best(rows) is rows[0] and len({row["weights"] for row in rows}) == 1
 
 
 def test_the_best_on_val_is_chosen_and_the_default_where_it_is_as_good():
