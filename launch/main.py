@@ -35,11 +35,12 @@ def main() -> None:
     workdirs.check(workdir, config)
     common.prepare(config, training=True)
     experiment = experiments.setup(config, shapes_only=DRY_RUN.value)
-    plan = stages.dry_run(experiment)  # mistakes show before the workdir belongs to them
+    # mistakes show before the workdir belongs to them
+    plan, given = stages.dry_run(experiment), stages.start(experiment, workdir)
     if DRY_RUN.value:
         print(plan)
         return
-    scorer, given = selection.scorer(experiment), stages.start(experiment, workdir)
+    scorer = selection.scorer(experiment)
     workdirs.claim(workdir, config)
     with workdirs.only_run(workdir):
         kept = f"checkpoints and words in {workdir} and features in {default_cache_dir()} are kept"

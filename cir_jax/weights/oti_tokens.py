@@ -46,7 +46,8 @@ def read(directory: str | Path, token_dim: int) -> dict[str, np.ndarray]:
         if not (directory / name).is_file():
             raise WeightsError(
                 f"{directory / name} is missing. Expected a folder of SEARLE's oti_inversion, with "
-                f"{WORDS} and {NAMES}."
+                f"{WORDS} and {NAMES}; of the words that a stage stored, launch/export_words.py "
+                "writes one."
             )
     tensors = torch_files.read(directory / WORDS)
     if set(tensors) != {""}:

@@ -226,7 +226,12 @@ def test_dry_run_encodes_nothing(tmp_path):
         ([f"--config={SMOKE}", "--config.backbone=/nowhere"], "/nowhere.*hf download"),
         ([f"--config={SMOKE}", "--config.checkpoint.keep=0"], "checkpoint.keep=0; it must be 1"),
         (
-            [f"--config={SMOKE}", "--config.stages=stage2", "--config.init_from=/nowhere"],
+            [
+                f"--config={SMOKE}",
+                "--config.stages=stage2",
+                "--config.init_from=/nowhere",
+                "--dry_run",
+            ],
             "no checkpoint in /nowhere/stage1 or /nowhere",
         ),
         ([], "--config is missing"),

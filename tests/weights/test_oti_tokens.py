@@ -49,5 +49,5 @@ def test_folders_that_cannot_be_used(folder):
     ):
         oti_tokens.read(folder, 4)
     names.unlink()
-    with pytest.raises(WeightsError, match="image_names.pkl is missing"):
+    with pytest.raises(WeightsError, match="image_names.pkl is missing.*export_words.py"):
         oti_tokens.read(folder, 4)
