@@ -2,12 +2,14 @@
 
     python launch/main.py --config=experiments/compodiff.py
 
-Takes 7 to 8 minutes on two CPU cores. Expected on the embedded world (three seeds, README):
-CIRCO-like mAP@10 19.0 +- 2.2, where image + text has 14.5 +- 1.7. The paper, ViT-L/14 on CIRCO:
-13.36.
+Takes 6 to 7 minutes on two CPU cores. Expected on the embedded world (three seeds, README):
+CIRCO-like mAP@10 19.1 +- 2.1, where image + text has 14.5 +- 1.7 and Slerp 22.4 +- 2.8, with
+shapes_long 20.0 +- 2.6. Why it stays behind Slerp there: benchmarks/README.md. The paper, ViT-L/14
+on CIRCO: 13.36.
 
-Presets: shapes (embedded world, minutes on a laptop), smoke (seconds, for tests), vit_l14 (the
-paper's Table A.1; needs the weights and your own corpora, see --config.stage.*.data.dataset).
+Presets: shapes (embedded world, minutes on a laptop), shapes_long (three times the triplets and the
+steps: 15 minutes), smoke (seconds, for tests), vit_l14 (the paper's Table A.1; needs the weights
+and your own corpora, see --config.stage.*.data.dataset).
 """
 
 from ml_collections import ConfigDict

@@ -3,7 +3,7 @@
     python launch/main.py --config=experiments/searle.py
 
 Takes 2 to 3 minutes on two CPU cores. Expected on the embedded world (three seeds): CIRCO-like
-mAP@10 19.5 +- 1.3, where image + text has 14.5 +- 1.7 and text alone 4.2 +- 0.2. The paper on
+mAP@10 19.4 +- 1.3, where image + text has 14.5 +- 1.7 and text alone 4.2 +- 0.2. The paper on
 CIRCO: 9.43 (B/32), 12.12 (L/14; 12.73 with the released weights).
 
 Stage `oti` inverts images one by one and stores the words, `distil` trains phi on them. Presets:

@@ -149,6 +149,12 @@ def test_differences_are_paired():
     assert difference([3.0, 5.0, 7.0], [4.0, 8.0, 12.0]) == "-3.0 ± 1.2"
 
 
+def test_rows_of_the_table_are_of_one_commit():
+    measured = json.loads((ROOT / "benchmarks" / "shapes.json").read_text())["measured"]
+    commits = {said.partition(" ")[2] for said in measured.values()}
+    assert len(commits) == 1 and all(commits) and "dirty" not in "".join(commits)
+
+
 def test_composers_beat_the_baselines_on_every_seed():
     measured = json.loads((ROOT / "benchmarks" / "shapes.json").read_text())
     rows = measured["values"]["circo mAP@10"]
@@ -166,6 +172,8 @@ def test_composers_beat_the_baselines_on_every_seed():
         ("searle_oti", ("image_text",)),
         ("searle", ("image_text", "text_only")),
         ("lincir", ("image_text", "text_only")),
+        ("compodiff", ("image_text", "slerp", "compodiff:shapes_long")),
+        ("slerp", ()),
     ],
 )
 def test_numbers_of_an_experiment_are_the_committed_measurement(name, beside):
