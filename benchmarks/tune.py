@@ -57,11 +57,9 @@ def tune(method: str, preset: str, workdir: Path, known: Sequence[Mapping[str, A
     Those `known` of the same trained weights are kept.
     """
     from cir_jax import experiment as experiments
-    from cir_jax.evaluation import benchmarks
-    from cir_jax.evaluation.evaluate import evaluate
+    from cir_jax.evaluation import benchmarks, selection
     from cir_jax.evaluation.runner import trained_params
     from cir_jax.loading import read_experiment
-    from cir_jax.storage.places import default_cache_dir
     from cir_jax.training import stages
     from cir_jax.training import workdir as workdirs
     from cir_jax.weights.fingerprint import fingerprint
@@ -80,8 +78,9 @@ def tune(method: str, preset: str, workdir: Path, known: Sequence[Mapping[str, A
         stages.train(experiments.setup(config), directory)
     kind, metric = CHOSEN_BY
     (name,) = (name for name in config.evaluation.benchmarks if name.endswith(f"/{kind}"))
-    benchmark = benchmarks.load(name, "val", experiments.data_dir(config))
-    weights = fingerprint(trained_params(experiments.setup(config), directory))
+    params = trained_params(experiments.setup(config), directory)
+    weights = fingerprint(params)
+    config.checkpoint.best = f"{name} {metric}"
     done = {json.dumps(row["setting"]): row for row in known if row["weights"] == weights}
     points = settings(method, config.composer.to_dict())
     for point in tqdm.tqdm(points, desc=f"tuning {method}", unit="setting"):
@@ -90,19 +89,10 @@ def tune(method: str, preset: str, workdir: Path, known: Sequence[Mapping[str, A
             yield done[key]
             continue
         config.composer.update(point)
-        experiment = experiments.for_evaluation(experiments.setup(config))
-        params = trained_params(experiment, directory)
-        result = evaluate(
-            experiment.composer,
-            params,
-            experiment.frozen,
-            benchmark,
-            mesh=experiment.mesh,
-            batch_size=config.evaluation.batch_size,
-            cache_dir=default_cache_dir(),
-            method=method,
-        )
-        val = {f"{kind} {metric}": round(result.metrics[metric].value, 3)}
+        scorer = selection.scorer(experiments.setup(config))
+        assert scorer is not None
+        value = scorer.measure(params)
+        val = {f"{kind} {metric}": round(value, 3)}
         yield {"setting": json.loads(key), "weights": weights, "val": val}
 
 

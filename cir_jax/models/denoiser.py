@@ -10,6 +10,7 @@ its norms to 1e-3 in half precision instead).
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -180,17 +181,20 @@ class CrossAttention(nn.Module):
         A part with one row (the null text) is projected once for all rows.
         """
         rows = max(part.shape[0] for part in context)
-        split = (2, self.heads, self.dim_head)
-        null = jnp.broadcast_to(
-            self.null_key_value.astype(self.dtype)[None, None, :, None], (1, 1, *split)
-        )
-        parts = [null] + [
-            self.key_value(part).reshape(*part.shape[:-1], *split) for part in context
-        ]
-        both = jnp.concatenate(
-            [jnp.broadcast_to(part, (rows, *part.shape[1:])) for part in parts], axis=1
-        )
-        return both[:, :, 0], both[:, :, 1]
+
+        def joined(null: jax.Array, parts: Sequence[jax.Array]) -> jax.Array:
+            """The same null for all heads, then the parts."""
+            null = jnp.broadcast_to(null.astype(self.dtype), (rows, 1, self.heads, self.dim_head))
+            heads = [part.reshape(*part.shape[:-1], self.heads, self.dim_head) for part in parts]
+            return jnp.concatenate(
+                [null, *(jnp.broadcast_to(part, (rows, *part.shape[1:])) for part in heads)], axis=1
+            )
+
+        # keys and values are parted before they are joined: parting both later costs a copy, and
+        # two more in the gradient
+        projected = [jnp.split(self.key_value(part), 2, axis=-1) for part in context]
+        keys, values = zip(*projected, strict=True)
+        return joined(self.null_key_value[0], keys), joined(self.null_key_value[1], values)
 
     def __call__(self, x: jax.Array, keys_values: KeysValues) -> jax.Array:
         """x: float[rows, samples, tokens, width]; the samples of a row share keys and values."""
