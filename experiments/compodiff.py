@@ -2,7 +2,7 @@
 
     python launch/main.py --config=experiments/compodiff.py
 
-Takes 6 to 7 minutes on two CPU cores. Expected on the embedded world (three seeds, README):
+Takes about 6 minutes on two CPU cores. Expected on the embedded world (three seeds, README):
 CIRCO-like mAP@10 19.1 +- 2.1, where image + text has 14.5 +- 1.7 and Slerp 22.4 +- 2.8, with
 shapes_long 20.0 +- 2.6. Why it stays behind Slerp there: benchmarks/README.md. The paper, ViT-L/14
 on CIRCO: 13.36.

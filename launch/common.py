@@ -10,7 +10,7 @@ from absl import logging as absl_logging
 from ml_collections import ConfigDict, config_flags
 
 from cir_jax.errors import CirError, ConfigError, unknown
-from launch import ending
+from launch import ending, huge_pages
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -29,6 +29,7 @@ def run(main: Callable[[], None], needs_config: Callable[[], bool] = lambda: Tru
     needs_config: whether --config must be given, asked when the flags are known. Signals end it as
     `ending.run` says.
     """
+    huge_pages.apply()
     ending.run(lambda: _run(main, needs_config))
 
 
