@@ -17,8 +17,7 @@ from cir_jax.weights.convert import flatten
 from tests import parity, peers
 
 GOLDEN = Path(__file__).parent / "golden"
-# full size, or compared in other tests too
-SLOW = ("full_*", "light_shapes.json", "blip_*", "timm_*", "t5_*", "compodiff_*")
+SLOW = ("full_*", "light_shapes.json")
 
 
 def marked(path: Path):

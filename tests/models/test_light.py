@@ -1,5 +1,3 @@
-import json
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +9,7 @@ from cir_jax.models.light.blocks import BatchNorm
 from cir_jax.models.light.efficientvit import EfficientVitConfig, bias_offsets
 from cir_jax.models.light.mobilevit import resize
 from cir_jax.weights import timm as weights
-from tests import parity, parity_heavy
+from tests import parity
 from tests.parity_core import nhwc
 
 GOLDEN = parity.ROOT / "tests" / "golden"
@@ -19,31 +17,6 @@ GOLDEN = parity.ROOT / "tests" / "golden"
 
 def load(name):
     return parity.Fixture.read(GOLDEN / f"{name}.npz")
-
-
-TINY = (
-    "timm_efficientnet_b0_tiny",
-    "timm_efficientnet_b2_tiny",
-    "timm_efficientvit_m2_tiny",
-    "timm_efficientvit_window_tiny",
-    "timm_mobilenetv2_tiny",
-    "timm_mobilevitv2_tiny",
-)
-FULL = ("full_efficientnet_b0", "full_mobilenetv2_100", "full_mobilevitv2_100")
-
-
-@pytest.mark.parametrize(
-    "name", [*TINY, *(pytest.param(name, marks=pytest.mark.slow) for name in FULL)]
-)
-def test_equals_pytorch(name):
-    with jax.default_matmul_precision("highest"):
-        result = parity.check(load(name), parity_heavy.HANDLERS)
-    assert result.verdict == "ok"
-
-
-def test_published_names_shapes_and_counts():
-    shapes = json.loads((GOLDEN / "light_shapes.json").read_text())
-    assert parity_heavy.light_shape_errors(shapes) == []
 
 
 def test_batch_norm_trains_as_in_pytorch():

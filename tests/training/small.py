@@ -28,11 +28,11 @@ class Brightness(Composer):
         return loss, {"brightness": loss}
 
 
-def trainer(steps: int = 4, **stage) -> Trainer:
-    """Batches of 8 of 32 images in memory, on one device; a checkpoint every 2 steps."""
+def trainer(steps: int = 4, batch_size: int = 8, **stage) -> Trainer:
+    """Batches of 32 images in memory, on one device; a checkpoint every 2 steps."""
     composer = Brightness(types.SimpleNamespace(weights_id="none"))
     source = Records(factory.caption_table(32), ("image",), ImageTransform(16, 16))
-    pipeline = Pipeline((Part("images", source, Images("images")),), batch_size=8, seed=0)
+    pipeline = Pipeline((Part("images", source, Images("images")),), batch_size=batch_size, seed=0)
     defaults = {"optimizer": optax.sgd(1e-3), "log_every": 1, "checkpoint_every": 2}
     stage = Stage("small", steps, seed=0, **(defaults | stage))
     mesh = make_mesh({"data": 1}, jax.devices()[:1])
