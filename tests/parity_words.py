@@ -1,5 +1,6 @@
 """Parity handlers of the trained inversion networks: phi, Im2Text, and their losses."""
 
+import types
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -7,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cir_jax.composers import losses, phi, pic2word
+from cir_jax.composers import combiner, losses, phi, pic2word
 from cir_jax.composers.base import normalise
 from cir_jax.composers.lincir import LinCir
 from cir_jax.composers.pic2word import Pic2Word
@@ -177,6 +178,33 @@ def pic2word_clip(fixture: Any) -> Outputs:
     return outputs | {f"grad/img2text.{name}": grad for name, grad in grads.items()}
 
 
+def combiner_network(fixture: Any) -> Outputs:
+    """Combiner: the fused feature, logits, the loss and its gradients, without dropout."""
+    config = fixture.config
+    network = combiner.Fusion(config["projection_dim"], config["hidden_dim"])
+    params = convert.to_ours(fixture.params, combiner.NAMES, what=fixture.path.name)
+    image, text, target = (
+        jnp.asarray(fixture.inputs[f"{name}_features"]) for name in ("image", "text", "target")
+    )
+    composer = combiner.Combiner(
+        types.SimpleNamespace(dim=image.shape[-1]), config["projection_dim"], config["hidden_dim"]
+    )
+
+    def loss(params: Any) -> tuple[jax.Array, jax.Array]:
+        fused = normalise(network.apply({"params": params}, text, image))
+        rows = {"query": fused, "target": normalise(target)}
+        return composer.objective(params, rows)[0], fused
+
+    (value, fused), grads = jax.value_and_grad(loss, has_aux=True)(params)
+    grads = convert.to_source(grads, combiner.NAMES)
+    return {
+        "combine_features": fused,
+        "logits": composer.scale * fused @ normalise(target).T,
+        "loss": value,
+        **{f"grad/{name}": grad for name, grad in grads.items()},
+    }
+
+
 HANDLERS: dict[str, Callable[[Any], Outputs]] = {
     "searle_phi": phi_network,
     "lincir_phi": phi_network,
@@ -184,4 +212,5 @@ HANDLERS: dict[str, Callable[[Any], Outputs]] = {
     "searle_ldistil": distillation,
     "lincir_loss": lincir_loss,
     "pic2word_clip": pic2word_clip,
+    "combiner": combiner_network,
 }

@@ -12,6 +12,7 @@ from cir_jax.models.backbone import Backbone
 
 COMPOSERS = {
     "clip_pretraining": "ClipPretraining",
+    "combiner": "Combiner",
     "compodiff": "CompoDiff",
     "image_only": "ImageOnly",
     "image_text": "ImageText",

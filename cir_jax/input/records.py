@@ -147,6 +147,21 @@ class Triplets(grain.transforms.RandomMap):
 
 
 @dataclasses.dataclass(frozen=True)
+class JoinedTriplets(Triplets):
+    """As `Triplets`; of records with two texts "A and b", "B and a", "A" or "B", drawn anew each
+    time, as CLIP4Cir trains on FashionIQ."""
+
+    def random_map(self, element: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
+        texts = [text.decode() for text in element.get("texts", ())]
+        if len(texts) == 2:
+            one, other = (text.strip(".?, ") for text in texts)
+            joined = (f"{one} and {other}", f"{other} and {one}", one, other)
+            text = joined[rng.integers(4)]
+            element = element | {"text": (text[:1].upper() + text[1:]).encode()}
+        return super().random_map(element, rng)
+
+
+@dataclasses.dataclass(frozen=True)
 class Images(grain.transforms.RandomMap):
     """An image alone, as the reference it will be, with its stored pseudo-word if there is one."""
 

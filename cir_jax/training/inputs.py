@@ -84,6 +84,12 @@ EXAMPLES = {
             experiment.backbone.tokenizer, _suffix(data)
         ),
     ),
+    "joined_triplets": Example(
+        ("reference", "target"),
+        lambda experiment, data, source: records.JoinedTriplets(
+            experiment.backbone.tokenizer, _suffix(data)
+        ),
+    ),
     "images": Example(("image",), lambda experiment, data, source: records.Images(_suffix(data))),
     "cropped_images": Example(("image",), _cropped, whole=True),
     "masked_captions": Example((), _masked),

@@ -34,13 +34,18 @@ BOOK = {
     "templates": ["a photo of a {}", "{} and it"],
     "concepts": {"star": ["a star is red", "two star and star"], "circle": ["a circle", "circle"]},
 }
-SMALL = {"depth": 1, "heads": 2, "dim_head": 8, "cross_heads": 2, "hidden_dim": 16}
+SMALL = {"depth": 1, "heads": 2, "dim_head": 8, "cross_heads": 2}
+SMALL |= {"hidden_dim": 16, "projection_dim": 16}
 
 IMAGES, WORDS, FEATURES = "images", "words", "features"
 # (experiment, stage) -> what its batch holds, and whether its loss compares rows with each other
 STAGES = {
     ("pretrain", "contrastive"): ({"target_images": IMAGES, "token_ids": WORDS}, True),
     ("pic2word", "contrastive"): ({"reference_images": IMAGES}, True),
+    ("combiner", "fuse"): (
+        {"target_images": IMAGES, "reference_images": IMAGES, "token_ids": WORDS},
+        True,
+    ),
     ("lincir", "smp"): ({"token_ids": WORDS, "masked_token_ids": WORDS}, False),
     ("searle", "distil"): ({"reference_images": IMAGES, "pseudo_words": "token"}, True),
     ("palavra", "invert"): (

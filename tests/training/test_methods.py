@@ -1,6 +1,6 @@
-"""Each inversion network, stopped dead and continued: the numbers of an unbroken run.
+"""Each small network, stopped dead and continued: the numbers of an unbroken run.
 
-One compiled step serves all three runs. SEARLE, with its stage of words, is in tests/launch.
+One compiled step serves all runs of a method. SEARLE, with its stage of words, is in tests/launch.
 """
 
 import json
@@ -17,7 +17,7 @@ from cir_jax.sharding.mesh import make_mesh
 from cir_jax.training import inputs, logs, stages
 from tests import tiny as factory
 
-STAGES = {"pic2word": "contrastive", "lincir": "smp", "palavra": "invert"}
+STAGES = {"pic2word": "contrastive", "lincir": "smp", "palavra": "invert", "combiner": "fuse"}
 STEPS, LAST = 5, 3  # a checkpoint every 2, the end after LAST
 
 
@@ -28,6 +28,18 @@ class Killed(BaseException):
 def rows(directory):
     found = logs.read(directory / "metrics.jsonl")
     return [{k: v for k, v in row.items() if k != "speed"} for row in found]
+
+
+def triplet_table(count):
+    """Triplets of the images of a table of captions, with two texts each."""
+    records = factory.caption_table(count).records
+    pairs = zip(records, [*records[1:], records[0]], strict=True)
+    return factory.MemoryTable(
+        [
+            {"reference": a["image"], "target": b["image"], "texts": tuple(b["captions"][:2])}
+            for a, b in pairs
+        ]
+    )
 
 
 @pytest.mark.parametrize("name", STAGES)
@@ -45,7 +57,10 @@ def test_a_killed_run_goes_on_to_the_same_numbers(name, tiny, tmp_path, monkeypa
         recipe.composer.objects, recipe.composer.hidden_dim = str(objects), 8
     if name == "lincir":
         del config.composer.hidden_dim
-    monkeypatch.setattr(inputs, "Table", lambda *_: factory.caption_table(40))
+    if name == "combiner":
+        recipe.data.example, config.composer.projection_dim = "joined_triplets", 8
+    table = triplet_table if name == "combiner" else factory.caption_table
+    monkeypatch.setattr(inputs, "Table", lambda *_: table(40))
     monkeypatch.setenv("CIR_JAX_CACHE", str(tmp_path / "cache"))
     backbone, params = tiny
     settings = config.composer.to_dict()
