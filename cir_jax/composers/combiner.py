@@ -16,6 +16,8 @@ backbone. Where the numbers are not the release's:
 * Its epochs leave out what does not fill a batch; durations here count examples.
 * Of FashionIQ's two captions it draws "A and b", "B and a", "A" or "B" for each triplet anew:
   `example="joined_triplets"` of a stage; by default the `text` of a record is read.
+* It is validated with "A and b" of FashionIQ's captions, in this order alone, which is
+  `fashioniq:capitalised`; the benchmark's own protocol averages both orders.
 * It keeps the checkpoint of the best mean recall on val; here the last one, or the best by one
   metric (`config.checkpoint.best`).
 """

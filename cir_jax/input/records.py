@@ -155,9 +155,9 @@ class JoinedTriplets(Triplets):
         texts = [text.decode() for text in element.get("texts", ())]
         if len(texts) == 2:
             one, other = (text.strip(".?, ") for text in texts)
-            joined = (f"{one} and {other}", f"{other} and {one}", one, other)
-            text = joined[rng.integers(4)]
-            element = element | {"text": (text[:1].upper() + text[1:]).encode()}
+            first, last = one.capitalize(), other.capitalize()
+            joined = (f"{first} and {other}", f"{last} and {one}", first, last)
+            element = element | {"text": joined[rng.integers(4)].encode()}
         return super().random_map(element, rng)
 
 
