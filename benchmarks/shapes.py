@@ -22,7 +22,10 @@ sys.path.insert(0, str(ROOT))
 
 from absl import app, flags, logging  # noqa: E402
 
-EXPERIMENTS = ("slerp", "palavra", "pic2word", "searle_oti", "searle", "lincir", "compodiff")
+EXPERIMENTS = (
+    *("slerp", "palavra", "pic2word", "searle_oti", "searle", "lincir", "compodiff"),
+    "combiner",
+)
 # with a preset of their own, in --preset=shapes only:
 LONG = "compodiff:shapes_long"
 INVERSION = "searle_oti:inversion"  # what its words hold of their images, on no test world
@@ -50,6 +53,7 @@ PAPER = {
     "lincir": "13.58 (Slerp)",
     "compodiff": "13.36 (CompoDiff)",
     LONG: "13.36 (CompoDiff)",
+    "combiner": "12.08 (CompoDiff, ResNet-50)",
 }
 """CIRCO test mAP@10 with CLIP ViT-L/14 where nothing else is said, and the paper that prints it."""
 

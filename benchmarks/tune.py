@@ -1,20 +1,22 @@
-"""Query-time settings of every method, tuned alike on val of the embedded world.
+"""Settings of the methods, tuned alike on val of the embedded world.
 
     python benchmarks/tune.py --workdir=runs/table
 
 Each method gets up to BUDGET settings of its query; nothing is trained for them. Trained methods
 are read from the runs of seed 0 that benchmarks/shapes.py leaves in the workdir, and trained there
-if there are none. Chosen is the best CIRCO-like mAP@10 on val; the test worlds are not looked at.
+if there are none. Combiner, whose query has no settings, is trained for each of its own. Chosen is the best CIRCO-like mAP@10 on val; the test worlds are not looked at.
 Writes benchmarks/tune.json after each setting and goes on there, with the same weights;
 --methods=palavra,slerp tunes these alone. README's numbers use the settings in experiments/, which
 this file must confirm.
 """
 
 import argparse
+import dataclasses
 import datetime
 import itertools
 import json
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,7 @@ GRIDS: dict[str, dict[str, tuple[Any, ...]]] = {
     "palavra": {"refine_steps": (30, 100), "refine_learning_rate": (0.01, 0.02, 0.05, 0.1)},
     "pic2word": {"link": (",", "that", "and", "but", "which", "of", "with", "which is", "that is")},
     "searle_oti": {"iterations": (50, 100, 200), "learning_rate": (1e-2, 2e-2, 5e-2)},
+    "combiner": {"dropout": (0.1, 0.3, 0.5), "scale": (10.0, 20.0, 40.0)},
     "compodiff": {"steps": (2, 5, 10), "guidance": ((2.5, 2.0), (1.5, 7.5), (1.0, 1.0))},
 }
 """Method -> setting -> values; the product is tried. SEARLE and LinCIR have no such settings."""
@@ -54,7 +57,8 @@ def settings(method: str, default: Mapping[str, Any]) -> list[dict[str, Any]]:
 def tune(method: str, preset: str, workdir: Path, known: Sequence[Mapping[str, Any]]) -> Iterator:
     """Yields {"setting", "weights", "val": {"circo mAP@10": ...}} of each setting.
 
-    Those `known` of the same trained weights are kept.
+    Those `known` of the same weights are kept: the trained ones, or where each setting is trained,
+    the backbone's.
     """
     from cir_jax import experiment as experiments
     from cir_jax.evaluation import benchmarks, selection
@@ -73,14 +77,15 @@ def tune(method: str, preset: str, workdir: Path, known: Sequence[Mapping[str, A
         data_dir=experiments.data_dir(config),
     )
     directory = workdir.absolute() / f"{method}-0"
-    if config.stages:
+    experiment = experiments.setup(config)
+    of_query = not config.stages or set(GRIDS[method]) <= {*experiment.composer.inference_settings}
+    if config.stages and of_query:
         workdirs.claim(directory, config)
-        stages.train(experiments.setup(config), directory)
+        stages.train(experiment, directory)
     kind, metric = CHOSEN_BY
     (name,) = (name for name in config.evaluation.benchmarks if name.endswith(f"/{kind}"))
-    params = trained_params(experiments.setup(config), directory)
-    weights = fingerprint(params)
-    config.checkpoint.best = f"{name} {metric}"
+    params = trained_params(experiment, directory) if of_query else None
+    weights = fingerprint(params) if of_query else experiment.backbone.weights_id
     done = {json.dumps(row["setting"]): row for row in known if row["weights"] == weights}
     points = settings(method, config.composer.to_dict())
     for point in tqdm.tqdm(points, desc=f"tuning {method}", unit="setting"):
@@ -89,7 +94,13 @@ def tune(method: str, preset: str, workdir: Path, known: Sequence[Mapping[str, A
             yield done[key]
             continue
         config.composer.update(point)
-        scorer = selection.scorer(experiments.setup(config))
+        experiment = experiments.setup(config)
+        if not of_query:
+            with tempfile.TemporaryDirectory() as scratch:
+                params = stages.train(experiment, Path(scratch))
+        chosen_by = config.copy_and_resolve_references()
+        chosen_by.checkpoint.best = f"{name} {metric}"
+        scorer = selection.scorer(dataclasses.replace(experiment, config=chosen_by))
         assert scorer is not None
         value = scorer.measure(params)
         val = {f"{kind} {metric}": round(value, 3)}

@@ -20,8 +20,8 @@ def apply() -> None:
     given = os.environ.get(VARIABLE, "")
     if TUNABLE in given or not _on_request():
         return
-    if not sys.executable or sys.argv[0] not in sys.orig_argv:
-        return  # in a notebook, a fork, a test: the process is not ours to start again
+    if not sys.executable or sys.argv[0] not in sys.orig_argv or sys.gettrace():
+        return  # in a notebook, a fork, a debugger: the process is not ours to start again
     os.environ[VARIABLE] = ":".join(filter(None, [given, f"{TUNABLE}=1"]))
     sys.stdout.flush()
     sys.stderr.flush()

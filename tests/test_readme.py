@@ -103,13 +103,13 @@ def test_from_raw_files_to_a_submission(scratch):
 def test_benchmark_command_runs(scratch):
     output = scratch / "shapes.json"
     command = [sys.executable, "benchmarks/shapes.py", "--preset=smoke", f"--output={output}"]
-    command += ["--methods=pic2word"]
+    command += ["--methods=combiner"]
     command += [f"--workdir={scratch}/table"]
     status, said = run_command(command, environment(scratch))
     assert status == 0, said[-3000:]
     measured = json.loads(output.read_text())
-    assert len(measured["values"]["circo mAP@10"]["pic2word"]) == 3
-    assert "| pic2word | " in said
+    assert len(measured["values"]["circo mAP@10"]["combiner"]) == 3
+    assert "| combiner | " in said
 
 
 def test_python_example_runs(tmp_path, monkeypatch, capsys):
@@ -174,10 +174,12 @@ def test_composers_beat_the_baselines_on_every_seed():
         ("lincir", ("image_text", "text_only")),
         ("compodiff", ("image_text", "slerp", "compodiff:shapes_long")),
         ("slerp", ()),
+        ("combiner", ("slerp", "image_text")),
     ],
 )
 def test_numbers_of_an_experiment_are_the_committed_measurement(name, beside):
-    measured = json.loads((ROOT / "benchmarks" / "shapes.json").read_text())["values"]
+    file = "combiner" if name == "combiner" else "shapes"
+    measured = json.loads((ROOT / "benchmarks" / f"{file}.json").read_text())["values"]
     text = " ".join((ROOT / "experiments" / f"{name}.py").read_text().split())
     number = r"(\d+\.\d \+- \d+\.\d)"
     found = re.search(r"CIRCO-like mAP@10 " + rf".*?{number}" * (1 + len(beside)), text)

@@ -161,3 +161,9 @@ class Composer:
         if "reference_features" in query:
             return query["reference_features"]
         return self.backbone.encode_image(frozen["backbone"], query["reference_images"])
+
+    def target_features(self, frozen: Params, batch: dict[str, jax.Array]) -> jax.Array:
+        """Likewise of the target images of a training batch."""
+        if "target_features" in batch:
+            return batch["target_features"]
+        return self.backbone.encode_image(frozen["backbone"], batch["target_images"])

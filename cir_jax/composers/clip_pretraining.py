@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from cir_jax.composers.base import Composer, Params, Query, normalise
-from cir_jax.composers.losses import info_nce
+from cir_jax.composers.losses import info_nce, pair_recall
 from cir_jax.errors import ConfigError
 from cir_jax.models.backbone import Backbone
 from cir_jax.models.resnet import ResNetConfig
@@ -57,8 +57,8 @@ class ClipPretraining(Composer):
             scale = jax.lax.stop_gradient(scale)
         scale = jnp.minimum(jnp.exp(scale), MAX_SCALE)
         loss = info_nce(rows["image"], rows["text"], scale)
-        hits = jnp.argmax(rows["text"] @ rows["image"].T, axis=-1) == jnp.arange(len(rows["text"]))
-        return loss, {"scale": scale, "in_batch_recall": hits.mean()}
+        recall = pair_recall(rows["text"] @ rows["image"].T)
+        return loss, {"scale": scale, "in_batch_recall": recall}
 
     def compose(self, params: Params, frozen: Params, query: Query, rng: jax.Array) -> jax.Array:
         return normalise(self.backbone.encode_text(params, query["token_ids"]))

@@ -27,10 +27,10 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import linen as nn
 
 from cir_jax.composers.base import Composer, Params, Query, normalise
+from cir_jax.composers.losses import pair_cross_entropy, pair_recall
 from cir_jax.composers.phi import check_share, linear
 from cir_jax.errors import ConfigError
 from cir_jax.models.backbone import Backbone
@@ -116,9 +116,8 @@ class Combiner(Composer):
         self, params: Params, frozen: Params, query: Query, rngs: jax.Array | None = None
     ) -> jax.Array:
         """Query features float32[batch, dim] of unit norm. rngs: a key per row, for dropout."""
-        image = jax.lax.stop_gradient(self.reference_features(frozen, query))
-        text = self.backbone.encode_text(frozen["backbone"], query["token_ids"])
-        text, image = split_rows(jax.lax.stop_gradient(text)), split_rows(image)
+        image = split_rows(self.reference_features(frozen, query))
+        text = split_rows(self.backbone.encode_text(frozen["backbone"], query["token_ids"]))
         variables, apply = {"params": params}, self.network.apply
         if rngs is None:
             return normalise(apply(variables, text, image))
@@ -130,18 +129,12 @@ class Combiner(Composer):
     ) -> Params:
         """batch: token_ids int32[batch, length]; reference_features and target_features
         float32[batch, dim], or reference_images and target_images."""
-        if "target_features" in batch:
-            target = batch["target_features"]
-        else:
-            target = self.backbone.encode_image(frozen["backbone"], batch["target_images"])
-        query = self.fuse(params, frozen, batch, rngs)
-        return {"query": query, "target": normalise(jax.lax.stop_gradient(target))}
+        target = normalise(self.target_features(frozen, batch))
+        return {"query": self.fuse(params, frozen, batch, rngs), "target": target}
 
     def objective(self, params: Params, rows: Params) -> tuple[jax.Array, dict[str, jax.Array]]:
         logits = self.scale * rows["query"] @ rows["target"].T
-        labels = jnp.arange(len(logits))
-        loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
-        return loss, {"in_batch_recall": (jnp.argmax(logits, axis=-1) == labels).mean()}
+        return pair_cross_entropy(logits), {"in_batch_recall": pair_recall(logits)}
 
     def compose(self, params: Params, frozen: Params, query: Query, rng: jax.Array) -> jax.Array:
         return self.fuse(params, frozen, query)

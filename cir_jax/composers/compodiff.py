@@ -228,7 +228,7 @@ class CompoDiff(Composer):
                            equation (2): its reference is the masked target, and is noised.
                            Other rows with a reference are equation (3).
         """
-        target = self.target(frozen, batch)
+        target = self.scaled(self.target_features(frozen, batch))
         image, has_image = self.image_condition(frozen, batch)
         mask = batch.get("mask", self.no_mask())
         masked = has_image & (mask > 0).any(axis=(1, 2))
@@ -355,12 +355,6 @@ class CompoDiff(Composer):
         end = jnp.argmax(token_ids == tokenizer.eos_id, axis=-1)
         visible = jnp.arange(token_ids.shape[1])[None] <= end[:, None]
         return self.backbone.text_hidden_states(frozen["backbone"], token_ids, visible)
-
-    def target(self, frozen: Params, batch: dict[str, jax.Array]) -> jax.Array:
-        """Scaled target features, float32[batch, dim]."""
-        if "target_features" in batch:
-            return self.scaled(batch["target_features"])
-        return self.scaled(self.backbone.encode_image(frozen["backbone"], batch["target_images"]))
 
     def image_condition(
         self, frozen: Params, batch: dict[str, jax.Array]

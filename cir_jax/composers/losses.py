@@ -13,10 +13,18 @@ def info_nce(a: jax.Array, b: jax.Array, scale: jax.Array | float) -> jax.Array:
     CLIP (arXiv 2103.00020): mean of both directions' cross-entropies of scale * a bT.
     """
     logits = scale * a @ b.T
-    labels = jnp.arange(len(a))
-    forward = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-    backward = optax.softmax_cross_entropy_with_integer_labels(logits.T, labels)
-    return (forward.mean() + backward.mean()) / 2
+    return (pair_cross_entropy(logits) + pair_cross_entropy(logits.T)) / 2
+
+
+def pair_cross_entropy(logits: jax.Array) -> jax.Array:
+    """Mean cross-entropy of float32[batch, batch], where row i belongs to column i."""
+    labels = jnp.arange(len(logits))
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+
+def pair_recall(logits: jax.Array) -> jax.Array:
+    """Share of the rows of float32[batch, batch] whose own column is the largest."""
+    return (jnp.argmax(logits, axis=-1) == jnp.arange(len(logits))).mean()
 
 
 def nt_xent(

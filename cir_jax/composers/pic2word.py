@@ -33,7 +33,7 @@ import numpy as np
 from flax import linen as nn
 
 from cir_jax.composers.base import Params, normalise
-from cir_jax.composers.losses import info_nce
+from cir_jax.composers.losses import info_nce, pair_recall
 from cir_jax.composers.phi import LearnedWord, check_share, linear
 from cir_jax.errors import ConfigError, WeightsError
 from cir_jax.models.backbone import Backbone
@@ -128,9 +128,8 @@ class Pic2Word(LearnedWord):
         return {"image": scale * normalise(image), "text": normalise(text)}
 
     def objective(self, params: Params, rows: Params) -> tuple[jax.Array, dict[str, jax.Array]]:
-        logits = rows["text"] @ rows["image"].T
-        hits = jnp.argmax(logits, axis=-1) == jnp.arange(len(logits))
-        return info_nce(rows["image"], rows["text"], 1.0), {"in_batch_recall": hits.mean()}
+        recall = pair_recall(rows["text"] @ rows["image"].T)
+        return info_nce(rows["image"], rows["text"], 1.0), {"in_batch_recall": recall}
 
     def read_official(self, path: Path, frozen: Params) -> Params:
         """The file holds the whole CLIP beside the network: it must be the backbone's."""

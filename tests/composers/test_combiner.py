@@ -6,12 +6,13 @@ import jax
 import numpy as np
 import pytest
 
-from cir_jax.composers import combiner, official
+from cir_jax.composers import official
 from cir_jax.composers.combiner import Combiner
 from cir_jax.errors import ConfigError, WeightsError
 from cir_jax.input.records import JoinedTriplets
 from tests.composers import inversion
 
+NAMES = ("reference", "target")
 SIZES = {"projection_dim": 12, "hidden_dim": 20}
 
 
@@ -72,9 +73,6 @@ def test_images_give_the_loss_of_their_features(made, tiny):
         for given in (images, stored)
     ]
     np.testing.assert_allclose(*losses, rtol=1e-5)
-
-
-NAMES = ("reference", "target")
 
 
 @pytest.mark.parametrize("layout", ["of CLIP4Cir", "of GeneCIS"])
@@ -161,7 +159,3 @@ def test_two_texts_are_joined_in_four_ways(tiny):
     single = element | {"text": b"no green", "texts": (b"no green",)}
     ids = transform.random_map(single, rng)["token_ids"]
     np.testing.assert_array_equal(ids, tiny[0].tokenizer(["no green"], len(ids))[0])
-
-
-def test_the_released_names_are_all_there_are():
-    assert len(combiner.NAMES) == 12

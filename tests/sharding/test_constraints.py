@@ -34,8 +34,14 @@ BOOK = {
     "templates": ["a photo of a {}", "{} and it"],
     "concepts": {"star": ["a star is red", "two star and star"], "circle": ["a circle", "circle"]},
 }
-SMALL = {"depth": 1, "heads": 2, "dim_head": 8, "cross_heads": 2}
-SMALL |= {"hidden_dim": 16, "projection_dim": 16}
+SMALL = {
+    "depth": 1,
+    "heads": 2,
+    "dim_head": 8,
+    "cross_heads": 2,
+    "hidden_dim": 16,
+    "projection_dim": 16,
+}
 
 IMAGES, WORDS, FEATURES = "images", "words", "features"
 # (experiment, stage) -> what its batch holds, and whether its loss compares rows with each other
