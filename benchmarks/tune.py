@@ -4,10 +4,10 @@
 
 Each method gets up to BUDGET settings of its query; nothing is trained for them. Trained methods
 are read from the runs of seed 0 that benchmarks/shapes.py leaves in the workdir, and trained there
-if there are none. Combiner, whose query has no settings, is trained for each of its own. Chosen is the best CIRCO-like mAP@10 on val; the test worlds are not looked at.
-Writes benchmarks/tune.json after each setting and goes on there, with the same weights;
---methods=palavra,slerp tunes these alone. README's numbers use the settings in experiments/, which
-this file must confirm.
+if there are none. Combiner, whose query has no settings, is trained for each of its own. Chosen is
+the best CIRCO-like mAP@10 on val; the test worlds are not looked at. Writes benchmarks/tune.json
+after each setting and goes on there, with the same weights; --methods=palavra,slerp tunes these
+alone. README's numbers use the settings in experiments/, which this file must confirm.
 """
 
 import argparse
