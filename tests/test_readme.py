@@ -155,6 +155,18 @@ def test_rows_of_the_table_are_of_one_commit():
     assert len(commits) == 1 and all(commits) and "dirty" not in "".join(commits)
 
 
+def test_combiner_is_the_committed_measurement():
+    measured = json.loads((ROOT / "benchmarks" / "combiner.json").read_text())
+    rows = measured["values"]["circo mAP@10"]
+    said = f"{statistics.mean(rows['combiner']):.1f} ± {statistics.stdev(rows['combiner']):.1f}"
+    assert f"mAP@10 {said} on the same seeds, " in README
+    assert f"{benchmark().difference(rows['combiner'], rows['slerp'])}\nbeside Slerp" in README
+    main = json.loads((ROOT / "benchmarks" / "shapes.json").read_text())
+    assert rows["slerp"] == main["values"]["circo mAP@10"]["slerp"]  # the same queries
+    commit = {said.partition(" ")[2] for said in measured["measured"].values()}
+    assert len(commit) == 1 and "dirty" not in "".join(commit)
+
+
 def test_composers_beat_the_baselines_on_every_seed():
     measured = json.loads((ROOT / "benchmarks" / "shapes.json").read_text())
     rows = measured["values"]["circo mAP@10"]
