@@ -379,11 +379,40 @@ def report(
             "jax": jax.__version__,
             "torch": torch.__version__,
             "load_average": [round(x, 1) for x in os.getloadavg()],
+            "matrix_gflops": matrix_gflops(args.platform),
         },
         "largest_loss_difference": measured.difference,
         "results": results,
         "speedup": speedup,
     }
+
+
+def matrix_gflops(name: str, size: int = 2048) -> dict[str, int]:
+    """Of each library, its best product of square matrices on "cpu" (fp32) or "gpu" (bf16, fp16).
+
+    Where products decide, the libraries can differ by no more than this and what they compute.
+    """
+    gpu = name == "gpu"
+    ours = jax.random.normal(jax.random.key(0), (size, size), jnp.bfloat16 if gpu else jnp.float32)
+    theirs = torch.randn(size, size, device="cuda" if gpu else "cpu")
+    theirs = theirs.half() if gpu else theirs
+    multiply = jax.jit(lambda x: x @ x)
+
+    def torch_product() -> None:
+        theirs @ theirs
+        if gpu:
+            torch.cuda.synchronize()
+
+    seconds: dict[str, list[float]] = {"jax": [], "torch": []}
+    for _ in range(10):
+        for side, run in (
+            ("jax", lambda: multiply(ours).block_until_ready()),
+            ("torch", torch_product),
+        ):
+            began = time.perf_counter()
+            run()
+            seconds[side].append(time.perf_counter() - began)
+    return {side: round(2 * size**3 / min(times) / 1e9) for side, times in seconds.items()}
 
 
 def prepare(name: str) -> None:
