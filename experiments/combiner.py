@@ -3,9 +3,8 @@
     python launch/main.py --config=experiments/combiner.py
 
 Takes 1 to 2 minutes on two CPU cores. Expected on the embedded world (three seeds): CIRCO-like
-mAP@10 25.1 +- 2.0, where Slerp has 22.4 +- 2.8 and image + text 14.5 +- 1.7. Among nine settings of
-dropout, scale, width, learning rate and steps, these were the best on val (24.6; dropout 0.5: 24.0,
-0.1: 24.5; scale 10: 22.4, 40: 24.0; half as wide, dropout 0.5: 23.4).
+mAP@10 25.1 +- 2.0, where Slerp has 22.4 +- 2.8 and image + text 14.5 +- 1.7. Dropout and scale were
+chosen on val (benchmarks/tune.json).
 
 Presets: shapes (embedded world), smoke (seconds, for tests), and the released stage 2 on vit_b32
 and vit_l14, on the triplets of a prepared dataset, named with --config.stage.fuse.data.dataset
@@ -13,6 +12,10 @@ and vit_l14, on the triplets of a prepared dataset, named with --config.stage.fu
 
     python launch/eval.py --config=experiments/combiner.py:vit_b32 \\
         --config.backbone=tuned_clip_best.pt --config.init_from=official:combiner.pt
+
+A CLIP of CLIP4Cir's stage 1 is a state dict alone: the vocabulary (`bpe_simple_vocab_16e6.txt.gz`)
+and an `open_clip_config.json` that says QuickGELU lie beside it; the message about what is missing
+gives its content.
 """
 
 from ml_collections import ConfigDict
