@@ -17,6 +17,7 @@ OPTIMIZER = {
     "final": 0.0,  # learning rate at the end, as a share of the peak
     "weight_decay": 0.01,
     "decay": r".*/(kernel|embedding)",  # paths that decay: matrices
+    "only": ".*",  # paths that are trained; the rest stays as it is
     "b1": 0.9,
     "b2": 0.999,
     "eps": 1e-8,

@@ -1,8 +1,8 @@
 """Memory in huge pages, where the C library gives them to those who ask.
 
-On a CPU XLA asks for the arrays of a step anew in each step, and pages of 4 KiB take long to map and
-to clear (benchmarks/README.md). glibc reads its settings when a program starts, so it starts once
-more.
+On a CPU XLA asks for the arrays of a step anew in each step, and pages of 4 KiB take long to map
+and to clear (benchmarks/README.md). glibc reads its settings when a program starts, so it starts
+once more.
 """
 
 import os

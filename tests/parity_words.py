@@ -12,6 +12,7 @@ from cir_jax.composers import combiner, losses, phi, pic2word
 from cir_jax.composers.base import normalise
 from cir_jax.composers.lincir import LinCir
 from cir_jax.composers.pic2word import Pic2Word
+from cir_jax.composers.rtd import Rtd
 from cir_jax.input.images import ImageTransform
 from cir_jax.input.text import word_tokenizer
 from cir_jax.models.backbone import Backbone
@@ -65,19 +66,22 @@ def of_ids(config: ClipConfig) -> Backbone:
     return Backbone(Clip(config), tokenizer, ImageTransform(), weights_id="fixture")
 
 
-def lincir_loss(fixture: Any) -> Outputs:
-    """The self-masking projection loss with the stored noise, and its gradients."""
+def text_tower(fixture: Any) -> tuple[ClipConfig, convert.Names]:
+    """Of a fixture with a text tower alone, named as transformers does."""
     values = fixture.config["text_config"]
     config = ClipConfig(
         text=TextConfig.from_dict(values),
         vision=VisionConfig(image_size=32, patch_size=16),
         projection_dim=values["projection_dim"],
     )
-    names = {
-        name: target
-        for name, target in clip_weights.hf_names(config).items()
-        if name.startswith(("text_model.", "text_projection."))
-    }
+    kept = ("text_model.", "text_projection.")
+    every = clip_weights.hf_names(config)
+    return config, convert.Names({name: x for name, x in every.items() if name.startswith(kept)})
+
+
+def lincir_loss(fixture: Any) -> Outputs:
+    """The self-masking projection loss with the stored noise, and its gradients."""
+    config, names = text_tower(fixture)
     backbone = convert.to_ours(part(fixture.params, "text."), names, what=fixture.path.name)
     backbone["logit_scale"] = np.zeros((), np.float32)  # a text tower alone; not used
     params = convert.to_ours(part(fixture.params, "phi."), phi.PHI_NAMES)
@@ -126,6 +130,79 @@ def lincir_loss(fixture: Any) -> Outputs:
     outputs, grads = run(params)
     grads = convert.to_source(grads, phi.PHI_NAMES)
     return outputs | {f"grad/phi.{name}": grad for name, grad in grads.items()}
+
+
+def rtd_loss(fixture: Any) -> Outputs:
+    """The target-anchored loss with the stored noise, its parts, and gradients of the text tower
+    that is learned; here it is not what it begins as."""
+    config, names = text_tower(fixture)
+    anchor, learned = (
+        convert.to_ours(part(fixture.params, f"{name}."), names, what=fixture.path.name)
+        for name in ("anchor", "learnable")
+    )
+    anchor["logit_scale"] = np.zeros((), np.float32)  # a text tower alone; not used
+    word = convert.to_ours(part(fixture.params, "phi."), phi.PHI_NAMES)
+    inputs = {name: jnp.asarray(x) for name, x in fixture.inputs.items()}
+    noise = inputs["noise_uniform"][:, None] * inputs["noise_normal"]
+
+    class Stored(Rtd):
+        """Draws nothing: the noise is given."""
+
+        def draw(self, rng: jax.Array) -> jax.Array:
+            return noise[rng]
+
+    composer = Stored(
+        of_ids(config),
+        {"name": "searle"},
+        noise=fixture.config["noise_scale"],
+        temperature=fixture.config["tau"],
+    )
+    composer.word.network = phi.Phi(
+        config.text.hidden_size, hidden_dim=fixture.config["phi_hidden_dim"]
+    )
+    composer.word.placeholder_id = 259
+    composer.named_ids = fixture.inputs["special_tokens"][:1]
+    batch = {f"{name}_token_ids": inputs[f"{name}_tokens"] for name in ("reference", "target")}
+    batch["token_ids"] = inputs["concat_tokens"]
+    rows, frozen = jnp.arange(len(noise)), {"backbone": anchor}
+
+    @jax.jit
+    def run(text: Any) -> tuple[Outputs, Any]:
+        def loss(text: Any) -> tuple[jax.Array, Any]:
+            params = {"word": word, "text": text}
+            found = composer.encode(params, frozen, batch, rows)
+            return composer.objective(params, found)[0], found
+
+        (value, found), grads = jax.value_and_grad(loss, has_aux=True)(text)
+        sides = [
+            jnp.concatenate([found[name] for name in names])
+            for names in (("target", "reference"), ("composed", "named"))
+        ]
+        unit = normalise(jnp.concatenate(sides))
+        similarity = unit @ unit.T / composer.temperature
+        # by the definition, beside the loss itself
+        counterpart = jnp.roll(jnp.arange(len(unit)), len(sides[0]))
+        others = jnp.where(jnp.eye(len(unit), dtype=bool), -jnp.inf, similarity)
+        each = jax.nn.logsumexp(others, axis=1) - similarity[jnp.arange(len(unit)), counterpart]
+        relation = jnp.arange(len(unit)) // len(noise) % 2 == 0
+        query = {"reference_features": found["reference"] + composer.noise * noise}
+        return {
+            "reference_text_embeddings": found["reference"],
+            "phi_input": query["reference_features"],
+            "estimated_token_embeddings": composer.word.invert(word, frozen, query, rows),
+            "anchor_text_embeddings": sides[0],
+            "learnable_text_embeddings": sides[1],
+            "similarity_over_tau": similarity,
+            "row_losses": each,
+            "loss_relation_rows": each.mean(where=relation),
+            "loss_hard_negative_rows": each.mean(where=~relation),
+            "loss": value,
+        }, grads
+
+    outputs, grads = run(learned)
+    grads = convert.to_source(grads, names)
+    stored = {name.removeprefix("grad/learnable.") for name in fixture.expected}
+    return outputs | {f"grad/learnable.{name}": grads[name] for name in grads if name in stored}
 
 
 def pic2word_clip(fixture: Any) -> Outputs:
@@ -213,4 +290,5 @@ HANDLERS: dict[str, Callable[[Any], Outputs]] = {
     "lincir_loss": lincir_loss,
     "pic2word_clip": pic2word_clip,
     "combiner": combiner_network,
+    "rtd_loss": rtd_loss,
 }

@@ -19,6 +19,7 @@ COMPOSERS = {
     "lincir": "LinCir",
     "palavra": "Palavra",
     "pic2word": "Pic2Word",
+    "rtd": "Rtd",
     "searle": "Searle",
     "searle_oti": "SearleOti",
     "slerp": "Slerp",

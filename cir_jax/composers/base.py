@@ -88,6 +88,12 @@ class Composer:
         del rng
         return {}
 
+    def begin(self, given: Params, frozen: Params) -> Params:
+        """Trainable parameters from `given`: the result of the stage before, or what
+        `read_official` found. Methods that take over less than all say here how."""
+        del frozen
+        return given
+
     def read_official(self, path: Path, frozen: Params) -> Params:
         """Trainable parameters from a checkpoint of the authors; see `composers.official`."""
         raise TypeError(f"{type(self).__name__} has no official_format")

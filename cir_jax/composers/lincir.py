@@ -27,6 +27,7 @@ import jax.numpy as jnp
 
 from cir_jax.composers.base import Params, Query, normalise
 from cir_jax.composers.phi import PhiWord, check_weight
+from cir_jax.composers.pseudo_word import text_noise
 from cir_jax.models.backbone import Backbone
 
 
@@ -67,8 +68,7 @@ class LinCir(PhiWord):
     def draw(self, rng: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Of one row: noise float32[dim], and the key of its dropout."""
         share, normal, dropout = jax.random.split(rng, 3)
-        noise = jax.random.uniform(share) * jax.random.normal(normal, (self.backbone.dim,))
-        return self.noise * noise, dropout
+        return self.noise * text_noise(share, normal, self.backbone.dim), dropout
 
     def network_input(self, features: jax.Array) -> jax.Array:
         return normalise(features) if self.l2_normalize else features

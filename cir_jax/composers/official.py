@@ -1,11 +1,13 @@
 """Checkpoints of the methods' authors: read into a composer, and written again.
 
     --config.init_from=official:PATH    evaluates these weights, or starts training from them
+    --config.init_from=official:A,B     likewise of a method whose parts are in two files
     --config.export_to=PATH             writes what was trained in the authors' format
 
 Here is what is the same for all methods: the flag, and shapes that must be the composer's.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,33 +20,44 @@ from cir_jax.weights import convert
 FLAG = "official:"
 
 
-def given(init_from: str) -> Path | None:
-    """The path in `official:PATH`; None where init_from is something else."""
+def given(init_from: str) -> tuple[Path, ...]:
+    """The paths in `official:PATH[,PATH]`; none where init_from is something else."""
     if not init_from.startswith(FLAG):
-        return None
-    path = init_from.removeprefix(FLAG)
-    if not path:
+        return ()
+    names = init_from.removeprefix(FLAG)
+    paths = (names,) if Path(names).expanduser().exists() else names.split(",")
+    if not all(paths):
         raise ConfigError(f"config.init_from={init_from!r}: write {FLAG}PATH.")
-    return Path(path).expanduser()
+    return tuple(Path(path).expanduser() for path in paths)
 
 
-def load(composer: Composer, path: Path, frozen: Any) -> Any:
-    """Trainable parameters (numpy) of `composer` from an official checkpoint.
+def load(composer: Composer, paths: Path | Sequence[Path], frozen: Any) -> Any:
+    """Trainable parameters (numpy) of `composer` from an official checkpoint, of one or more files.
 
-    Raises ConfigError when the method has none, WeightsError when the file is missing, of another
-    kind, or of another size; every tensor in it is accounted for.
+    Raises ConfigError when the method has none, WeightsError when a file is missing, of another
+    kind, or of another size, and when two hold the same; every tensor in it is accounted for.
     """
-    check_known(composer, f"config.init_from={FLAG}{path}")
-    if not path.exists():
-        raise WeightsError(
-            f"{path}: no such file. Download the method's weights and give {FLAG}PATH: "
-            f"{composer.official_format}."
-        )
-    params = composer.read_official(path, frozen)
+    paths = [paths] if isinstance(paths, Path) else paths
+    said = ",".join(map(str, paths))
+    check_known(composer, f"config.init_from={FLAG}{said}")
+    params: dict[str, Any] = {}
+    for path in paths:
+        if not path.exists():
+            raise WeightsError(
+                f"{path}: no such file. Download the method's weights and give {FLAG}PATH: "
+                f"{composer.official_format}."
+            )
+        found = composer.read_official(path, frozen)
+        if twice := sorted(params.keys() & found.keys()):
+            raise WeightsError(
+                f"{path}: holds {twice[0]!r} of the method, as a file before it does."
+            )
+        params |= found
+    params = composer.begin(params, frozen)
     expected = jax.eval_shape(composer.init, jax.random.key(0))
     backbone = composer.backbone
     # all formats store sizes only as shapes, so this is where another backbone shows
-    what = f"{path} on the backbone {backbone.weights_id} ({backbone.dim}, {backbone.token_dim})"
+    what = f"{said} on the backbone {backbone.weights_id} ({backbone.dim}, {backbone.token_dim})"
     convert.check_shapes(params, expected, what)
     return params
 

@@ -105,14 +105,10 @@ class Pic2Word(LearnedWord):
         network = Im2Text(backbone.token_dim, hidden_dim, float(dropout), n_layer)
         super().__init__(backbone, network)
         self.names = names(n_layer)
-        self.scale, self.link = float(scale), link
+        self.scale, self.template = float(scale), f"a photo of * {link} {{}}"
         if backbone.family != "clip":
             self.official_format = ""  # the file holds a CLIP
         self.training_ids = backbone.tokenizer([self.prompt("")])
-
-    def prompt(self, text: str) -> str:
-        plain = self.backbone.tokenizer.plain(text)
-        return f"a photo of * {self.link} {plain}" if text else "a photo of *"
 
     def encode(
         self, params: Params, frozen: Params, batch: dict[str, jax.Array], rngs: jax.Array

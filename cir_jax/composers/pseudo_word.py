@@ -30,10 +30,13 @@ class PseudoWord(Composer):
         super().__init__(backbone)
         self.placeholder_id = backbone.tokenizer.id_of(self.placeholder)
 
+        self.template = f"a photo of {self.placeholder} that {{}}"
+        """The prompt of a query, {} where its text comes."""
+
     def prompt(self, text: str) -> str:
-        """ "a photo of $ that {text}"; without a text, the prompt that names the image alone."""
-        named = f"a photo of {self.placeholder}"
-        return f"{named} that {self.backbone.tokenizer.plain(text)}" if text else named
+        """`template` with the text in it; without one, the prompt that names the image alone."""
+        plain = self.backbone.tokenizer.plain(text)
+        return self.template.replace("{}", plain) if text else f"a photo of {self.placeholder}"
 
     def invert(self, params: Params, frozen: Params, query: Query, rng: jax.Array) -> jax.Array:
         """Pseudo-word tokens of the reference images: float32[batch, token_dim]."""
@@ -55,3 +58,9 @@ class PseudoWord(Composer):
         words = self.invert(params, frozen, query, rng)
         features = self.text_features(frozen["backbone"], query["token_ids"], words)
         return normalise(features.astype(jnp.float32))
+
+
+def text_noise(share: jax.Array, normal: jax.Array, dim: int) -> jax.Array:
+    """float32[dim], Unif(0, 1) x N(0, I) by two keys: what LinCIR and RTD add to a text feature,
+    scaled, to stand for the gap between texts and images."""
+    return jax.random.uniform(share) * jax.random.normal(normal, (dim,))

@@ -19,7 +19,7 @@ from cir_jax.experiment import Experiment, for_evaluation, stage_names
 from cir_jax.sharding.placement import to_host
 from cir_jax.storage.places import default_cache_dir
 from cir_jax.training import workdir as workdirs
-from cir_jax.training.stages import official_params, scored_params
+from cir_jax.training.stages import as_trained, official_params, scored_params
 from cir_jax.weights.files import content_id
 
 
@@ -36,7 +36,8 @@ def trained_params(experiment: Experiment, workdir: Path | None) -> Any:
     for name in reversed(stage_names(experiment.config)) if workdir else ():
         directory = workdir / name
         if any(path.name.isdigit() for path in (directory / "checkpoints").glob("*")):
-            params, position = scored_params(experiment, directory)
+            params, position = scored_params(as_trained(experiment, name), directory)
+            params = experiment.composer.begin(params, experiment.frozen)
             step, steps = position["next_batch"], position["steps"]
             last = name == stage_names(experiment.config)[-1]
             if not (last and position["reached"] == steps):

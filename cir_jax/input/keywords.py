@@ -1,4 +1,5 @@
-"""Captions with their keywords masked, as LinCIR trains on them (arXiv 2312.01998, section 3.2).
+"""Captions with their keywords masked, as LinCIR trains on them (arXiv 2312.01998, section 3.2),
+and text triplets, cleaned alike.
 
 The rules are the released code's, its oddities included, and are told where they stand. Keywords
 come from spaCy, or from a dictionary of parts of speech where the vocabulary is closed (the
@@ -157,3 +158,25 @@ class MaskedCaptions(grain.transforms.RandomMap):
             masked = f"a photo of {PLACEHOLDER}"
             masked_ids = self.tokenizer([masked], length=self.tokenizer.context_length)[0]
         return {"token_ids": ids, "masked_token_ids": masked_ids}
+
+
+@dataclasses.dataclass(frozen=True)
+class TextTriplets(grain.transforms.RandomMap):
+    """Two captions and the text between them, as RTD trains on them: reference_token_ids and
+    target_token_ids of the captions, cleaned; token_ids of the query, its text as it is.
+
+    template: of the query, {} where the text comes.
+    """
+
+    tokenizer: Tokenizer
+    template: str
+
+    def random_map(
+        self, element: dict[str, bytes], rng: np.random.Generator
+    ) -> dict[str, np.ndarray]:
+        del rng
+        captions = [element[f"{name}_caption"].decode() for name in ("reference", "target")]
+        query = self.template.replace("{}", self.tokenizer.plain(element["text"].decode()))
+        texts = [*(clean(caption, self.tokenizer) for caption in captions), query]
+        ids = self.tokenizer(texts, length=self.tokenizer.context_length)
+        return dict(zip(("reference_token_ids", "target_token_ids", "token_ids"), ids, strict=True))

@@ -24,6 +24,7 @@ TABLES = {
     "triplets": "triplets",
     "images": "images",
     "texts": "masked_captions",
+    "text_triplets": "text_triplets",
 }
 """Training tables -> the example that their records become by default."""
 
@@ -62,6 +63,16 @@ def _masked(experiment: Experiment, data: Any, source: records.Records) -> Any:
     return keywords.MaskedCaptions(experiment.backbone.tokenizer, keywords.tagger(data.keywords))
 
 
+def _text_triplets(experiment: Experiment, data: Any, source: records.Records) -> Any:
+    template = getattr(experiment.composer, "template", None)
+    if template is None:
+        raise ConfigError(
+            f"text triplets need a method whose queries are a prompt; "
+            f"{type(experiment.composer).__name__} has none. Train rtd on them."
+        )
+    return keywords.TextTriplets(experiment.backbone.tokenizer, template)
+
+
 def _labels(experiment: Experiment, source: records.Records) -> objects.Labels:
     known = getattr(experiment.composer, "objects", None)
     if known is None:
@@ -93,6 +104,7 @@ EXAMPLES = {
     "images": Example(("image",), lambda experiment, data, source: records.Images(_suffix(data))),
     "cropped_images": Example(("image",), _cropped, whole=True),
     "masked_captions": Example((), _masked),
+    "text_triplets": Example((), _text_triplets),
     "object_sets": Example(("image",), _object_sets, items=_labels),
 }
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import optax
+from flax.traverse_util import flatten_dict
 
 from cir_jax.errors import ConfigError, unknown
 from cir_jax.models.resnet import STATISTICS
@@ -60,6 +61,7 @@ def optimizer(
 
     weight_decay acts on the parameters whose path matches `decay` (default: matrices only), but
     never on the statistics of frozen batch norms, which get no gradient either.
+    only: paths of what is trained; the rest stays as it is, without moments or decay.
     muon: orthogonalised momentum on the matrices inside the blocks, Adam (adam_learning_rate) on
     the rest.
     """
@@ -92,4 +94,20 @@ def optimizer(
     else:
         raise ConfigError(unknown("optimizer", name, ("adamw", "muon")))
     clip = config["clip_norm"]
-    return optax.chain(optax.clip_by_global_norm(clip), main) if clip else main
+    main = optax.chain(optax.clip_by_global_norm(clip), main) if clip else main
+    only = config.get("only", ".*")  # not in configs of earlier versions
+    if only == ".*":
+        return main
+    trained = path_mask(only)
+
+    def labels(tree: Any) -> Any:
+        mask = trained(tree)
+        if not any(jax.tree.leaves(mask)):
+            paths = ["/".join(map(str, path)) for path in flatten_dict(tree)]
+            raise ConfigError(
+                f"optimizer.only={only!r} matches no parameter. Paths look like: "
+                f"{', '.join('/' + path for path in paths[:: max(1, len(paths) // 6)][:6])}."
+            )
+        return jax.tree.map(lambda train: "trained" if train else "held", mask)
+
+    return optax.partition({"trained": main, "held": optax.set_to_zero()}, labels)

@@ -118,6 +118,13 @@ def start(experiment: Experiment, workdir: Path) -> Any:
     trained = [name for name in names if experiment.config.stage[name].kind != "inversion"]
     if given is None and trained and experiment.config.stage[trained[0]].after:
         _continued(experiment, trained[0], workdir)
+    if given is not None and trained and as_trained(experiment, trained[0]) is not experiment:
+        fits = [name for name in trained if as_trained(experiment, name) is experiment]
+        raise ConfigError(
+            f"config.init_from={experiment.config.init_from!r} is of {experiment.config.name}, and "
+            f"stage {trained[0]!r} trains another method. Leave it out: "
+            f"--config.stages={','.join(fits)}."
+        )
     return given
 
 
@@ -126,11 +133,11 @@ def official_params(experiment: Experiment) -> Any:
 
     The first training stage starts from them.
     """
-    path = official.given(experiment.config.init_from)
-    if path is None:
+    paths = official.given(experiment.config.init_from)
+    if not paths:
         return None
     host = jax.tree.map(placement.to_host, experiment.frozen)
-    return placement.place(experiment.mesh, official.load(experiment.composer, path, host))
+    return placement.place(experiment.mesh, official.load(experiment.composer, paths, host))
 
 
 def initial_params(experiment: Experiment, name: str, workdir: Path, previous: Any) -> Any:
@@ -138,16 +145,20 @@ def initial_params(experiment: Experiment, name: str, workdir: Path, previous: A
 
     Raises CheckpointError when the stage continues another one whose result is nowhere.
     """
-    if previous is not None or not experiment.config.stage[name].after:
-        return previous
+    after = experiment.config.stage[name].after
+    if previous is None and not after:
+        return None
+    stage = of_stage(experiment, name, shapes_only=True)
+    if previous is not None:
+        return stage.composer.begin(previous, stage.frozen)
     directory = _continued(experiment, name, workdir)
-    params, position = scored_params(experiment, directory)
+    params, position = scored_params(as_trained(experiment, after), directory)
     if position["reached"] < position["steps"]:
         raise CheckpointError(
             f"{directory} stopped at step {position['reached']} of {position['steps']}: "
             f"stage {name!r} continues a finished stage. Finish it first."
         )
-    return params
+    return stage.composer.begin(params, stage.frozen)
 
 
 def _continued(experiment: Experiment, name: str, workdir: Path) -> Path:
@@ -167,6 +178,15 @@ def _continued(experiment: Experiment, name: str, workdir: Path) -> Path:
         f"{' or '.join(map(str, candidates))}. Run --config.stages={after},{name}, or set "
         "--config.init_from to a workdir with it."
     )
+
+
+def as_trained(experiment: Experiment, name: str) -> Experiment:
+    """The experiment whose composer has the parameters that stage `name` trains: its own, unless
+    the stage trains another method's."""
+    own = experiment.config.stage[name].composer.to_dict()
+    if own.get("name", experiment.config.composer.name) == experiment.config.composer.name:
+        return experiment
+    return of_stage(experiment, name, shapes_only=True)
 
 
 def scored_params(experiment: Experiment, directory: Path) -> tuple[Any, dict[str, Any]]:

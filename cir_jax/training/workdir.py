@@ -77,7 +77,10 @@ def _shaping(values: Mapping[str, Any]) -> dict[str, Any]:
 
     def of(part: Mapping[str, Any]) -> dict[str, Any]:
         settings = part.get("composer")  # {} = that of the experiment
-        return {**part, "composer": composers.shaping(settings)} if settings else dict(part)
+        part = {**part, "composer": composers.shaping(settings)} if settings else dict(part)
+        if "optimizer" in part:
+            part["optimizer"] = {"only": ".*"} | part["optimizer"]
+        return part
 
     stages = {name: of(stage) for name, stage in values.get("stage", {}).items()}
     checkpoint = {"best": ""} | values.get("checkpoint", {})

@@ -17,7 +17,13 @@ from cir_jax.sharding.mesh import make_mesh
 from cir_jax.training import inputs, logs, stages
 from tests import tiny as factory
 
-STAGES = {"pic2word": "contrastive", "lincir": "smp", "palavra": "invert", "combiner": "fuse"}
+STAGES = {
+    "pic2word": "contrastive",
+    "lincir": "smp",
+    "palavra": "invert",
+    "combiner": "fuse",
+    "rtd": "rtd",
+}
 STEPS, LAST = 5, 3  # a checkpoint every 2, the end after LAST
 
 
@@ -42,11 +48,24 @@ def triplet_table(count):
     )
 
 
+def text_triplet_table(count):
+    captions = [record["captions"][0] for record in factory.caption_table(count).records]
+    return factory.MemoryTable(
+        [
+            {"reference_caption": a, "target_caption": b, "text": b"is " + b}
+            for a, b in zip(captions, [*captions[1:], captions[0]], strict=True)
+        ]
+    )
+
+
 @pytest.mark.parametrize("name", STAGES)
 def test_a_killed_run_goes_on_to_the_same_numbers(name, tiny, tmp_path, monkeypatch):
     config, stage = read_experiment(f"experiments/{name}.py:smoke"), STAGES[name]
     config.log_every, config.checkpoint.every = 1, "2 steps"
-    config.composer.hidden_dim = 8
+    if name == "rtd":
+        config.composer.word.hidden_dim = 8
+    elif name != "lincir":
+        config.composer.hidden_dim = 8
     recipe = config.stage[stage]
     recipe.batch_size, recipe.duration = 8, f"{STEPS} steps"
     if name == "pic2word":  # the crops are drawn, too
@@ -55,11 +74,10 @@ def test_a_killed_run_goes_on_to_the_same_numbers(name, tiny, tmp_path, monkeypa
         objects = tmp_path / "objects.json"
         objects.write_text(json.dumps({"star": ["star"], "circle": ["circle"]}))
         recipe.composer.objects, recipe.composer.hidden_dim = str(objects), 8
-    if name == "lincir":
-        del config.composer.hidden_dim
     if name == "combiner":
         recipe.data.example, config.composer.projection_dim = "joined_triplets", 8
-    table = triplet_table if name == "combiner" else factory.caption_table
+    tables = {"combiner": triplet_table, "rtd": text_triplet_table}
+    table = tables.get(name, factory.caption_table)
     monkeypatch.setattr(inputs, "Table", lambda *_: table(40))
     monkeypatch.setenv("CIR_JAX_CACHE", str(tmp_path / "cache"))
     backbone, params = tiny
@@ -68,7 +86,10 @@ def test_a_killed_run_goes_on_to_the_same_numbers(name, tiny, tmp_path, monkeypa
     mesh = make_mesh({"data": 1}, jax.devices()[:1])
     frozen = placement.place(mesh, composer.freeze(params))
     experiment = Experiment(config, mesh, backbone, composer, frozen)
-    trainer = stages.make_trainer(experiment, stage, None)
+    initial = None
+    if name == "rtd":
+        initial = composer.begin(jax.jit(composer.word.init)(jax.random.key(0)), frozen)
+    trainer = stages.make_trainer(experiment, stage, initial)
 
     whole = jax.device_get(trainer.run(tmp_path / "whole"))
     batches = type(trainer.pipeline).batches
@@ -87,3 +108,7 @@ def test_a_killed_run_goes_on_to_the_same_numbers(name, tiny, tmp_path, monkeypa
     assert len(rows(tmp_path / "whole")) == STEPS
     jax.tree.map(np.testing.assert_array_equal, again, whole)
     assert trainer.step.traces == 1
+    if name == "rtd":  # the words are held, and the first run began where this one does
+        jax.tree.map(np.testing.assert_array_equal, whole["word"], jax.device_get(initial["word"]))
+        moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), whole["text"], initial["text"])
+        assert min(jax.tree.leaves(moved)) > 0

@@ -40,6 +40,33 @@ def test_the_statistics_of_frozen_batch_norms_do_not_move(name):
         assert np.array_equal(before, flatten(moved)[path]) == (path[-1] in STATISTICS), path
 
 
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_only_what_is_chosen_is_trained(name):
+    """The rest neither moves nor decays, and has no moments; what is trained moves as alone."""
+    inside = {"layers_0": {"fc1": {"kernel": np.full((4, 4), 2.0, np.float32)}}}
+    params = {"text": inside, "word": jax.tree.map(np.copy, inside)}
+    fields = base.OPTIMIZER | {"name": name, "learning_rate": 0.1, "decay": ".*", "clip_norm": 1.0}
+
+    def made(**more):
+        return optimizers.optimizer(fields | more, 10, lambda v, **kw: 0)
+
+    def step(optimizer, params):
+        state = optimizer.init(params)
+        grads = jax.tree.map(lambda x: np.arange(x.size, dtype=np.float32).reshape(4, 4), params)
+        updates, _ = optimizer.update(grads, state, params)
+        return state, optax.apply_updates(params, updates)
+
+    state, moved = step(made(only="/text/.*"), params)
+    alone_state, alone = step(made(), {"text": inside})
+    jax.tree.map(np.testing.assert_array_equal, moved["word"], params["word"])
+    jax.tree.map(np.testing.assert_array_equal, moved["text"], alone["text"])
+    assert not np.allclose(moved["text"]["layers_0"]["fc1"]["kernel"], 2.0)
+    sizes = (sum(x.size for x in jax.tree.leaves(tree)) for tree in (state, alone_state))
+    assert len(set(sizes)) == 1
+    with pytest.raises(ConfigError, match="only='/txet/.*' matches no parameter.*/text/layers_0/f"):
+        made(only="/txet/.*").init(params)
+
+
 def test_a_resnet_cannot_be_pretrained(tiny):
     config = ClipConfig(TextConfig(), ResNetConfig())
     backbone = Backbone(Clip(config), tiny[0].tokenizer, tiny[0].image_transform, "rn50@x")

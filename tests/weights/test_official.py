@@ -98,7 +98,7 @@ def test_mistakes_are_named(made, tiny, tmp_path):
         official.load(slerp, official.given("official:x"), {})
     with pytest.raises(ConfigError, match="write official:PATH"):
         official.given("official:")
-    assert official.given("runs/other") is None
+    assert official.given("runs/other") == ()
     (tmp_path / "noise.pt").write_bytes(b"nothing")
     with pytest.raises(WeightsError, match="noise.pt: not a"):
         official.load(experiment.composer, tmp_path / "noise.pt", experiment.frozen)
