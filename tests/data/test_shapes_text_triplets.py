@@ -64,7 +64,7 @@ def test_they_are_the_same_on_every_machine(records):
     encode = embedders.text_tower(world.CLIP).encode
     for part in ("COLOUR", "SIZE", "BACKGROUND", "SHAPE", "SHAPES"):
         features = encode(sorted(world.PARTS[part]))
-        features /= np.linalg.norm(features, axis=1, keepdims=True)
+        features = features / np.linalg.norm(features, axis=1, keepdims=True)
         cosines = (features @ features.T)[np.triu_indices(len(features), 1)]
         for edge in world.BAND:  # no rounding moves one over an edge
             assert np.abs(cosines - edge).min() > 0.02
