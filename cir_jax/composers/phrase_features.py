@@ -24,7 +24,7 @@ def phrase_features(ids: np.ndarray, backbone: Backbone, params: Any) -> np.ndar
     """float32[phrases, dim]: un-normalised text features of int[phrases, length] ids."""
 
     def encode(start: int, stop: int) -> np.ndarray:
-        return np.asarray(_encode(backbone, params, ids[start:stop].astype(np.int32)))
+        return np.asarray(encode_texts(backbone, params, ids[start:stop].astype(np.int32)))
 
     what = {"features": "phrases", "phrases": hashlib.sha256(ids.tobytes()).hexdigest()}
     return _once(what, len(ids), TEXTS_AT_ONCE, encode, backbone, params)
@@ -87,7 +87,8 @@ def _once(
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _encode(backbone: Backbone, params: Any, ids: jax.Array) -> jax.Array:
+def encode_texts(backbone: Backbone, params: Any, ids: jax.Array) -> jax.Array:
+    """int32[batch, length] -> float32[batch, dim], un-normalised, infinite rows `marked`."""
     with backbone.full_precision():
         return finite.marked(backbone.encode_text(params, ids))
 

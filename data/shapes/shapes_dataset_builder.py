@@ -12,7 +12,7 @@ from data.shapes.benchmarks import BENCHMARKS, BenchmarkSizes
 
 VERSION = "1.0.0"  # of the generator: raise it with every change of what is generated
 EVAL_SPLITS = ("val", "test_0", "test_1", "test_2")
-TABLES = ("pretrain", "captions", "triplets", "gallery", *BENCHMARKS)
+TABLES = ("pretrain", "captions", "triplets", "text_triplets", "gallery", *BENCHMARKS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +38,8 @@ def _features(table: str) -> dict[str, object]:
         case "triplets":
             own = {"reference": image, "target": image, "text": text}
             own |= {"reference_caption": text, "target_caption": text}
+        case "text_triplets":
+            own = {"reference_caption": text, "target_caption": text, "text": text}
         case "gallery":
             own = {"image": image, "caption": text, "categories": texts}
         case _:
@@ -70,7 +72,7 @@ class Shapes(tfds.core.GeneratorBasedBuilder):
         match table:
             case "pretrain":
                 splits = {"train": sizes.pretrain, "val": sizes.pretrain_val}
-            case "captions":
+            case "captions" | "text_triplets":  # at most one of each caption's record
                 splits = {"train": sizes.captions}
             case "triplets":
                 splits = {"train": sizes.triplets}
@@ -86,6 +88,11 @@ class Shapes(tfds.core.GeneratorBasedBuilder):
                 records = captioned.records(table, split, size)
             case "triplets":
                 records = queries.triplet_records(split, size)
+            case "text_triplets":
+                # only here, as it loads JAX and the small CLIP
+                from data.shapes import text_triplets
+
+                records, size = text_triplets.records(split, size), None
             case _:
                 world = benchmarks.world(split, self.SIZES.benchmarks)
                 if table == "gallery":
