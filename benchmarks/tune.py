@@ -4,7 +4,8 @@
 
 Each method gets up to BUDGET settings of its query; nothing is trained for them. Trained methods
 are read from the runs of seed 0 that benchmarks/shapes.py leaves in the workdir, and trained there
-if there are none. Combiner, whose query has no settings, is trained for each of its own. Chosen is
+if there are none. Combiner and RTD, whose queries have no settings, are trained for each of their
+own: the last stage, the ones before it once. Chosen is
 the best CIRCO-like mAP@10 on val; the test worlds are not looked at. Writes benchmarks/tune.json
 after each setting and goes on there, with the same weights; --methods=palavra,slerp tunes these
 alone. README's numbers use the settings in experiments/, which this file must confirm.
@@ -36,6 +37,8 @@ GRIDS: dict[str, dict[str, tuple[Any, ...]]] = {
     "pic2word": {"link": (",", "that", "and", "but", "which", "of", "with", "which is", "that is")},
     "searle_oti": {"iterations": (50, 100, 200), "learning_rate": (1e-2, 2e-2, 5e-2)},
     "combiner": {"dropout": (0.1, 0.3, 0.5), "scale": (10.0, 20.0, 40.0)},
+    "tat": {"alpha": (0.5, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)},
+    "rtd": {"noise": (0.0, 0.5, 1.0), "temperature": (0.03, 0.07, 0.2)},
     "compodiff": {"steps": (2, 5, 10), "guidance": ((2.5, 2.0), (1.5, 7.5), (1.0, 1.0))},
 }
 """Method -> setting -> values; the product is tried. SEARLE and LinCIR have no such settings."""
@@ -79,8 +82,10 @@ def tune(method: str, preset: str, workdir: Path, known: Sequence[Mapping[str, A
     directory = workdir.absolute() / f"{method}-0"
     experiment = experiments.setup(config)
     of_query = not config.stages or set(GRIDS[method]) <= {*experiment.composer.inference_settings}
-    if config.stages and of_query:
+    before, last = config.stages[:-1], config.stages[-1:]
+    if config.stages and (of_query or before):
         workdirs.claim(directory, config)
+        config.stages = config.stages if of_query else before
         stages.train(experiment, directory)
     kind, metric = CHOSEN_BY
     (name,) = (name for name in config.evaluation.benchmarks if name.endswith(f"/{kind}"))
@@ -96,7 +101,10 @@ def tune(method: str, preset: str, workdir: Path, known: Sequence[Mapping[str, A
         config.composer.update(point)
         experiment = experiments.setup(config)
         if not of_query:
+            config.stages = last
             with tempfile.TemporaryDirectory() as scratch:
+                for name in before:
+                    (Path(scratch) / name).symlink_to(directory / name)
                 params = stages.train(experiment, Path(scratch))
         chosen_by = config.copy_and_resolve_references()
         chosen_by.checkpoint.best = f"{name} {metric}"

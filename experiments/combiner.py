@@ -51,6 +51,7 @@ PRESETS = {
         "log_every": 2,
         "checkpoint.every": "4 steps",
     },
+    "tat": {"backbone": "runs/tat/shapes/backbone"},  # experiments/tat.py writes it
     "vit_b32": {"backbone": "openai/clip-vit-base-patch32", **RELEASED},
     "vit_l14": {"backbone": "openai/clip-vit-large-patch14", **RELEASED},
 }

@@ -13,6 +13,7 @@ from experiments import base
 PRESETS = {
     "shapes": {},
     "smoke": {"evaluation.benchmarks": base.benchmarks("shapes_tiny")},
+    "tat": {"backbone": "runs/tat/shapes/backbone"},  # experiments/tat.py writes it
     "vit_b32": {"backbone": "openai/clip-vit-base-patch32"},
     "vit_l14": {"backbone": "openai/clip-vit-large-patch14"},
 }

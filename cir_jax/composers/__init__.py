@@ -23,6 +23,7 @@ COMPOSERS = {
     "searle": "Searle",
     "searle_oti": "SearleOti",
     "slerp": "Slerp",
+    "tat": "Tat",
     "text_only": "TextOnly",
 }
 """Module name under `cir_jax.composers` -> class in it."""

@@ -63,6 +63,9 @@ class Composer:
     official_format: str = ""
     """What checkpoints of the method's authors look like, for messages; "" = there are none."""
 
+    official_by_torch: bool = True
+    """Whether PyTorch writes them."""
+
     def __init__(self, backbone: Backbone):
         self.backbone = backbone
 

@@ -23,6 +23,7 @@ STAGES = {
     "palavra": "invert",
     "combiner": "fuse",
     "rtd": "rtd",
+    "tat": "anchor",
 }
 STEPS, LAST = 5, 3  # a checkpoint every 2, the end after LAST
 
@@ -64,6 +65,8 @@ def test_a_killed_run_goes_on_to_the_same_numbers(name, tiny, tmp_path, monkeypa
     config.log_every, config.checkpoint.every = 1, "2 steps"
     if name == "rtd":
         config.composer.word.hidden_dim = 8
+    elif name == "tat":
+        config.composer.rank = 2
     elif name != "lincir":
         config.composer.hidden_dim = 8
     recipe = config.stage[stage]
