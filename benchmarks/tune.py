@@ -103,8 +103,8 @@ def tune(method: str, preset: str, workdir: Path, known: Sequence[Mapping[str, A
         if not of_query:
             config.stages = last
             with tempfile.TemporaryDirectory() as scratch:
-                for name in before:
-                    (Path(scratch) / name).symlink_to(directory / name)
+                for stage in before:
+                    (Path(scratch) / stage).symlink_to(directory / stage)
                 params = stages.train(experiment, Path(scratch))
         chosen_by = config.copy_and_resolve_references()
         chosen_by.checkpoint.best = f"{name} {metric}"

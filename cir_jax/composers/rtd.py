@@ -218,14 +218,13 @@ class Rtd(Composer):
         tree = convert.to_ours(tensors, names, ignore=ignore, what=str(path), dtype=np.float32)
         convert.check_shapes(tree, subtree.chosen(frozen["backbone"], TEXT), str(path))
         tuned = subtree.chosen(tree, self.pattern)
-        ours, learned = convert.flatten(frozen["backbone"]), convert.flatten(tuned)
-        for name, tensor in convert.flatten(tree).items():
-            if name not in learned and not np.allclose(tensor, ours[name], rtol=1e-2, atol=1e-4):
-                raise WeightsError(
-                    f"{path}: {'/'.join(name)} is not the backbone's, and not among what this "
-                    "composer learns. Set --config.composer.tuned=full, or the backbone it was "
-                    "tuned from."
-                )
+        convert.check_same(
+            subtree.without(tree, tuned),
+            frozen["backbone"],
+            str(path),
+            "It is not among what this composer learns: set --config.composer.tuned=full, or "
+            "--config.backbone to the one it was tuned from.",
+        )
         return {"text": tuned}
 
     def write_official(self, path: Path, params: Params, frozen: Params) -> None:

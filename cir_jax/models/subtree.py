@@ -37,3 +37,9 @@ def put(params: Mapping[str, Any], tuned: Mapping[str, Any]) -> dict[str, Any]:
     return unflatten_dict(
         flat | {path: x.astype(flat[path].dtype) for path, x in own.items()}, sep="/"
     )
+
+
+def without(params: Mapping[str, Any], tuned: Mapping[str, Any]) -> dict[str, Any]:
+    """The tree of `params` without the paths of `tuned`."""
+    own = flatten_dict(tuned)
+    return unflatten_dict({path: x for path, x in flatten_dict(params).items() if path not in own})

@@ -176,6 +176,21 @@ def check_shapes(params: Mapping[str, Any], expected: Mapping[str, Any], what: s
         raise WeightsError(f"{what}: parameters on one side only: {_some(sorted(leftover))}.")
 
 
+SAME = 1e-2
+"""Of the largest value of a tensor: files of one model differ by less, be they rounded to fp16."""
+
+
+def check_same(
+    params: Mapping[str, Any], expected: Mapping[str, Any], what: str, remedy: str
+) -> None:
+    """Raises WeightsError unless all of `params` are, but for rounding, in `expected`."""
+    ours = flatten(expected)
+    for path, tensor in flatten(params).items():
+        here = np.asarray(ours[path], np.float32)
+        if np.abs(tensor - here).max() > SAME * np.abs(here).max():
+            raise WeightsError(f"{what}: {'/'.join(path)} is not that of the backbone. {remedy}")
+
+
 def flatten(tree: Mapping[str, Any], prefix: tuple[str, ...] = ()) -> dict[tuple[str, ...], Any]:
     """Nested dict -> {path: leaf}."""
     flat: dict[tuple[str, ...], Any] = {}

@@ -122,7 +122,7 @@ def test_official_files_come_back(made, tmp_path):
     torch.save(stored | {"optimizer": {"state": {0: {"step": torch.zeros(3)}}}}, file)
     official.load(composer, file, frozen)
     other = composer.freeze(factory.backbone(seed=1)[1])
-    with pytest.raises(WeightsError, match="is not that of the backbone tiny@0. Set --config.back"):
+    with pytest.raises(WeightsError, match="is not that of the backbone. It is tiny@0: set --con"):
         official.load(composer, file, other)
     stored["state_dict_img2text"]["module.layers.2.0.weight"] = torch.zeros(20, 20)
     torch.save(stored, file)

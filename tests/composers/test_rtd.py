@@ -235,7 +235,7 @@ def test_files_of_the_authors_are_read_and_written(tiny, tmp_path):
         official.load(composer, file, frozen)
     with pytest.raises(WeightsError, match="lincir.pt: holds 'word' of the method, as a file befo"):
         official.load(composer, [word_file, word_file], frozen)
-    with pytest.raises(WeightsError, match="not among what this composer learns. Set .*tuned=full"):
+    with pytest.raises(WeightsError, match="not among what this composer learns: set .*tuned=full"):
         official.load(Rtd(backbone, WORD, tuned="fcs"), both, frozen)
     torch.save({"epoch": 3, "CLIPTextModelWithProjection": {"more": torch.zeros(2)} | state}, file)
     with pytest.raises(WeightsError, match="more"):

@@ -68,6 +68,10 @@ STAGES = {
         {"reference_token_ids": WORDS, "target_token_ids": WORDS, "token_ids": WORDS},
         True,
     ),
+    ("clip4cir", "tune"): (
+        {"target_images": IMAGES, "reference_images": IMAGES, "token_ids": WORDS},
+        True,
+    ),
     ("tat", "anchor"): ({"target_images": IMAGES, "token_ids": WORDS}, True),
     ("compodiff", "stage1"): ({"target_images": IMAGES, "token_ids": WORDS}, False),
     ("compodiff", "stage2"): (

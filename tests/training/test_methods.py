@@ -24,6 +24,7 @@ STAGES = {
     "combiner": "fuse",
     "rtd": "rtd",
     "tat": "anchor",
+    "clip4cir": "tune",
 }
 STEPS, LAST = 5, 3  # a checkpoint every 2, the end after LAST
 

@@ -1,0 +1,71 @@
+"""CLIP4Cir's first stage: CLIP is tuned so that image + text finds the target (arXiv 2308.11485).
+
+    python launch/main.py --config=experiments/clip4cir.py
+
+TIMES AND NUMBERS
+
+Its CLIP is a backbone for Combiner, the second stage (or any other method):
+
+    python launch/main.py --config=experiments/clip4cir.py --config.export_to=runs/clip4cir/clip
+    python launch/main.py --config=experiments/combiner.py --config.backbone=runs/clip4cir/clip
+
+--config.composer.tuned=text|image tunes one encoder. Presets: shapes (embedded world), smoke
+(seconds, for tests), and the released recipe on rn50, rn50x4, vit_b32 and vit_l14, on the triplets
+of a prepared dataset, named with --config.stage.tune.data.dataset (`data/image_triplets`:
+FashionIQ, CIRR). ResNets are OpenAI's own files, RN50.pt and RN50x4.pt. The authors' tuned CLIP
+needs no training:
+
+    python launch/eval.py --config=experiments/clip4cir.py:rn50x4 \\
+        --config.init_from=official:tuned_clip_best.pt
+"""
+
+from ml_collections import ConfigDict
+
+from experiments import base
+
+RELEASED = {
+    "dtype": "bfloat16",
+    "preprocessing": "targetpad",
+    # no corpus ships: a prepared dataset with a table `triplets`
+    "stage.tune.data.dataset": "",
+    "stage.tune.data.example": "joined_triplets",
+    "stage.tune.batch_size": 128,
+    "stage.tune.duration": "100 epochs",
+    "stage.tune.optimizer.learning_rate": 2e-6,
+    "stage.tune.optimizer.schedule": "constant",
+    "stage.tune.optimizer.warmup": "0 steps",
+    "stage.tune.optimizer.eps": 1e-7,
+}
+PRESETS = {
+    "shapes": {},
+    "smoke": {
+        "stage.tune.data.dataset": "shapes_tiny",
+        "stage.tune.batch_size": 32,
+        "stage.tune.duration": "8 steps",
+        "evaluation.benchmarks": base.benchmarks("shapes_tiny"),
+        "log_every": 2,
+        "checkpoint.every": "4 steps",
+    },
+    "rn50": {"backbone": "RN50.pt", **RELEASED},
+    "rn50x4": {"backbone": "RN50x4.pt", **RELEASED},
+    "vit_b32": {"backbone": "openai/clip-vit-base-patch32", **RELEASED},
+    "vit_l14": {"backbone": "openai/clip-vit-large-patch14", **RELEASED},
+}
+
+
+def get_config(preset: str = "shapes") -> ConfigDict:
+    composer = {"name": "clip4cir", "tuned": "both", "scale": 100.0}  # both | text | image
+    config = base.experiment("clip4cir", composer)
+    config.stages = ("tune",)
+    config.stage.tune = base.stage(
+        tables={"triplets": 1.0},
+        batch_size=128,
+        duration="200 steps",
+        optimizer={
+            "learning_rate": 1e-4,
+            "schedule": "cosine",
+            "warmup": "20 steps",
+            "decay": ".*",
+        },
+    )
+    return base.apply(config, PRESETS, preset)
