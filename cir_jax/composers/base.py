@@ -63,6 +63,14 @@ class Composer:
     official_format: str = ""
     """What checkpoints of the method's authors look like, for messages; "" = there are none."""
 
+    official_by_torch: bool = True
+    """Whether they are files of PyTorch, which alone writes them."""
+
+    embed_features: Callable[[Params, Params, jax.Array], jax.Array] | None = None
+    """(params, frozen, float32[n, dim] un-normalised image features of the backbone) -> what
+    `embed_gallery` gives for the images, for composers that read images through the frozen backbone
+    alone: then features are computed once for all parameters, and for the baselines, too."""
+
     def __init__(self, backbone: Backbone):
         self.backbone = backbone
 
@@ -87,6 +95,11 @@ class Composer:
         """Trainable parameters; an empty tree for training-free methods."""
         del rng
         return {}
+
+    def start(self, rng: jax.Array, frozen: Params) -> Params:
+        """What training begins with: `init`, unless a method trains what it finds in `frozen`."""
+        del frozen
+        return self.init(rng)
 
     def read_official(self, path: Path, frozen: Params) -> Params:
         """Trainable parameters from a checkpoint of the authors; see `composers.official`."""

@@ -60,6 +60,7 @@ def optimizer(
 
     weight_decay acts on the parameters whose path matches `decay` (default: matrices only), but
     never on the statistics of frozen batch norms, which get no gradient either.
+    backbone_share: of each update, what the parameters under "backbone" take.
     muon: orthogonalised momentum on the matrices inside the blocks, Adam (adam_learning_rate) on
     the rest.
     """
@@ -91,5 +92,10 @@ def optimizer(
         )
     else:
         raise ConfigError(unknown("optimizer", name, ("adamw", "muon")))
-    clip = config["clip_norm"]
-    return optax.chain(optax.clip_by_global_norm(clip), main) if clip else main
+    parts = [main]
+    share = config.get("backbone_share", 1.0)  # not in configs of earlier versions
+    if share != 1:
+        parts.append(optax.masked(optax.scale(share), path_mask("/backbone/.*")))
+    if config["clip_norm"]:
+        parts.insert(0, optax.clip_by_global_norm(config["clip_norm"]))
+    return optax.chain(*parts) if len(parts) > 1 else main

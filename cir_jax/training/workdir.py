@@ -80,6 +80,9 @@ def _shaping(values: Mapping[str, Any]) -> dict[str, Any]:
         return {**part, "composer": composers.shaping(settings)} if settings else dict(part)
 
     stages = {name: of(stage) for name, stage in values.get("stage", {}).items()}
+    for stage in stages.values():
+        if isinstance(optimizer := stage.get("optimizer"), Mapping):
+            stage["optimizer"] = {"backbone_share": 1.0} | optimizer
     checkpoint = {"best": ""} | values.get("checkpoint", {})
     return {"image_size": 0} | of(values) | {"stage": stages, "checkpoint": checkpoint}
 
