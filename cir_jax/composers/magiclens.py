@@ -11,23 +11,25 @@ queries, their own among them (`query_negatives`): what is like the reference is
 The authors released weights and inference (google-deepmind/magiclens), neither training nor data.
 * The paper trains all of CLIP: `train_backbone=True`. The towers are then parameters of the method,
   beside the pretrained ones in `frozen`, from which they start and which the baselines keep. False
-  leaves CLIP as it is and trains the fusion alone, on stored features. Released weights hold trained
-  towers, so they want True; a file whose towers are the backbone's own is read either way.
+  leaves CLIP as it is and trains the fusion alone, on stored features. Released weights hold
+  trained towers, so they want True; a file with the backbone's own towers is read either way.
 * tau is learned and starts at 0.07 (`temperature`); 1 / tau stays within 100 here, as CLIP's does.
   It is no part of the released format, whose clip/logit_scale is CLIP's own and not used.
-* The paper says neither how the new layers are initialised nor whether they have dropout. Here as
-  the released layers do by themselves (LeCun), without dropout, but norms start as identity:
-  they multiply by 1 + scale, and the released code's scale of 1, which it then overwrites, is 2.
+* The paper says neither how the new layers are initialised nor whether they have dropout (here
+  none). `initial="random"` is what the released layers do by themselves (LeCun). By default, "sum",
+  layers start as identity and the pooler as the mean of both tokens, so that m begins as the sum of
+  image and text, which is far better on few triplets. Norms start as identity either way: they
+  multiply by 1 + scale, and the 1 that the released code begins with would double.
 * It trains with Adafactor, the towers with a tenth of the learning rate (`backbone_share` of the
   optimizer); here with AdamW.
 * Its batches never say which targets fit other queries of the batch, too; nor do ours.
 
 Of the released network, because its weights want them: attention logits are capped to +-50 (tanh);
-the pooler is 4 x dim wide, and learns a scale per dimension of a head; no token knows its place, as
-the two differ by what they are. Its CLIP hides token 0 in texts, which pads them and is a "!" inside
-a word; OpenAI's does not. Its evaluation divides images by their brightest value and resizes them in
-floating point: here `preprocessing="squash"`, 8 bits, and images stay as bright as they are. Its
-texts are the protocols `circo:magiclens` and `fashioniq:magiclens`.
+the pooler is 4 x dim wide, and learns a scale per dimension of a head; no token knows its place.
+Its CLIP hides token 0 in texts, which pads them and is a "!" inside a word; OpenAI's does not. Its
+evaluation divides images by their brightest value and resizes them in floating point: here
+`preprocessing="squash"`, 8 bits, and images stay as bright as they are. Its texts are those of the
+protocols `circo:magiclens` and `fashioniq:magiclens`.
 """
 
 from collections.abc import Callable
@@ -41,13 +43,14 @@ from flax import linen as nn
 from cir_jax.composers.base import Composer, Params, Query, normalise
 from cir_jax.composers.clip_pretraining import MAX_SCALE
 from cir_jax.composers.losses import pair_cross_entropy, pair_recall
-from cir_jax.errors import ConfigError, WeightsError
+from cir_jax.errors import ConfigError, WeightsError, unknown
 from cir_jax.models.backbone import Backbone
 from cir_jax.models.resnet import ResNetConfig
 from cir_jax.sharding.constraints import split_rows
 from cir_jax.weights import convert, flax_files
 from cir_jax.weights import magiclens as released
 
+INITIAL = ("sum", "random")
 CAP = 50.0
 POOLER_WIDTH = 4  # times dim, whatever the width of the layers is
 
@@ -62,7 +65,12 @@ class Norm(nn.Module):
         )
         x = x - x.mean(axis=-1, keepdims=True)
         x = x * jax.lax.rsqrt(jnp.square(x).mean(axis=-1, keepdims=True) + 1e-6)
-        return x * (1 + scale) + bias
+        return x * _last(1 + scale, x) + _last(bias, x)
+
+
+def _last(weight: jax.Array, x: jax.Array) -> jax.Array:
+    """A weight of the last axis of x, in as many axes."""
+    return weight.reshape(*[1] * (x.ndim - 1), -1)
 
 
 class Attention(nn.Module):
@@ -88,7 +96,7 @@ class Attention(nn.Module):
         scale = head_dim**-0.5
         if self.learned_scale:
             learned = self.param("per_dim_scale", nn.initializers.zeros, (head_dim,))
-            scale = scale * nn.softplus(learned) / np.log(2).astype(np.float32)
+            scale = _last(scale / np.log(2) * nn.softplus(learned), query)
         query = jnp.broadcast_to(query * scale, (*key.shape[:-3], *query.shape[-3:]))
         logits = CAP * jnp.tanh(jnp.einsum("...qhd,...khd->...hqk", query, key) / CAP)
         mixed = jnp.einsum("...hqk,...khd->...qhd", nn.softmax(logits), value)
@@ -140,6 +148,27 @@ class Fusion(nn.Module):
         return self.pooling_norm(split_rows(self.pooling(query, tokens)))[..., 0, :]
 
 
+def as_sum(params: Params, rng: jax.Array) -> Params:
+    """Parameters of `Fusion` with which it gives the mean of both tokens, without the mean over
+    dimensions, of variance 1."""
+
+    def still(part: Params) -> Params:
+        return part | {"kernel": jnp.zeros_like(part["kernel"])}
+
+    params = dict(params)
+    for name in (name for name in params if name.startswith("layers_")):
+        layer = params[name]
+        attention = layer["attention"] | {"out": still(layer["attention"]["out"])}
+        params[name] = layer | {"attention": attention, "fc2": still(layer["fc2"])}
+    pooling = dict(params["pooling"])
+    shape = pooling["value"]["kernel"].shape
+    # orthonormal rows: what `value` widens, `out` gives back
+    value = nn.initializers.orthogonal(column_axis=-1)(rng, shape)
+    pooling["value"] = pooling["value"] | {"kernel": value}
+    pooling["out"] = pooling["out"] | {"kernel": value.T}
+    return params | {"pooling": pooling | {"query": still(pooling["query"])}}
+
+
 class MagicLens(Composer):
     """`params`: fusion, logit_scale (log of 1 / tau), and backbone where that is trained."""
 
@@ -156,12 +185,16 @@ class MagicLens(Composer):
         temperature: float = 0.07,
         query_negatives: bool = True,
         train_backbone: bool = False,
+        initial: str = "sum",
     ):
         """heads: 8 of 64 at base, 16 of 48 at large. hidden_dim: of the layers, None = 4 x dim.
 
-        temperature: that training begins with. Raises ConfigError.
+        temperature: that training begins with; initial: likewise the fusion, "sum" or "random".
+        Raises ConfigError.
         """
         super().__init__(backbone)
+        if initial not in INITIAL:
+            raise ConfigError(unknown("initial", initial, INITIAL))
         if layers < 1 or heads < 1 or backbone.dim % heads:
             raise ConfigError(
                 f"layers={layers}, heads={heads}: expected 1 or more, and heads that divide the "
@@ -176,6 +209,7 @@ class MagicLens(Composer):
         self.network = Fusion(backbone.dim, layers, heads, hidden_dim)
         self.temperature, self.query_negatives = float(temperature), query_negatives
         self.train_backbone = self.needs_reference_images = train_backbone
+        self.initial = initial
         tokenizer = backbone.tokenizer
         length = backbone.context_length if backbone.reads_padding else None
         self.empty_ids = tokenizer([tokenizer.plain("")], length)
@@ -185,12 +219,18 @@ class MagicLens(Composer):
             self.official_format = ""  # the file holds a CLIP with a ViT
 
     def init(self, rng: jax.Array) -> Params:
-        one, fusion, backbone = jnp.zeros((1, self.backbone.dim)), *jax.random.split(rng)
+        one, (rng, of_sum, of_backbone) = (
+            jnp.zeros((1, self.backbone.dim)),
+            jax.random.split(rng, 3),
+        )
+        fusion = self.network.init(rng, one, one)["params"]
         params = {
-            "fusion": self.network.init(fusion, one, one)["params"],
+            "fusion": as_sum(fusion, of_sum) if self.initial == "sum" else fusion,
             "logit_scale": -jnp.log(jnp.float32(self.temperature)),
         }
-        return params | ({"backbone": self.backbone.init(backbone)} if self.train_backbone else {})
+        if self.train_backbone:
+            params["backbone"] = self.backbone.init(of_backbone)
+        return params
 
     def start(self, rng: jax.Array, frozen: Params) -> Params:
         """With the pretrained towers."""

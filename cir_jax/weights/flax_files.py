@@ -1,7 +1,7 @@
 """Files of Flax's parameters, pickled: read without running the pickle, and written again.
 
-Such a file is a pickle of one bytes object, which is what `flax.serialization.to_bytes` made of the
-tree: msgpack, in which an array is an extension of (shape, type, numbers). MagicLens is released so.
+Such a file is a pickle of one bytes object, which `flax.serialization.to_bytes` made of the tree:
+msgpack, in which an array is an extension of (shape, type, numbers). MagicLens is released so.
 Nothing of the file is called or imported, and what it declares takes no memory: a length is
 compared with what is there before anything is made of that size.
 """
