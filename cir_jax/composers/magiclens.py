@@ -219,10 +219,8 @@ class MagicLens(Composer):
             self.official_format = ""  # the file holds a CLIP with a ViT
 
     def init(self, rng: jax.Array) -> Params:
-        one, (rng, of_sum, of_backbone) = (
-            jnp.zeros((1, self.backbone.dim)),
-            jax.random.split(rng, 3),
-        )
+        rng, of_sum, of_backbone = jax.random.split(rng, 3)
+        one = jnp.zeros((1, self.backbone.dim))
         fusion = self.network.init(rng, one, one)["params"]
         params = {
             "fusion": as_sum(fusion, of_sum) if self.initial == "sum" else fusion,

@@ -64,8 +64,10 @@ def test_a_killed_run_goes_on_to_the_same_numbers(name, tiny, tmp_path, monkeypa
         recipe.composer.objects, recipe.composer.hidden_dim = str(objects), 8
     if name == "lincir":
         del config.composer.hidden_dim
+    if name in TRIPLETS:
+        recipe.data.example = "joined_triplets"
     if name == "combiner":
-        recipe.data.example, config.composer.projection_dim = "joined_triplets", 8
+        config.composer.projection_dim = 8
     table = triplet_table if name in TRIPLETS else factory.caption_table
     monkeypatch.setattr(inputs, "Table", lambda *_: table(40))
     monkeypatch.setenv("CIR_JAX_CACHE", str(tmp_path / "cache"))
