@@ -23,6 +23,7 @@ OPTIMIZER = {
     "eps": 1e-8,
     "clip_norm": 0.0,  # of the global gradient; 0 = no clipping
     "adam_learning_rate": 1e-3,  # muon only: for everything outside the blocks
+    "backbone_share": 1.0,  # of the learning rate, for a backbone trained with a method's network
 }
 
 
@@ -38,7 +39,8 @@ def experiment(name: str, composer: Mapping[str, Any]) -> ConfigDict:
     config.seed = 0
     config.backbone = "data/shapes/clip"  # Hugging Face directory or hub id
     config.image_size = 0  # of the backbone; 0 = its own, else its positions are interpolated
-    config.preprocessing = ""  # of images: as the weights say | clip | targetpad | squarepad
+    # of images: as the weights say | clip | targetpad | squarepad | squash
+    config.preprocessing = ""
     config.dtype = "float32"  # | bfloat16: of training's computation; parameters stay float32
     config.remat = False  # the backbone's layers are computed twice, to train in less memory
     config.composer = ConfigDict(dict(composer))

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cir_jax.composers import combiner, losses, phi, pic2word
+from cir_jax.composers import combiner, losses, magiclens, phi, pic2word
 from cir_jax.composers.base import normalise
 from cir_jax.composers.lincir import LinCir
 from cir_jax.composers.pic2word import Pic2Word
@@ -19,6 +19,7 @@ from cir_jax.models.backbone import Backbone
 from cir_jax.models.clip import Clip, ClipConfig, TextConfig, VisionConfig
 from cir_jax.weights import clip as clip_weights
 from cir_jax.weights import convert, open_clip
+from cir_jax.weights import magiclens as released
 
 Outputs = dict[str, Any]
 
@@ -282,6 +283,100 @@ def combiner_network(fixture: Any) -> Outputs:
     }
 
 
+def magiclens_network(fixture: Any) -> Outputs:
+    """MagicLens: its fusion and pooler alone, or the whole model from images and ids."""
+    whole = "clip" in fixture.config
+    size = fixture.config["magiclens"] if whole else fixture.config
+    table = released.fusion_table(size["num_layers"], size["num_heads"]).under("fusion")
+    if whole:
+        return _whole_magiclens(fixture, size, table)
+    params = released.to_params(fixture.params, table, fixture.path.name)
+    hidden = size["ff_hidden_size"]
+    network = magiclens.Fusion(size["embed_dim"], size["num_layers"], size["num_heads"], hidden)
+    image, text, gallery, empty = (
+        jnp.asarray(fixture.inputs[f"{name}_embed{'' if name == 'empty_text' else 's'}"])
+        for name in ("query_image", "query_text", "candidate_image", "empty_text")
+    )
+    variables = {"params": params["fusion"]}
+    fused = network.apply(variables, image, text)
+    gallery = normalise(network.apply(variables, gallery, jnp.broadcast_to(empty, gallery.shape)))
+    return {
+        "encoder_tokens": network.apply(variables, image, text, method="encode"),
+        "multimodal_embed": fused,
+        "multimodal_embed_norm": normalise(fused),
+        "candidate_embed_norm": gallery,
+        "scores": normalise(fused) @ gallery.T,
+    }
+
+
+def _whole_magiclens(fixture: Any, size: Mapping[str, int], table: released.Table) -> Outputs:
+    sizes, inputs = fixture.config["clip"], fixture.inputs
+    width, text_width = sizes["vision_features"], sizes["text_features"]
+    config = ClipConfig(
+        text=TextConfig(
+            hidden_size=text_width,
+            intermediate_size=4 * text_width,
+            num_hidden_layers=sizes["text_num_layers"],
+            num_attention_heads=sizes["text_num_heads"],
+            vocab_size=sizes["vocab_size"],
+            max_position_embeddings=inputs["query_ids"].shape[1],
+            eos_token_id=open_clip.ARGMAX,
+        ),
+        vision=VisionConfig(
+            hidden_size=width,
+            intermediate_size=4 * width,
+            num_hidden_layers=sizes["vision_num_layers"],
+            num_attention_heads=width // 64,
+            image_size=fixture.config["image_size"],
+            patch_size=sizes["vision_patch_size"],
+        ),
+        projection_dim=sizes["embed_dim"],
+    )
+    backbone = of_ids(config)
+    backbone.tokenizer.eos_id = sizes["vocab_size"] - 1  # ids are CLIP's: 0 is no end
+    composer = magiclens.MagicLens(
+        backbone,
+        size["num_layers"],
+        size["num_heads"],
+        size["ff_hidden_size"],
+        train_backbone=True,
+    )
+    composer.empty_ids = inputs["empty_ids"]
+    table |= released.clip_table(config).under("backbone")
+    params = released.to_params(fixture.params, table, fixture.path.name)
+
+    def pixels(images: np.ndarray) -> jax.Array:
+        """The original's crop and resizing, in floating point; ours are PIL's, on the host."""
+        side = min(images.shape[1:3])
+        top, left = ((length - side) // 2 for length in images.shape[1:3])
+        images = images[:, top : top + side, left : left + side]
+        shape = (len(images), *2 * [config.vision.image_size], 3)
+        mean, std = (np.asarray(x, np.float32) for x in backbone.image_transform.statistics)
+        images = jax.image.resize(images, shape, "bilinear") - mean.reshape(1, 1, 1, 3)
+        return images / std.reshape(1, 1, 1, 3)
+
+    @jax.jit
+    def run(params: Any) -> Outputs:
+        query = {"reference_images": pixels(inputs["query_images"])}
+        query["token_ids"] = jnp.asarray(inputs["query_ids"])
+        towers = composer.towers(params, {})
+        image = composer.reference_features(towers, query)
+        text = composer.encode_text(params, {}, query["token_ids"])
+        composed = composer.compose(params, {}, query, jax.random.key(0))
+        gallery = composer.embed_gallery(params, {}, pixels(inputs["candidate_images"]))
+        return {
+            "preprocessed_images": query["reference_images"],
+            "image_embeds": image,
+            "text_embeds": text,
+            "multimodal_embed": composer.network.apply({"params": params["fusion"]}, image, text),
+            "multimodal_embed_norm": composed,
+            "candidate_embed_norm": gallery,
+            "scores": composer.score(params, composed, gallery),
+        }
+
+    return run(params)
+
+
 HANDLERS: dict[str, Callable[[Any], Outputs]] = {
     "searle_phi": phi_network,
     "lincir_phi": phi_network,
@@ -291,4 +386,5 @@ HANDLERS: dict[str, Callable[[Any], Outputs]] = {
     "pic2word_clip": pic2word_clip,
     "combiner": combiner_network,
     "rtd_loss": rtd_loss,
+    "magiclens": magiclens_network,
 }

@@ -18,6 +18,7 @@ COMPOSERS = {
     "image_only": "ImageOnly",
     "image_text": "ImageText",
     "lincir": "LinCir",
+    "magiclens": "MagicLens",
     "palavra": "Palavra",
     "pic2word": "Pic2Word",
     "rtd": "Rtd",

@@ -64,7 +64,12 @@ class Composer:
     """What checkpoints of the method's authors look like, for messages; "" = there are none."""
 
     official_by_torch: bool = True
-    """Whether PyTorch writes them."""
+    """Whether they are files of PyTorch, which alone writes them."""
+
+    embed_features: Callable[[Params, Params, jax.Array], jax.Array] | None = None
+    """(params, frozen, float32[n, dim] un-normalised image features of the backbone) -> what
+    `embed_gallery` gives for the images, for composers that read images through the frozen backbone
+    alone: then features are computed once for all parameters, and for the baselines, too."""
 
     def __init__(self, backbone: Backbone):
         self.backbone = backbone
@@ -91,9 +96,14 @@ class Composer:
         del rng
         return {}
 
-    def begin(self, given: Params, frozen: Params) -> Params:
-        """Trainable parameters from `given`: the result of the stage before, or what
-        `read_official` found. Methods that take over less than all say here how."""
+    def start(self, rng: jax.Array, frozen: Params) -> Params:
+        """What training begins with: `init`, unless a method trains what it finds in `frozen`."""
+        del frozen
+        return self.init(rng)
+
+    def take_over(self, given: Params, frozen: Params) -> Params:
+        """What training begins with where the stage before gave a result, or `read_official` did;
+        methods that take over less than all say here how."""
         del frozen
         return given
 

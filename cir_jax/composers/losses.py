@@ -17,13 +17,13 @@ def info_nce(a: jax.Array, b: jax.Array, scale: jax.Array | float) -> jax.Array:
 
 
 def pair_cross_entropy(logits: jax.Array) -> jax.Array:
-    """Mean cross-entropy of float32[batch, batch], where row i belongs to column i."""
+    """Mean cross-entropy of float32[batch, n], where row i belongs to column i."""
     labels = jnp.arange(len(logits))
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
 
 def pair_recall(logits: jax.Array) -> jax.Array:
-    """Share of the rows of float32[batch, batch] whose own column is the largest."""
+    """Share of the rows of float32[batch, n] whose own column is the largest."""
     return (jnp.argmax(logits, axis=-1) == jnp.arange(len(logits))).mean()
 
 

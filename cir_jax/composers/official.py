@@ -53,7 +53,7 @@ def load(composer: Composer, paths: Path | Sequence[Path], frozen: Any) -> Any:
                 f"{path}: holds {twice[0]!r} of the method, as a file before it does."
             )
         params |= found
-    params = composer.begin(params, frozen)
+    params = composer.take_over(params, frozen)
     expected = jax.eval_shape(composer.init, jax.random.key(0))
     backbone = composer.backbone
     # all formats store sizes only as shapes, so this is where another backbone shows

@@ -138,7 +138,7 @@ class Rtd(Composer):
         text = subtree.chosen(self.backbone.init(rng), self.pattern)
         return {"word": self.word.init(rng), "text": text}
 
-    def begin(self, given: Params, frozen: Params) -> Params:
+    def take_over(self, given: Params, frozen: Params) -> Params:
         """X's parameters, or {"word"}: those and the anchor's. A tree of RTD's own stays."""
         if "text" in given and "word" in given:
             return given

@@ -65,15 +65,13 @@ def evaluate(
         )
     began = time.perf_counter()
     raw = image_features
-    shared = features.uses_backbone_gallery(composer)
-    if raw is None and shared:
+    if raw is None and features.reads_backbone_features(composer):
         raw = features.image_features(
             composer.backbone, frozen["backbone"], benchmark.gallery, **options
         )
-    if shared:
-        gallery = features.unit(raw)
-    else:
-        gallery = features.gallery_features(composer, params, frozen, benchmark.gallery, **options)
+    gallery = features.gallery_features(
+        composer, params, frozen, benchmark.gallery, raw=raw, **options
+    )
     encoded = time.perf_counter()
     queries = _queries(composer, params, frozen, benchmark, raw, seed, options)
     ranked, subset = _rank(composer, params, benchmark, queries, gallery)

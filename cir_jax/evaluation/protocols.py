@@ -22,6 +22,15 @@ SOFT_DEPTH = 50
 
 PHOTO = "a photo of"
 
+_ORDERS = {"capitalised": slice(1), "joined": slice(1), "reversed": slice(1, 2)}
+"""Way to join two captions -> which of both orders."""
+
+_SENTENCES = {
+    "similar_but": "Find a picture that also {concept}, but {text}.",
+    "find_but": "find {concept} but {text}",
+}
+"""Texts that say the concept, but not the image."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Protocol:
@@ -33,13 +42,14 @@ class Protocol:
         "orders_averaged" = "{c1} and {c2}" and reversed, both stripped and composed; the unit
         features are averaged and normalised again (SEARLE); "orders_separate" = each order is a
         query of its own (ARTEMIS); "capitalised" = "{C1} and {c2}", stripped (CLIP4Cir);
-        "reversed" = "{c2} and {c1}", as they are (Pic2Word); "comma" = "{c1}, and {c2}", as they
-        are (BGE-VL).
+        "reversed" = "{c2} and {c1}", as they are (Pic2Word); "joined" = "{c1} and {c2}", as they
+        are (MagicLens); "comma" = "{c1}, and {c2}", as they are (BGE-VL).
     text: what is composed. "modification" = the composer's prompt of the caption;
         "shared_concept" = the same with the concept before the image ("a photo of {concept} $ that
         ...", as CIRCO was annotated); "similar_but" = "Find a picture that also {concept}, but
-        {caption}." (BGE-VL); "objects" = the image "and" the named classes ("a photo of $
-        and dog and ..."); "inversion" = the image alone ("a photo of $").
+        {caption}." (BGE-VL); "find_but" = "find {concept} but {caption}" (MagicLens); "objects" =
+        the image "and" the named classes ("a photo of $ and dog and ..."); "inversion" = the image
+        alone ("a photo of $").
     recall, subset_recall, precision: the K of R@K and Rs@K (single target; Rs: among the query's
         candidates without the reference) and of mAP@K (all ground truths).
     soft: R@K and Rs@K are the best grade of the answers found, among the first SOFT_DEPTH.
@@ -53,11 +63,11 @@ class Protocol:
     gallery: Literal["all", "category", "triplets", "candidates"] = "all"
     remove_reference: bool = False
     captions: Literal[
-        "single", "orders_averaged", "orders_separate", "capitalised", "reversed", "comma"
+        "single", "orders_averaged", "orders_separate", "capitalised", "reversed", "joined", "comma"
     ] = "single"
-    text: Literal["modification", "shared_concept", "similar_but", "objects", "inversion"] = (
-        "modification"
-    )
+    text: Literal[
+        "modification", "shared_concept", "similar_but", "find_but", "objects", "inversion"
+    ] = "modification"
     recall: tuple[int, ...] = ()
     subset_recall: tuple[int, ...] = ()
     precision: tuple[int, ...] = ()
@@ -83,7 +93,7 @@ class Protocol:
     @property
     def needs_concept(self) -> bool:
         """Whether each query must say what reference and targets share."""
-        return self.text in ("shared_concept", "similar_but")
+        return self.text == "shared_concept" or self.text in _SENTENCES
 
     @property
     def by_group(self) -> bool:
@@ -118,7 +128,7 @@ class Protocol:
                 f"{what}: {len(texts)} texts, protocol {self.id} expects one or two. "
                 "Prepare the dataset again."
             )
-        if self.captions not in ("reversed", "comma"):
+        if self.captions not in ("reversed", "joined", "comma"):
             texts = [text.strip(STRIPPED) for text in texts]
         if self.captions == "capitalised":
             texts = [texts[0][:1].upper() + texts[0][1:], *texts[1:]]
@@ -128,7 +138,7 @@ class Protocol:
         if self.captions == "comma":
             return [f"{first}, and {second}"]
         orders = [f"{first} and {second}", f"{second} and {first}"]
-        return {"capitalised": orders[:1], "reversed": orders[1:]}.get(self.captions, orders)
+        return orders[_ORDERS.get(self.captions, slice(2))]
 
     def prompt(self, composer: Callable[[str], str], text: str, concept: str = "") -> str:
         """The text to tokenise. `composer` is a composer's `prompt`, which names the image alone
@@ -146,13 +156,13 @@ class Protocol:
                     "does not have. Evaluate it on another benchmark."
                 )
             return named
-        if self.text == "similar_but":
+        if self.text in _SENTENCES:
             if named:
                 raise ConfigError(
                     f"protocol {self.id} is a sentence without the image, but the prompt of this "
                     f"composer is {named!r} and more. Use the benchmark with :shared_concept."
                 )
-            return composer(f"Find a picture that also {concept}, but {text}.")
+            return composer(_SENTENCES[self.text].format(concept=concept, text=text))
         if self.text == "objects":
             return f"{named} and {text}" if named else f"{PHOTO} {text}"
         if not named:
@@ -201,6 +211,7 @@ VARIANTS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
     "circo": {
         "shared_concept": {"text": "shared_concept"},
         "bge_vl": {"text": "similar_but"},
+        "magiclens": {"text": "find_but"},
     },
     "cirr": {"artemis": {"soft": True}, "compodiff": {"average": ("R@1", "Rs@1")}},
     "fashioniq": {
@@ -209,6 +220,7 @@ VARIANTS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
         "reversed": {"captions": "reversed"},
         "artemis": {"captions": "orders_separate", "remove_reference": True},
         "bge_vl": {"captions": "comma"},
+        "magiclens": {"captions": "joined"},
     },
 }
 """Protocol -> variant -> the fields in which it differs. Named after a paper: its own protocol."""

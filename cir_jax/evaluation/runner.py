@@ -37,7 +37,7 @@ def trained_params(experiment: Experiment, workdir: Path | None) -> Any:
         directory = workdir / name
         if any(path.name.isdigit() for path in (directory / "checkpoints").glob("*")):
             params, position = scored_params(as_trained(experiment, name), directory)
-            params = experiment.composer.begin(params, experiment.frozen)
+            params = experiment.composer.take_over(params, experiment.frozen)
             step, steps = position["next_batch"], position["steps"]
             last = name == stage_names(experiment.config)[-1]
             if not (last and position["reached"] == steps):

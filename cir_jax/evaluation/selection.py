@@ -62,7 +62,7 @@ def required(config: Mapping[str, Any]) -> dict[str, set[str]]:
 def scorer(experiment: Experiment) -> Scorer | None:
     """What scores the checkpoints of the experiment, None where config.checkpoint.best is not set.
 
-    Gallery features are computed once. Raises ConfigError, and DataError for data that are not
+    Image features are computed once. Raises ConfigError, and DataError for data that are not
     there.
     """
     found = wanted(experiment.config)
@@ -90,7 +90,7 @@ def scorer(experiment: Experiment) -> Scorer | None:
 
     @functools.cache
     def gallery() -> np.ndarray | None:
-        if not features.uses_backbone_gallery(composer):
+        if not features.reads_backbone_features(composer):
             return None
         backbone = composer.backbone
         return features.image_features(backbone, frozen["backbone"], benchmark.gallery, **options)

@@ -429,7 +429,12 @@ def squarepad(size: int) -> ImageTransform:
     return targetpad(size, 1.0)
 
 
-PREPROCESSING = {"clip": clip, "targetpad": targetpad, "squarepad": squarepad}
+def squash(size: int) -> ImageTransform:
+    """MagicLens's evaluation: the whole image, whatever its sides were, bilinear."""
+    return ImageTransform(size, size, squash=True, resample=2, alpha="drop")
+
+
+PREPROCESSING = {"clip": clip, "targetpad": targetpad, "squarepad": squarepad, "squash": squash}
 """What may take the place of the preprocessing that comes with CLIP weights."""
 
 

@@ -145,17 +145,26 @@ class Backbone:
         return self._apply(params, token_ids, method="embed_tokens")
 
     def encode_text(
-        self, params: Any, token_ids: jax.Array, embeddings: jax.Array | None = None
+        self,
+        params: Any,
+        token_ids: jax.Array,
+        embeddings: jax.Array | None = None,
+        attention_mask: jax.Array | None = None,
     ) -> jax.Array:
         """int32[batch, length] -> float32[batch, dim], un-normalised.
 
         embeddings: token embeddings with pseudo-words put in, in place of the embedded ids.
+        attention_mask: of a CLIP, bool[batch, length], True where a key may be attended to; None =
+        as in training.
         """
         self._check_length(token_ids)
         if embeddings is None:
             # the whole batch, so that the error names its row
             check_token_ids(token_ids, self.config.text.vocab_size)
-        return self._read(params, token_ids, embeddings, method="encode_text").astype(jnp.float32)
+        rows = (token_ids, embeddings)
+        if attention_mask is not None:
+            rows += (attention_mask,)
+        return self._read(params, *rows, method="encode_text").astype(jnp.float32)
 
     def text_hidden_states(
         self, params: Any, token_ids: jax.Array, attention_mask: jax.Array | None = None
@@ -270,7 +279,11 @@ class Pair(Backbone):
         }
 
     def encode_text(
-        self, params: Any, token_ids: jax.Array, embeddings: jax.Array | None = None
+        self,
+        params: Any,
+        token_ids: jax.Array,
+        embeddings: jax.Array | None = None,
+        attention_mask: jax.Array | None = None,
     ) -> jax.Array:
         """Raises ConfigError: see above."""
         raise ConfigError(

@@ -252,17 +252,23 @@ class Clip(nn.Module):
         """Token embeddings -> float[batch, length, token_dim], after the final norm."""
         return self.text(embeddings, attention_mask)
 
-    def encode_text(self, token_ids: jax.Array, embeddings: jax.Array | None = None) -> jax.Array:
+    def encode_text(
+        self,
+        token_ids: jax.Array,
+        embeddings: jax.Array | None = None,
+        attention_mask: jax.Array | None = None,
+    ) -> jax.Array:
         """float[batch, dim] of the end token, projected.
 
         embeddings: float[batch, length, token_dim] in place of the embedded `token_ids`
         (pseudo-words); the ids then only say where the end token is.
+        attention_mask: bool[batch, length], True where a key may be attended to; None = all.
         """
         check_batch(token_ids, "texts")
         if embeddings is None:
             embeddings = self.embed_tokens(token_ids)
         end = end_positions(token_ids, self.config.text.eos_token_id)
-        return self.text_projection(self.text(embeddings, at=end)[:, 0])
+        return self.text_projection(self.text(embeddings, attention_mask, end)[:, 0])
 
     def __call__(self, images: jax.Array, token_ids: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Image and text features; used to create all parameters."""

@@ -99,6 +99,11 @@ def uses_backbone_gallery(composer: Composer) -> bool:
     return type(composer).embed_gallery is Composer.embed_gallery
 
 
+def reads_backbone_features(composer: Composer) -> bool:
+    """Whether the gallery features are made of the backbone's, or are these themselves."""
+    return uses_backbone_gallery(composer) or composer.embed_features is not None
+
+
 def gallery_features(
     composer: Composer,
     params: Params,
@@ -109,16 +114,23 @@ def gallery_features(
     batch_size: int = 256,
     cache_dir: Path | None = None,
     skip_unreadable: bool = False,
+    raw: np.ndarray | None = None,
 ) -> np.ndarray:
-    """`composer.embed_gallery` of all gallery images: float32[n, dim] of unit norm."""
+    """`composer.embed_gallery` of all gallery images: float32[n, dim] of unit norm.
+
+    raw: the images' `image_features`, un-normalised, if the caller has them; for composers that
+        `reads_backbone_features` means.
+    """
     backbone = composer.backbone
     options = dict(
         mesh=mesh, batch_size=batch_size, cache_dir=cache_dir, skip_unreadable=skip_unreadable
     )
-    if uses_backbone_gallery(composer):
-        return image_features(
-            backbone, frozen["backbone"], gallery, "image", normalise=True, **options
-        )
+    if reads_backbone_features(composer):
+        if raw is None:
+            raw = image_features(backbone, frozen["backbone"], gallery, "image", **options)
+        if uses_backbone_gallery(composer):
+            return unit(raw)
+        return _of_features(composer, params, frozen, raw, mesh, batch_size)
     cached = cache_dir is not None
     description = {
         "features": f"{type(composer).__module__}.{type(composer).__qualname__}.embed_gallery",
@@ -137,6 +149,34 @@ def gallery_features(
         backbone,
         **options,
     )
+
+
+def _of_features(
+    composer: Composer,
+    params: Params,
+    frozen: Params,
+    raw: np.ndarray,
+    mesh: Mesh,
+    batch_size: int,
+) -> np.ndarray:
+    """`composer.embed_features` of float32[n, dim]; rows of NaN, of unreadable images, stay."""
+    readable = np.flatnonzero(~np.isnan(raw[:, 0]))
+    if not len(readable):
+        return raw
+    params, frozen = on_mesh(mesh, params), on_mesh(mesh, frozen)
+    pieces = map_rows(
+        lambda batch: _embed_features(composer, mesh, params, frozen, batch["features"]),
+        lambda row: {"features": raw[readable[row]]},
+        len(readable),
+        mesh=mesh,
+        batch_size=batch_size,
+    )
+    what = f"gallery features of {type(composer).__name__}"
+    name = lambda row: f"image {readable[row]}"  # noqa: E731
+    rows = np.concatenate(list(finite.checked(pieces, 0, what, composer.backbone, name)))
+    out = np.full((len(raw), rows.shape[1]), np.nan, np.float32)
+    out[readable] = rows
+    return out
 
 
 def query_features(
@@ -351,6 +391,15 @@ def _embed_gallery(
         features = composer.embed_gallery(params, frozen, batch["image"])
     marked = finite.marked(features, batch["unreadable"])
     return jax.lax.with_sharding_constraint(marked, replicated(mesh))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _embed_features(
+    composer: Composer, mesh: Mesh, params: Params, frozen: Params, raw: jax.Array
+) -> jax.Array:
+    with rows_over(mesh), composer.backbone.full_precision():
+        features = composer.embed_features(params, frozen, raw)
+    return jax.lax.with_sharding_constraint(finite.marked(features), replicated(mesh))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

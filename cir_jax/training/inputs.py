@@ -135,6 +135,11 @@ def make_pipeline(
                 f"stage.{name}.data: example={data.example!r} crops images, so it needs "
                 "features=False."
             )
+        if data.features and experiment.composer.needs_reference_images:
+            raise ConfigError(
+                f"stage.{name}.data.features=True: {type(experiment.composer).__name__} reads the "
+                f"images themselves as it is set. Set --config.stage.{name}.data.features=False."
+            )
         if data.features:
             make = _no_features if shapes_only else _features
             features = {field: make(experiment, table, field) for field in example.fields}

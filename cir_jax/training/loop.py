@@ -73,7 +73,7 @@ class Stage:
 class Trainer:
     """One stage bound to its composer, frozen parameters, data and mesh.
 
-    initial: parameters to start from (another stage's or checkpoint's); None = composer.init.
+    initial: parameters to start from (another stage's or checkpoint's); None = composer.start.
     scorer: scores each checkpoint, so that the best one is the result; None = the last one is.
     """
 
@@ -95,7 +95,7 @@ class Trainer:
                 f"microbatches={self.stage.microbatches}."
             )
         meshes.check_batch(self.mesh, part, f"{field} / microbatches")
-        self.abstract = jax.eval_shape(self._init, self.initial)
+        self.abstract = jax.eval_shape(self._init, self.initial, self.frozen)
         self.step = Step(
             self.mesh,
             self.abstract,
@@ -106,13 +106,14 @@ class Trainer:
             microbatches=self.stage.microbatches,
         )
 
-    def _init(self, initial: Any) -> TrainState:
+    def _init(self, initial: Any, frozen: Any) -> TrainState:
         return init_state(
             self.composer,
             self.stage.optimizer,
             seed=self.stage.seed,
             ema=self.stage.ema > 0,
             params=initial,
+            frozen=frozen,
         )
 
     def abstract_state(self) -> TrainState:
@@ -182,7 +183,7 @@ class Trainer:
         contents = self._contents
         restored = checkpoints.restore(self.abstract_state())
         if restored is None:
-            return sharded(self.mesh, self._init, self.initial)
+            return sharded(self.mesh, self._init, self.initial, self.frozen)
         state, position = restored
         check_weights(position, self.composer, checkpoints.directory)
         if position["data"] != repr(self.pipeline):

@@ -62,6 +62,7 @@ def optimizer(
     weight_decay acts on the parameters whose path matches `decay` (default: matrices only), but
     never on the statistics of frozen batch norms, which get no gradient either.
     only: paths of what is trained; the rest stays as it is, without moments or decay.
+    backbone_share: of each update, what the parameters under "backbone" take.
     muon: orthogonalised momentum on the matrices inside the blocks, Adam (adam_learning_rate) on
     the rest.
     """
@@ -93,11 +94,19 @@ def optimizer(
         )
     else:
         raise ConfigError(unknown("optimizer", name, ("adamw", "muon")))
-    clip = config["clip_norm"]
-    main = optax.chain(optax.clip_by_global_norm(clip), main) if clip else main
-    only = config.get("only", ".*")  # not in configs of earlier versions
-    if only == ".*":
-        return main
+    parts = [main]
+    share = config.get("backbone_share", 1.0)  # not in configs of earlier versions
+    if share != 1:
+        parts.append(optax.masked(optax.scale(share), path_mask("/backbone/.*")))
+    if config["clip_norm"]:
+        parts.insert(0, optax.clip_by_global_norm(config["clip_norm"]))
+    main = optax.chain(*parts) if len(parts) > 1 else main
+    only = config.get("only", ".*")  # likewise
+    return main if only == ".*" else _partly(main, only)
+
+
+def _partly(main: optax.GradientTransformation, only: str) -> optax.GradientTransformation:
+    """`main` for the parameters whose path matches."""
     trained = path_mask(only)
 
     def labels(tree: Any) -> Any:

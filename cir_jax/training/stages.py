@@ -150,7 +150,7 @@ def initial_params(experiment: Experiment, name: str, workdir: Path, previous: A
         return None
     stage = of_stage(experiment, name, shapes_only=True)
     if previous is not None:
-        return stage.composer.begin(previous, stage.frozen)
+        return stage.composer.take_over(previous, stage.frozen)
     directory = _continued(experiment, name, workdir)
     params, position = scored_params(as_trained(experiment, after), directory)
     if position["reached"] < position["steps"]:
@@ -158,7 +158,7 @@ def initial_params(experiment: Experiment, name: str, workdir: Path, previous: A
             f"{directory} stopped at step {position['reached']} of {position['steps']}: "
             f"stage {name!r} continues a finished stage. Finish it first."
         )
-    return stage.composer.begin(params, stage.frozen)
+    return stage.composer.take_over(params, stage.frozen)
 
 
 def _continued(experiment: Experiment, name: str, workdir: Path) -> Path:

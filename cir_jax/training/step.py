@@ -68,10 +68,15 @@ def init_state(
     seed: int,
     ema: bool,
     params: Any = None,
+    frozen: Any = None,
 ) -> TrainState:
-    """A fresh state; `params` continue another stage or checkpoint instead of `composer.init`."""
+    """A fresh state; `params` continue another stage or checkpoint instead of `composer.start`.
+
+    frozen: None = `composer.init`, of the same shapes.
+    """
     init_rng, train_rng = jax.random.split(jax.random.key(seed))
-    params = composer.init(init_rng) if params is None else params
+    if params is None:
+        params = composer.init(init_rng) if frozen is None else composer.start(init_rng, frozen)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,

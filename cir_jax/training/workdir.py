@@ -77,12 +77,12 @@ def _shaping(values: Mapping[str, Any]) -> dict[str, Any]:
 
     def of(part: Mapping[str, Any]) -> dict[str, Any]:
         settings = part.get("composer")  # {} = that of the experiment
-        part = {**part, "composer": composers.shaping(settings)} if settings else dict(part)
-        if "optimizer" in part:
-            part["optimizer"] = {"only": ".*"} | part["optimizer"]
-        return part
+        return {**part, "composer": composers.shaping(settings)} if settings else dict(part)
 
     stages = {name: of(stage) for name, stage in values.get("stage", {}).items()}
+    for stage in stages.values():
+        if isinstance(optimizer := stage.get("optimizer"), Mapping):
+            stage["optimizer"] = {"only": ".*", "backbone_share": 1.0} | optimizer
     checkpoint = {"best": ""} | values.get("checkpoint", {})
     return {"image_size": 0} | of(values) | {"stage": stages, "checkpoint": checkpoint}
 

@@ -45,7 +45,7 @@ def made(tiny):
     composer = Rtd(backbone, WORD)
     frozen = composer.freeze(backbone_params)
     word = jax.jit(composer.word.init)(jax.random.key(0))
-    return composer, composer.begin(word, frozen), frozen
+    return composer, composer.take_over(word, frozen), frozen
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +70,7 @@ def test_it_begins_as_the_method_inside(made, tiny):
     ours = jax.jit(composer.compose)(params, frozen, query, jax.random.key(0))
     alone = jax.jit(composer.word.compose)(params["word"], frozen, query, jax.random.key(0))
     np.testing.assert_array_equal(ours, alone)
-    assert composer.begin(params, frozen) is params
+    assert composer.take_over(params, frozen) is params
 
 
 def test_the_learned_encoder_is_asked_and_the_words_stand_still(made, tiny):
@@ -181,7 +181,7 @@ def test_captions_are_cleaned_and_modification_texts_are_not(tiny):
 def test_only_what_is_learned_is_held_twice(tiny):
     composer = Rtd(tiny[0], WORD, tuned="fcs")
     frozen = composer.freeze(tiny[1])
-    learned = composer.begin(composer.word.init(jax.random.key(0)), frozen)["text"]
+    learned = composer.take_over(composer.word.init(jax.random.key(0)), frozen)["text"]
     assert {path[-2] for path in convert.flatten(learned)} == {"fc1", "fc2"}
     whole = composer.text_encoder({"text": jax.tree.map(lambda x: x + 1, learned)}, frozen)
     for path, x in convert.flatten(frozen["backbone"]).items():

@@ -38,6 +38,7 @@ CAPTIONS = (" is shiny, and Silver. ", "fit and flare?")
             ["is shiny, and Silver and fit and flare", "fit and flare and is shiny, and Silver"],
         ),
         ("bge_vl", [" is shiny, and Silver. , and fit and flare?"]),
+        ("magiclens", [" is shiny, and Silver.  and fit and flare?"]),
     ],
 )
 def test_captions_are_joined_as_each_paper_does(variant, expected):
@@ -72,10 +73,16 @@ def test_the_shared_concept_stands_before_the_image():
         prompt(lambda text: f"$ {text}", "is red", "a cat")
 
 
-def test_bge_vls_sentence_says_the_concept_and_the_caption():
-    protocol = protocols.variant(protocols.CIRCO, ["bge_vl"])
+@pytest.mark.parametrize(
+    ("variant", "sentence"),
+    [
+        ("bge_vl", "Find a picture that also is of a cat, but is red."),
+        ("magiclens", "find is of a cat but is red"),
+    ],
+)
+def test_sentences_say_the_concept_and_the_caption(variant, sentence):
+    protocol = protocols.variant(protocols.CIRCO, [variant])
     assert protocol.needs_concept and not protocols.CIRCO.needs_concept
-    sentence = "Find a picture that also is of a cat, but is red."
     assert protocol.prompt(plain, "is red", "is of a cat") == sentence
     with pytest.raises(ConfigError, match="a sentence without the image.* 'a photo of [$]' and"):
         protocol.prompt(pseudo_word, "is red", "is of a cat")

@@ -5,7 +5,7 @@ import pytest
 from cir_jax.evaluation import benchmarks, published
 
 METHODS = {"image_only", "text_only", "image_text", "palavra", "searle_oti", "searle", "pic2word",
-           "lincir", "slerp", "isa", "combiner", "artemis", "compodiff"}  # fmt: skip
+           "lincir", "slerp", "isa", "combiner", "artemis", "compodiff", "magiclens"}  # fmt: skip
 
 
 def one(benchmark, split, method, weights_id):
@@ -27,6 +27,8 @@ def test_numbers_are_those_of_the_papers():
     assert one("circo:bge_vl", "test", "image_text", "BAAI/BGE-VL-large@0")["mAP@5"] == 39.2
     assert one("cirr", "test1", "image_text", "BGE-VL-base@0")["Rs@1"] == 71.6
     assert one("fashioniq:bge_vl", "val", "image_text", "BGE-VL-base@0")["R@10/dress"] == 26.1
+    released = published.rows("circo:magiclens", "test", ["magiclens"], "clip-vit-base-patch16@0")
+    assert [r.metrics["mAP@10"] for r in released] == [23.8, 23.2]
     tuned = [r for r in published.rows("circo", "test", ["slerp"], large) if "tat" in r.backbone]
     assert [r.metrics["mAP@5"] for r in tuned] == [18.46]
 
@@ -58,4 +60,4 @@ def test_no_row_for_other_benchmarks_protocols_and_methods():
     assert [r.source for r in published.rows("fashioniq:reversed", "val", ["pic2word"])] == [
         "pic2word"
     ]
-    assert published.backbone_of("openai/clip-vit-base-patch16@0") == ""
+    assert published.backbone_of("openai/clip-vit-large-patch16@0") == ""

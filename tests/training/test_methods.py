@@ -25,7 +25,9 @@ STAGES = {
     "rtd": "rtd",
     "tat": "anchor",
     "clip4cir": "tune",
+    "magiclens": "fuse",
 }
+TRIPLETS = ("combiner", "magiclens", "clip4cir")
 STEPS, LAST = 5, 3  # a checkpoint every 2, the end after LAST
 
 
@@ -64,12 +66,8 @@ def text_triplet_table(count):
 def test_a_killed_run_goes_on_to_the_same_numbers(name, tiny, tmp_path, monkeypatch):
     config, stage = read_experiment(f"experiments/{name}.py:smoke"), STAGES[name]
     config.log_every, config.checkpoint.every = 1, "2 steps"
-    if name == "rtd":
-        config.composer.word.hidden_dim = 8
-    elif name == "tat":
-        config.composer.rank = 2
-    elif name != "lincir":
-        config.composer.hidden_dim = 8
+    small = {"rtd": {"word.hidden_dim": 8}, "tat": {"rank": 2}, "lincir": {}, "clip4cir": {}}
+    config.composer.update_from_flattened_dict(small.get(name, {"hidden_dim": 8}))
     recipe = config.stage[stage]
     recipe.batch_size, recipe.duration = 8, f"{STEPS} steps"
     if name == "pic2word":  # the crops are drawn, too
@@ -78,9 +76,11 @@ def test_a_killed_run_goes_on_to_the_same_numbers(name, tiny, tmp_path, monkeypa
         objects = tmp_path / "objects.json"
         objects.write_text(json.dumps({"star": ["star"], "circle": ["circle"]}))
         recipe.composer.objects, recipe.composer.hidden_dim = str(objects), 8
+    if name in TRIPLETS:
+        recipe.data.example = "joined_triplets"
     if name == "combiner":
-        recipe.data.example, config.composer.projection_dim = "joined_triplets", 8
-    tables = {"combiner": triplet_table, "rtd": text_triplet_table}
+        config.composer.projection_dim = 8
+    tables = dict.fromkeys(TRIPLETS, triplet_table) | {"rtd": text_triplet_table}
     table = tables.get(name, factory.caption_table)
     monkeypatch.setattr(inputs, "Table", lambda *_: table(40))
     monkeypatch.setenv("CIR_JAX_CACHE", str(tmp_path / "cache"))
@@ -92,7 +92,7 @@ def test_a_killed_run_goes_on_to_the_same_numbers(name, tiny, tmp_path, monkeypa
     experiment = Experiment(config, mesh, backbone, composer, frozen)
     initial = None
     if name == "rtd":
-        initial = composer.begin(jax.jit(composer.word.init)(jax.random.key(0)), frozen)
+        initial = composer.take_over(jax.jit(composer.word.init)(jax.random.key(0)), frozen)
     trainer = stages.make_trainer(experiment, stage, initial)
 
     whole = jax.device_get(trainer.run(tmp_path / "whole"))

@@ -72,3 +72,17 @@ def test_a_resnet_cannot_be_pretrained(tiny):
     backbone = Backbone(Clip(config), tiny[0].tokenizer, tiny[0].image_transform, "rn50@x")
     with pytest.raises(ConfigError, match="batch norms of rn50@x, a ResNet, are frozen.* ViT"):
         ClipPretraining(backbone)
+
+
+def test_a_backbone_takes_its_share_of_each_update():
+    params = {"fusion": {"kernel": np.ones(3)}, "backbone": {"text": {"kernel": np.ones(3)}}}
+    gradient = jax.tree.map(lambda x: 2 * x, params)
+    moved = {}
+    for share in (1.0, 0.1):
+        fields = {"learning_rate": 0.5, "backbone_share": share, "clip_norm": 1.0}
+        optimizer = optimizers.optimizer(base.OPTIMIZER | fields, 10, lambda v, **kw: 0)
+        updates, _ = optimizer.update(gradient, optimizer.init(params), params)
+        moved[share] = flatten(updates)
+    for path, update in moved[1.0].items():
+        factor = 0.1 if path[0] == "backbone" else 1.0
+        np.testing.assert_allclose(moved[0.1][path], factor * update, rtol=1e-6)
