@@ -1,5 +1,6 @@
 """launch/triplets.py's work: the same lines, whatever was killed and however many shared it."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -96,7 +97,26 @@ def test_the_triplets_are_read_by_the_builder(whole, tmp_path):
     assert statistics["captions"] == 99 and statistics["empty"] == 1
     assert statistics["captions without"] == 1 and statistics["filtered"] == 0
     assert f"{len(lines):,} triplets (" in generation.describe(statistics)
+    assert len({line["conditioning_caption"] for line in lines}) > 120  # each caption draws anew
     assert any("\u2028" in line["reference_caption"] for line in lines)
+
+
+@contextlib.contextmanager
+def dying(monkeypatch, where, block):
+    """Writing this block ends the run, with half of it and of its journal's line on the disk."""
+    add = Growing.add
+
+    def dies(self, lines, note):
+        if self.path.name.startswith(where) and len(self.blocks) == block:
+            for file in (self.path, self.path.with_name(self.path.name + ".journal")):
+                with file.open("ab") as half:
+                    half.write(b'{"half')
+            raise Killed
+        add(self, lines, note)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Growing, "add", dies)
+        yield
 
 
 @pytest.mark.parametrize("where", ["keywords", "triplets"])
@@ -104,20 +124,9 @@ def test_the_triplets_are_read_by_the_builder(whole, tmp_path):
 def test_a_killed_run_goes_on_and_ends_in_the_same_bytes(
     whole, texts, tmp_path, monkeypatch, where, block
 ):
-    add, output = Growing.add, tmp_path / "t.jsonl"
-
-    def dies(self, lines, note):
-        if self.path.name.startswith(where) and len(self.blocks) == block:
-            with self.path.open("ab") as file:  # half of the next block
-                file.write(b'{"half')
-            with self.path.with_name(self.path.name + ".journal").open("ab") as file:
-                file.write(b'{"byt')
-            raise Killed
-        add(self, lines, note)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Growing, "add", dies)
-        with pytest.raises(Killed):
+    output = tmp_path / "t.jsonl"
+    for at in (block, block + 2):  # what the first kill leaves is no stumbling block for the second
+        with dying(monkeypatch, where, at), pytest.raises(Killed):
             run(texts, output)
     assert not output.exists()
     tagged = []
@@ -129,7 +138,7 @@ def test_a_killed_run_goes_on_and_ends_in_the_same_bytes(
     assert run(texts, output, tag=tag) == whole[1]
     assert output.read_bytes() == whole[0]
     # what was done is not done again
-    assert len(tagged) == {"keywords": 99 - 8 * block, "triplets": 0}[where]
+    assert len(tagged) == {"keywords": 99 - 8 * (block + 2), "triplets": 0}[where]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["cache", "t.jsonl"]
 
 
@@ -152,9 +161,11 @@ def test_a_run_killed_right_before_its_end(whole, texts, tmp_path, monkeypatch):
     assert not (tmp_path / "t.jsonl.parts").exists()
 
 
-def test_shards_make_the_lines_of_one_run(whole, texts, tmp_path, capsys):
+def test_shards_make_the_lines_of_one_run(whole, texts, tmp_path, capsys, monkeypatch):
     output = tmp_path / "t.jsonl"
     shards = [Shard.read(f"{i}/3") for i in range(3)]
+    with dying(monkeypatch, "keywords", 2), pytest.raises(Killed):
+        run(texts, output, shard=shards[1])
     # each alone: what it needs of the others is not there yet
     assert [run(texts, output, shard=s, wait=False) for s in shards[:2]] == [None, None]
     assert "keywords of other shards are not there yet (counts-00001.json, counts-0000" in (
@@ -162,6 +173,8 @@ def test_shards_make_the_lines_of_one_run(whole, texts, tmp_path, capsys):
     )
     assert run(texts, output, shard=shards[2], wait=False) is None
     assert "alternatives of other shards are not there yet (voc" in capsys.readouterr().err
+    with dying(monkeypatch, "triplets", 1), pytest.raises(Killed):
+        run(texts, output, shard=shards[0])
     found = [run(texts, output, shard=s, wait=False) for s in shards]
     files = sorted(tmp_path.glob("*.jsonl"))
     assert [f.name for f in files] == [f"t-0000{i}-of-00003.jsonl" for i in range(3)]
@@ -300,9 +313,7 @@ def test_sentence_transformers(monkeypatch):
 
     package = types.SimpleNamespace(SentenceTransformer=absent)
     monkeypatch.setitem(sys.modules, "sentence_transformers", package)
-    with pytest.raises(
-        WeightsError, match="sbert:x: no sentence transformer .* .x is no"
-    ):
+    with pytest.raises(WeightsError, match="sbert:x: no sentence transformer .* .x is no"):
         embedders.read("sbert:x")
 
 
@@ -336,7 +347,8 @@ def test_the_filter_is_lincirs_inversion(inversion, tiny):
     found = found.reshape(3, n)
     assert (found.std(axis=1) > 1e-6).all() and len(set(found.ravel().tolist())) > 2 * n
     assert (np.abs(found.mean(axis=1) - plain) < 3 * found.std(axis=1)).all()
-    (one,) = inversion.similarities(texts[1:2], names[n : n + 1])  # whatever is beside it
+    # whatever is beside it, and without the placeholder, as LinCIR reads captions
+    (one,) = inversion.similarities(["a photo of red circle"], names[n : n + 1])
     np.testing.assert_allclose(one, found[1, 0], atol=2e-6)
     assert inversion.similarities([], []).shape == (0,)
 
