@@ -73,6 +73,11 @@ def _builder_class(dataset: str) -> type[tfds.core.GeneratorBasedBuilder]:
     return getattr(importlib.import_module(module), name)
 
 
+def from_nothing(dataset: str) -> bool:
+    """Whether this project makes the dataset itself; False for other names, too."""
+    return dataset in DATASETS and not issubclass(_builder_class(dataset), SourceBuilder)
+
+
 def _optional(dataset: str) -> tuple[str, ...]:
     return getattr(_builder_class(dataset), "OPTIONAL", ())
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from tqdm import tqdm
 
 from cir_jax.composers.base import normalise
 from cir_jax.input import phrases as files
@@ -62,28 +61,16 @@ def _once(
         **backbone.identity,
         "parameters": fingerprint(params),
     }
-    store = ChunkStore(default_cache_dir(), description, rows)
-    stored = store.load()
-    if stored is not None and not finite.stored_whole(stored, unreadable=False):
-        stored = None
-    parts = [] if stored is None else [stored]
-    done = 0 if stored is None else len(stored)
     label = f"text features of {what['features']}"
-    with tqdm(
-        total=rows, initial=done, desc=f"{what['features']}: text features", unit="text", delay=2,
-        disable=jax.process_index() != 0,
-    ) as progress:  # fmt: skip
-        while done < rows:
-            chunk = []
-            end = min(done + store.chunk_rows, rows)
-            for start in range(done, end, size):
-                chunk.append(encode(start, min(start + size, end)))
-                finite.refuse(chunk[-1], start, label, backbone, lambda row: f"number {row}")
-                progress.update(len(chunk[-1]))
-            parts.append(np.concatenate(chunk))
-            store.write(done // store.chunk_rows, parts[-1])
-            done = end
-    return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def checked(start: int, stop: int) -> np.ndarray:
+        features = encode(start, stop)
+        finite.refuse(features, start, label, backbone, lambda row: f"number {row}")
+        return features
+
+    store = ChunkStore(default_cache_dir(), description, rows)
+    bar = f"{what['features']}: text features"
+    return store.filled(checked, size, bar, lambda x: finite.stored_whole(x, unreadable=False))
 
 
 @functools.partial(jax.jit, static_argnums=0)

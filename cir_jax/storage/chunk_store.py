@@ -6,12 +6,13 @@ these directories may be deleted at any time. Chunks appear whole or not at all.
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from tqdm import tqdm
 
 from cir_jax.storage.atomic import write_atomically
 
@@ -72,6 +73,35 @@ class ChunkStore:
             text = json.dumps(self.description, indent=2, sort_keys=True)
             write_atomically(meta, lambda file: file.write(text.encode()))
         write_atomically(self._file(index), lambda file: np.save(file, features))
+
+    def filled(
+        self,
+        compute: Callable[[int, int], np.ndarray],
+        size: int,
+        description: str,
+        whole: Callable[[np.ndarray], bool] = lambda rows: True,
+    ) -> np.ndarray:
+        """float32[rows, dim]: what is stored, if it is `whole`, and compute(start, stop) for the
+        rest, `size` rows or fewer at a time; stored in turn."""
+        stored = self.load()
+        if stored is not None and not whole(stored):
+            stored = None
+        parts = [] if stored is None else [stored]
+        done = 0 if stored is None else len(stored)
+        with tqdm(
+            total=self.rows, initial=done, desc=description, unit="text", delay=2,
+            disable=jax.process_index() != 0,
+        ) as progress:  # fmt: skip
+            while done < self.rows:
+                chunk = []
+                end = min(done + self.chunk_rows, self.rows)
+                for start in range(done, end, size):
+                    chunk.append(compute(start, min(start + size, end)))
+                    progress.update(len(chunk[-1]))
+                parts.append(np.concatenate(chunk))
+                self.write(done // self.chunk_rows, parts[-1])
+                done = end
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def _file(self, index: int) -> Path:
         return self.directory / f"chunk_{index:05d}.npy"

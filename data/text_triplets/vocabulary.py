@@ -6,14 +6,18 @@ captions. Alternatives of a keyword are of its part of speech and within a band 
 """
 
 import dataclasses
+import json
 import re
+import zipfile
 from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from cir_jax.errors import DataError
 from cir_jax.input.keywords import Tagger
+from cir_jax.storage.atomic import write_atomically
 
 ALTERNATIVES = 64
 """Kept per keyword, drawn at random where there are more: a band may hold thousands."""
@@ -85,6 +89,24 @@ class Vocabulary:
         if row is None:
             return []
         return [self.keys[i][1] for i in self.indices[self.starts[row] : self.starts[row + 1]]]
+
+    def write(self, path: Path) -> None:
+        """A .npz file, whole or not at all."""
+        keys = np.frombuffer(json.dumps(self.keys).encode(), np.uint8)
+        arrays = {"keys": keys, "starts": self.starts, "indices": self.indices}
+        write_atomically(path, lambda file: np.savez(file, **arrays))
+
+    @classmethod
+    def read(cls, path: Path) -> "Vocabulary":
+        """Raises DataError for what `write` has not written."""
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                keys = tuple((part, word) for part, word in json.loads(file["keys"].tobytes()))
+                return cls(keys, file["starts"], file["indices"])
+        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+            raise DataError(
+                f"{path}: damaged ({error}). Delete {path.parent} to begin again."
+            ) from error
 
     @property
     def replaceable(self) -> int:

@@ -1,0 +1,336 @@
+"""Text triplets of any captions, by templates: the recipe of RTD and CompoDiff, at any size.
+
+1. Keywords of all captions, and in how many captions each occurs.
+2. Of those that are frequent enough, the alternatives: other keywords whose similarity is within a
+   band (`vocabulary`).
+3. Of each caption triplets (`editing`), and of these those that pass the filter, if there is one.
+
+Several processes share the work: shard i of n has every n-th block of records, and writes a file of
+its own. What one shard needs of the others (2. needs the counts of all; shard 0 does it) they find
+in OUTPUT.parts, which must be on a disk that all can see. All that is drawn is a function of the
+seed, the number of the record and that of the caption in it, so neither kills nor the number of
+shards change a line.
+"""
+
+import dataclasses
+import json
+import random
+import shutil
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from cir_jax.errors import ConfigError, DataError
+from cir_jax.input.keywords import Tagger
+from cir_jax.storage.atomic import write_atomically
+from cir_jax.storage.places import default_cache_dir
+from data.text_triplets import editing, embedders, vocabulary
+from data.text_triplets.captions import Captions
+from data.text_triplets.embedders import Embedder
+from data.text_triplets.inversion_filter import InversionFilter
+from data.text_triplets.parts import Growing
+from data.text_triplets.templates import KINDS
+from data.text_triplets.vocabulary import Keyword, Vocabulary
+
+BLOCK = 4096
+"""Records that are done, stored and lost to a kill at once."""
+
+NAMES = {"reference": "reference_caption", "target": "target_caption"}
+POLL = 2.0  # seconds between looks for what other shards write
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """parts: parts of speech that are keywords. least: captions that a keyword must occur in.
+    band: least and greatest similarity of an alternative. threshold: of the filter.
+
+    Raises ConfigError for values that cannot work.
+    """
+
+    rules: editing.Rules
+    parts: Sequence[str] = ("NOUN",)
+    least: int = 101
+    band: tuple[float, float] = (0.5, 0.7)
+    threshold: float = 0.75
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        low, high = self.band
+        if not -1 <= low < high <= 1:
+            raise ConfigError(
+                f"--similarity={low},{high}: expected two cosines, the smaller first."
+            )
+        for flag, value in (("min_count", self.least), ("per_caption", self.rules.per_caption)):
+            if value < 1:
+                raise ConfigError(f"--{flag}={value}: expected 1 or more.")
+
+
+def read_band(values: Sequence[str]) -> tuple[float, float]:
+    """The flag --similarity. Raises ConfigError."""
+    try:
+        low, high = map(float, values)
+    except ValueError:
+        raise ConfigError(
+            f"--similarity={','.join(values)}: expected two numbers, such as 0.5,0.7."
+        ) from None
+    return low, high
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """Number `index` of `count` processes."""
+
+    index: int = 0
+    count: int = 1
+
+    @classmethod
+    def read(cls, text: str) -> "Shard":
+        """Of "2/8": the third of eight. Raises ConfigError."""
+        index, slash, count = text.partition("/")
+        if not (slash and index.isdecimal() and count.isdecimal() and int(index) < int(count)):
+            raise ConfigError(f"--shard={text}: expected I/N with I from 0 to N - 1, such as 0/8.")
+        return cls(int(index), int(count))
+
+    def file(self, output: Path) -> Path:
+        """OUTPUT itself where there is but one."""
+        if self.count == 1:
+            return output
+        return output.with_name(f"{output.stem}-{self.index:05d}-of-{self.count:05d}.jsonl")
+
+
+def generate(
+    captions: Captions,
+    output: Path,
+    recipe: Recipe,
+    tag: Tagger,
+    embedder: Callable[[], Embedder],
+    *,
+    names: dict[str, Any],
+    keep: InversionFilter | None = None,
+    shard: Shard | None = None,
+    wait: bool = True,
+) -> dict[str, int] | None:
+    """Writes the triplets as JSON lines; returns statistics, None if other shards are waited for.
+
+    embedder: called in shard 0 alone. names: of the tagger, the embedder: all else that tells this
+    run from another. wait: False comes back where other shards have to go on first.
+    Raises DataError when OUTPUT.parts is of another run, and as `vocabulary.frequent`.
+    """
+    shard = shard or Shard()
+    if output.suffix != ".jsonl":
+        raise ConfigError(f"--output={output}: expected a name that ends in .jsonl.")
+    folder = output.with_name(output.name + ".parts")
+    settings = {"captions": captions.identity, **dataclasses.asdict(recipe), **names}
+    settings["filter"] = keep.identity if keep else None
+    if not keep:
+        del settings["threshold"]
+    _same_run(folder, {**settings, "shards": shard.count})
+    run = _Run(captions, output, recipe, tag, embedder, keep, shard, folder)
+    run.check()
+    run.count_keywords()
+    everyone = [folder / f"counts-{i:05d}.json" for i in range(shard.count)]
+    if not _there(everyone, "keywords", wait):
+        return None
+    words = folder / "vocabulary.npz"
+    if shard.index == 0:
+        run.find_alternatives(everyone, words)
+    elif not _there([words], "alternatives", wait):
+        return None
+    return run.write_triplets(words)
+
+
+def _same_run(folder: Path, settings: dict[str, Any]) -> None:
+    file, settings = folder / "settings.json", json.loads(json.dumps(settings))
+    if not file.is_file():
+        text = json.dumps(settings, indent=1) + "\n"
+        write_atomically(file, lambda f: f.write(text.encode()))
+    try:
+        found = json.loads(file.read_text())
+        others = [k for k in {**found, **settings} if found.get(k) != settings.get(k)]
+    except (ValueError, AttributeError, TypeError) as error:
+        raise DataError(f"{file}: damaged ({error}). Delete {folder} to begin again.") from error
+    if others:
+        changed = "; ".join(f"{k} {found.get(k)}, now {settings.get(k)}" for k in sorted(others))
+        raise DataError(
+            f"{folder}: of another run ({changed}). Delete it to begin again, or choose another "
+            "--output."
+        )
+
+
+def _there(files: Sequence[Path], what: str, wait: bool) -> bool:
+    """Whether the files of other shards are there, waiting for them if so told."""
+    said = False
+    while missing := [file for file in files if not file.is_file()]:
+        if not said:
+            names = ", ".join(file.name for file in missing[:5])
+            more = "waiting" if wait else "run the shards that make them, then this one again"
+            _say(f"{what} of other shards are not there yet ({names}): {more}")
+            said = True
+        if not wait:
+            return False
+        time.sleep(POLL)
+    return True
+
+
+@dataclasses.dataclass
+class _Run:
+    captions: Captions
+    output: Path
+    recipe: Recipe
+    tag: Tagger
+    embedder: Callable[[], Embedder]
+    keep: InversionFilter | None
+    shard: Shard
+    folder: Path
+
+    def __post_init__(self) -> None:
+        name = f"{self.shard.index:05d}"
+        self.keywords = Growing(self.folder / f"keywords-{name}.jsonl")
+        self.counts = self.folder / f"counts-{name}.json"
+        self.triplets = Growing(self.folder / f"triplets-{name}.jsonl")
+
+    def check(self) -> None:
+        """A model that cannot be had shows before hours of work."""
+        if self.shard.index == 0 and not (self.folder / "vocabulary.npz").is_file():
+            made = self.embedder()
+            self.embedder = lambda: made
+
+    def count_keywords(self) -> None:
+        """All keywords of this shard's captions, and how many captions each is in."""
+        if self.counts.is_file():
+            return
+        if not self.keywords.finished:
+            for done, block in self._blocks(len(self.keywords.blocks)):
+                lines, empty = [], 0
+                for number, caption in block:
+                    if caption.strip():
+                        found = vocabulary.keywords(caption, self.tag, self.recipe.parts)
+                        lines.append(json.dumps([number, caption, found]))
+                    else:
+                        empty += 1
+                self.keywords.add(lines, {"captions": len(lines), "empty": empty, "done": done})
+            self.keywords.finish()
+        counts: Counter[vocabulary.Key] = Counter()
+        for i in range(len(self.keywords.blocks)):
+            for _, _, words in map(json.loads, self.keywords.read(i)):
+                counts.update((part, word) for part, word, _ in words)
+        text = json.dumps([[*key, count] for key, count in sorted(counts.items())])
+        write_atomically(self.counts, lambda file: file.write(text.encode()))
+
+    def _blocks(self, first: int) -> Iterator[tuple[int, list[tuple[str, str]]]]:
+        """(done, [(name, caption)]) of this shard's blocks from its number `first` on."""
+        mine = first * self.shard.count + self.shard.index
+        done = self.keywords.blocks[-1]["done"] if first else 0
+        entries = self.captions.entries(mine * BLOCK)
+        with tqdm(
+            total=self.captions.total, initial=done, desc="keywords", unit=f" {self.captions.unit}",
+            unit_scale=True, delay=1,
+        ) as bar:  # fmt: skip
+            for start in range(mine * BLOCK, sys.maxsize, BLOCK * self.shard.count):
+                block, seen = [], 0
+                for seen, entry in enumerate(islice(entries, BLOCK), 1):
+                    number = start + seen - 1
+                    block += [(f"{number}/{i}", text) for i, text in enumerate(entry.captions)]
+                    done = entry.done
+                if seen:
+                    bar.update(done - bar.n)
+                    yield done, block
+                if seen < BLOCK:
+                    return
+                for entry in islice(entries, BLOCK * (self.shard.count - 1)):
+                    bar.update(entry.done - bar.n)
+
+    def find_alternatives(self, everyone: Iterable[Path], file: Path) -> None:
+        """The vocabulary of all shards, for all of them."""
+        if file.is_file():
+            return
+        counts: Counter[vocabulary.Key] = Counter()
+        for each in everyone:
+            counts.update({(p, word): count for p, word, count in json.loads(each.read_bytes())})
+        keys = vocabulary.frequent(counts, self.recipe.least)
+        texts = [word for _, word in keys]
+        features = embedders.stored_features(self.embedder(), texts, default_cache_dir())
+        made = vocabulary.build(keys, features, self.recipe.band, self.recipe.seed)
+        _say(
+            f"{len(counts):,} keywords, {len(keys):,} of them in {self.recipe.least:,} captions or "
+            f"more, {made.replaceable:,} of these with an alternative"
+        )
+        made.write(file)
+
+    def write_triplets(self, file: Path) -> dict[str, int]:
+        """The triplets of this shard's captions, under their final name."""
+        final, out = self.shard.file(self.output), self.triplets
+        if not out.finished:
+            words = Vocabulary.read(file)
+            blocks = self.keywords.blocks
+            with tqdm(
+                total=len(blocks), initial=len(out.blocks), desc="triplets", unit="block", delay=1
+            ) as bar:
+                for i in range(len(out.blocks), len(blocks)):
+                    out.add(*self._triplets(i, words))
+                    bar.update()
+        out.finish(final)
+        statistics = {key: sum(block[key] for block in self.keywords.blocks) for key in _COUNTED}
+        for key in (*KINDS, "captions without", "filtered"):
+            statistics[key] = sum(block[key] for block in out.blocks)
+        _say(f"{final}: {describe(statistics)}")
+        done = [self.folder / f"done-{i:05d}" for i in range(self.shard.count)]
+        write_atomically(done[self.shard.index], lambda f: f.write(b""))
+        if all(each.is_file() for each in done):
+            shutil.rmtree(self.folder, ignore_errors=True)
+        return statistics
+
+    def _triplets(self, block: int, words: Vocabulary) -> tuple[list[str], dict[str, int]]:
+        made: list[tuple[str, editing.Triplet]] = []
+        without = 0
+        for name, caption, found in map(json.loads, self.keywords.read(block)):
+            rng = random.Random(f"{self.recipe.seed}/{name}")
+            keywords = [Keyword(*word) for word in found]
+            some = editing.triplets(caption, keywords, words, self.recipe.rules, rng)
+            made += [(f"{name}/{i}", triplet) for i, triplet in enumerate(some)]
+            without += not some
+        good = self._filtered(made)
+        kept = [triplet for (_, triplet), fine in zip(made, good, strict=True) if fine]
+        note = {kind: sum(triplet.kind == kind for triplet in kept) for kind in KINDS}
+        note |= {"captions without": without, "filtered": len(made) - len(kept)}
+        return [_line(triplet) for triplet in kept], note
+
+    def _filtered(self, made: Sequence[tuple[str, editing.Triplet]]) -> np.ndarray:
+        """bool[triplets]: whether both captions pass."""
+        if self.keep is None:
+            return np.ones(len(made), bool)
+        texts = [getattr(triplet, side) for _, triplet in made for side in NAMES]
+        streams = [f"{self.recipe.seed}/{name}/{side}" for name, _ in made for side in NAMES]
+        found = self.keep.similarities(texts, streams).reshape(-1, len(NAMES))
+        return (found >= self.recipe.threshold).all(axis=1)
+
+
+_COUNTED = ("captions", "empty")
+
+
+def _line(triplet: editing.Triplet) -> str:
+    """With the names of RTD's code."""
+    record = {name: getattr(triplet, side) for side, name in NAMES.items()}
+    return json.dumps({**record, "conditioning_caption": triplet.text}, ensure_ascii=False)
+
+
+def describe(statistics: dict[str, int]) -> str:
+    """One line of what was made of what."""
+    total = sum(statistics[kind] for kind in KINDS)
+    kinds = ", ".join(f"{statistics[kind]:,} {kind}" for kind in KINDS)
+    return (
+        f"{total:,} triplets ({kinds}) of {statistics['captions']:,} captions; "
+        f"{statistics['captions without']:,} captions without, {statistics['empty']:,} empty ones; "
+        f"{statistics['filtered']:,} triplets filtered out"
+    )
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
