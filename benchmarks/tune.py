@@ -7,7 +7,8 @@ are read from the runs of seed 0 that benchmarks/shapes.py leaves in the workdir
 if there are none. Combiner and MagicLens, whose queries have no settings, are trained for each of
 their own. Chosen is the best CIRCO-like mAP@10 on val; the test worlds are not looked at. Writes
 benchmarks/tune.json after each setting and goes on there, with the same weights;
---methods=palavra,slerp tunes these alone. README's numbers use the settings in experiments/, which this file must confirm.
+--methods=palavra,slerp tunes these alone. README's numbers use the settings in experiments/, which
+this file must confirm.
 """
 
 import argparse
@@ -36,7 +37,11 @@ GRIDS: dict[str, dict[str, tuple[Any, ...]]] = {
     "pic2word": {"link": (",", "that", "and", "but", "which", "of", "with", "which is", "that is")},
     "searle_oti": {"iterations": (50, 100, 200), "learning_rate": (1e-2, 2e-2, 5e-2)},
     "combiner": {"dropout": (0.1, 0.3, 0.5), "scale": (10.0, 20.0, 40.0)},
-    "magiclens": {"initial": ("sum", "random"), "query_negatives": (True, False)},
+    "magiclens": {
+        "initial": ("sum", "random"),
+        "query_negatives": (True, False),
+        "temperature": (0.07, 0.15),
+    },
     "compodiff": {"steps": (2, 5, 10), "guidance": ((2.5, 2.0), (1.5, 7.5), (1.0, 1.0))},
 }
 """Method -> setting -> values; the product is tried. SEARLE and LinCIR have no such settings."""
