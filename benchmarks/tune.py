@@ -4,11 +4,11 @@
 
 Each method gets up to BUDGET settings of its query; nothing is trained for them. Trained methods
 are read from the runs of seed 0 that benchmarks/shapes.py leaves in the workdir, and trained there
-if there are none. Combiner and RTD, whose queries have no settings, are trained for each of their
-own: the last stage, the ones before it once. Chosen is
-the best CIRCO-like mAP@10 on val; the test worlds are not looked at. Writes benchmarks/tune.json
-after each setting and goes on there, with the same weights; --methods=palavra,slerp tunes these
-alone. README's numbers use the settings in experiments/, which this file must confirm.
+if there are none. Combiner, MagicLens and RTD, whose queries have no settings, are trained for each
+of their own: the last stage, the ones before it once. Chosen is the best CIRCO-like mAP@10 on val;
+the test worlds are not looked at. Writes benchmarks/tune.json after each setting and goes on there,
+with the same weights; --methods=palavra,slerp tunes these alone. README's numbers use the settings
+in experiments/, which this file must confirm.
 """
 
 import argparse
@@ -39,6 +39,11 @@ GRIDS: dict[str, dict[str, tuple[Any, ...]]] = {
     "combiner": {"dropout": (0.1, 0.3, 0.5), "scale": (10.0, 20.0, 40.0)},
     "tat": {"alpha": (0.5, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)},
     "rtd": {"noise": (0.0, 0.5, 1.0), "temperature": (0.03, 0.07, 0.2)},
+    "magiclens": {
+        "initial": ("sum", "random"),
+        "query_negatives": (True, False),
+        "temperature": (0.07, 0.15),
+    },
     "compodiff": {"steps": (2, 5, 10), "guidance": ((2.5, 2.0), (1.5, 7.5), (1.0, 1.0))},
 }
 """Method -> setting -> values; the product is tried. SEARLE and LinCIR have no such settings."""

@@ -59,6 +59,7 @@ def get_config(preset: str = "shapes") -> ConfigDict:
         "temperature": 0.07,
         "query_negatives": True,
         "train_backbone": False,
+        "initial": "sum",
     }
     config = base.experiment("magiclens", composer)
     config.stages = ("fuse",)
@@ -66,7 +67,7 @@ def get_config(preset: str = "shapes") -> ConfigDict:
         tables={"triplets": 1.0},
         features=True,
         batch_size=128,
-        duration="800 steps",
-        optimizer={"learning_rate": 1e-3, "schedule": "cosine", "warmup": "50 steps"},
+        duration="600 steps",
+        optimizer={"learning_rate": 3e-4, "schedule": "cosine", "warmup": "50 steps"},
     )
     return base.apply(config, PRESETS, preset)
