@@ -11,6 +11,7 @@ from cir_jax.errors import ConfigError, unknown
 from cir_jax.models.backbone import Backbone
 
 COMPOSERS = {
+    "artemis": "Artemis",
     "clip_pretraining": "ClipPretraining",
     "combiner": "Combiner",
     "compodiff": "CompoDiff",

@@ -35,7 +35,9 @@ def normalise(x: jax.Array) -> jax.Array:
 
 
 class Composer:
-    """One method. Subclasses are final; `score` and `embed_gallery` have defaults to replace."""
+    """One method. Subclasses are final; what the gallery becomes (`embed_features` of the backbone's
+    features, or `embed_gallery` of images) and `score` have defaults to replace. A method whose
+    score is no dot product says with `joined` what several texts of one query are."""
 
     pretrained_backbone: bool = True
     """Whether `freeze` wants the weights of the backbone; False = it is trained from scratch."""
@@ -143,18 +145,38 @@ class Composer:
         return self.objective(params, split_rows(jax.tree.map(merge, rows)))
 
     def compose(self, params: Params, frozen: Params, query: Query, rng: jax.Array) -> jax.Array:
-        """Query features: float32[batch, dim] of unit norm."""
+        """What `score` compares with the gallery: float32[batch, dim] of unit norm by default."""
         raise TypeError(f"{type(self).__name__} does not say how to compose a query")
 
     def embed_gallery(self, params: Params, frozen: Params, images: jax.Array) -> jax.Array:
-        """uint8[n, height, width, 3] -> float32[n, dim] of unit norm: the backbone's features."""
+        """uint8[n, height, width, 3] -> what the gallery is ranked by: `embed_features` of the
+        backbone's features."""
+        return self.embed_features(params, self.backbone.encode_image(frozen["backbone"], images))
+
+    def embed_features(self, params: Params, features: jax.Array) -> jax.Array:
+        """Un-normalised features of the backbone, float32[n, dim] -> what the gallery is ranked by:
+        themselves, of unit norm. Features are computed once and serve all methods."""
         del params
-        return normalise(self.backbone.encode_image(frozen["backbone"], images))
+        return normalise(features)
 
     def score(self, params: Params, query: jax.Array, gallery: jax.Array) -> jax.Array:
-        """float32[batch, dim], float32[n, dim] -> float32[batch, n]: cosine similarity."""
+        """float32[batch, dim], float32[n, dim] -> float32[batch, n]: cosine similarity.
+
+        Called on blocks of the gallery. Scores of images that do not count, and queries of zeros,
+        must be finite.
+        """
         del params
         return query @ gallery.T
+
+    def joined(self, queries: np.ndarray) -> np.ndarray:
+        """Several texts of one query, composed: float32[queries, texts, width] -> [queries, ...].
+
+        A query with fewer texts has zeros. By default the mean, of unit norm: its dot product ranks
+        as the mean of the texts' scores does, which is what others are to give.
+        """
+        total = queries.sum(axis=1)
+        square = np.sum(np.square(total), axis=-1, keepdims=True)
+        return (total / np.sqrt(np.maximum(square, 1e-24))).astype(np.float32)
 
     def reference_features(self, frozen: Params, query: Query) -> jax.Array:
         """Un-normalised image features float32[batch, dim] of the reference images."""

@@ -71,7 +71,7 @@ def evaluate(
             composer.backbone, frozen["backbone"], benchmark.gallery, **options
         )
     if shared:
-        gallery = features.unit(raw)
+        gallery = features.embedded(composer, params, raw)
     else:
         gallery = features.gallery_features(composer, params, frozen, benchmark.gallery, **options)
     encoded = time.perf_counter()
@@ -148,7 +148,7 @@ def _queries(
     seed: int,
     options: dict,
 ) -> np.ndarray:
-    """float32[queries, dim] of unit norm; several texts of a query are averaged."""
+    """What `compose` gives, [queries, dim]; of several texts of a query, `joined`."""
     backbone, gallery = composer.backbone, benchmark.gallery
     index, texts = [], []
     for position, query in enumerate(benchmark.queries):
@@ -196,9 +196,11 @@ def _queries(
     )
     if len(index) == len(benchmark.queries):
         return composed
-    total = np.zeros((len(benchmark.queries), composed.shape[1]), np.float32)
-    np.add.at(total, index, composed)
-    return features.unit(total)
+    # texts of a query follow one another: the place of each among its own
+    place = np.arange(len(index)) - np.searchsorted(index, index)
+    grouped = np.zeros((len(benchmark.queries), place.max() + 1, composed.shape[1]), np.float32)
+    grouped[index, place] = composed
+    return composer.joined(grouped)
 
 
 def _graded(

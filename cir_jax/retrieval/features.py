@@ -16,18 +16,21 @@ from jax.sharding import Mesh
 from PIL import Image
 
 from cir_jax.composers.base import Composer, Params
-from cir_jax.errors import DataError
+from cir_jax.errors import DataError, WeightsError
 from cir_jax.input import images
 from cir_jax.input.identity import CROP, source_identity
 from cir_jax.input.images import ImageTransform
 from cir_jax.models.backbone import Backbone
 from cir_jax.sharding.constraints import rows_over
 from cir_jax.sharding.mesh import replicated
-from cir_jax.sharding.placement import on_mesh
+from cir_jax.sharding.placement import on_mesh, to_host
 from cir_jax.sharding.rows import map_rows
 from cir_jax.storage.chunk_store import ChunkStore
 from cir_jax.weights import finite
 from cir_jax.weights.fingerprint import fingerprint
+
+EMBEDDED_ROWS = 16384
+"""Rows of features that a method embeds at a time."""
 
 Records = Sequence[Mapping[str, Any]]
 """Random access to records with an encoded image: a `Table`, or any list of dictionaries."""
@@ -95,8 +98,32 @@ def image_features(
 
 
 def uses_backbone_gallery(composer: Composer) -> bool:
-    """Whether the gallery features are the backbone's, so that all such methods share them."""
+    """Whether the gallery is embedded from the backbone's features, which all such methods share."""
     return type(composer).embed_gallery is Composer.embed_gallery
+
+
+def embedded(composer: Composer, params: Params, raw: np.ndarray) -> np.ndarray:
+    """`composer.embed_features` of float32[n, dim] un-normalised features, in blocks.
+
+    As in ranking, every process does all of them, on its own device. Raises WeightsError for
+    rows that are finite before and not after it.
+    """
+    if type(composer).embed_features is Composer.embed_features:
+        return unit(raw)
+    params, pieces = jax.tree.map(to_host, params), []
+    for first in range(0, len(raw), EMBEDDED_ROWS):
+        rows = raw[first : first + EMBEDDED_ROWS]
+        missing = min(len(raw), EMBEDDED_ROWS) - len(rows)  # one shape, one program
+        padded = np.pad(rows, ((0, missing), (0, 0)))
+        pieces.append(np.asarray(_embed_features(composer, params, padded))[: len(rows)])
+    found = np.concatenate(pieces)
+    wrong = np.isfinite(raw).all(axis=1) & ~np.isfinite(found).all(axis=1)
+    if wrong.any():
+        raise WeightsError(
+            f"gallery image {int(np.argmax(wrong))}: its features, embedded by "
+            f"{type(composer).__name__}, are not finite. Its parameters are damaged."
+        )
+    return found
 
 
 def gallery_features(
@@ -110,15 +137,14 @@ def gallery_features(
     cache_dir: Path | None = None,
     skip_unreadable: bool = False,
 ) -> np.ndarray:
-    """`composer.embed_gallery` of all gallery images: float32[n, dim] of unit norm."""
+    """`composer.embed_gallery` of all gallery images: float32[n, dim], of unit norm by default."""
     backbone = composer.backbone
     options = dict(
         mesh=mesh, batch_size=batch_size, cache_dir=cache_dir, skip_unreadable=skip_unreadable
     )
     if uses_backbone_gallery(composer):
-        return image_features(
-            backbone, frozen["backbone"], gallery, "image", normalise=True, **options
-        )
+        raw = image_features(backbone, frozen["backbone"], gallery, "image", **options)
+        return embedded(composer, params, raw)
     cached = cache_dir is not None
     description = {
         "features": f"{type(composer).__module__}.{type(composer).__qualname__}.embed_gallery",
@@ -155,7 +181,7 @@ def query_features(
     seed: int = 0,
     description: str = "",
 ) -> np.ndarray:
-    """`composer.compose` of n queries: float32[n, dim] of unit norm.
+    """`composer.compose` of n queries: float32[n, dim], of unit norm by default.
 
     token_ids: int32[n, length]. query_index: int32[n], passed on, so that a method that draws noise
         can draw the same for a query whatever the batch size.
@@ -341,6 +367,12 @@ def _encode_images(
         features = backbone.encode_image(params, batch["image"])
     marked = finite.marked(features, batch["unreadable"])
     return jax.lax.with_sharding_constraint(marked, replicated(mesh))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _embed_features(composer: Composer, params: Params, features: jax.Array) -> jax.Array:
+    with composer.backbone.full_precision():
+        return composer.embed_features(params, features)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
