@@ -2,12 +2,12 @@
 
     python launch/main.py --config=experiments/artemis.py
 
-Presets: shapes (embedded world), smoke (seconds, for tests), and the comparison of CompoDiff's paper
-on clip_rn50, whose settings are not published: the release's, on triplets of a prepared dataset,
-named with --config.stage.match.data.dataset (`data/image_triplets`: FashionIQ, CIRR,
+Presets: shapes (embedded world), smoke (seconds, for tests), and the comparison of CompoDiff's
+paper on clip_rn50, whose settings are not published: the release's, on triplets of a prepared
+dataset, named with --config.stage.match.data.dataset (`data/image_triplets`: FashionIQ, CIRR,
 SynthTriplets18M).
 
-An official checkpoint needs no training; it is the backbone, too, and its vocabulary lies beside it:
+An official checkpoint needs no training. It is the backbone, too; its vocabulary lies beside it:
 
     python launch/eval.py --config=experiments/artemis.py:official \\
         --config.backbone=model_best.pth --config.init_from=official:model_best.pth

@@ -24,7 +24,7 @@ As in the released code (naver/artemis): the loss has one direction (query to ta
 temperature is learned without a bound. Where the numbers are not the release's:
 * It does not take the norm of the images' embeddings where these come from stored features (CIRR);
   no score depends on it.
-* Features of zeros have the score 0 there they divide by zero.
+* Features of zeros have the score 0 where it divides by zero.
 """
 
 from pathlib import Path
@@ -132,8 +132,8 @@ class Artemis(Composer):
 
     trained = True
     official_format = (
-        "a checkpoint {args, epoch, best_score, model, optimizer}, such as model_best.pth, which is "
-        "the backbone, too"
+        "a checkpoint {args, epoch, best_score, model, optimizer}, such as model_best.pth, which "
+        "is the backbone, too"
     )
 
     def __init__(self, backbone: Backbone, embed_dim: int = 512, version: str = "ARTEMIS"):

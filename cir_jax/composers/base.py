@@ -35,9 +35,9 @@ def normalise(x: jax.Array) -> jax.Array:
 
 
 class Composer:
-    """One method. Subclasses are final; what the gallery becomes (`embed_features` of the backbone's
-    features, or `embed_gallery` of images) and `score` have defaults to replace. A method whose
-    score is no dot product says with `joined` what several texts of one query are."""
+    """One method. Subclasses are final; what the gallery becomes (`embed_features` of features, or
+    `embed_gallery` of images) and `score` have defaults to replace. A method whose score is no dot
+    product says with `joined` what several texts of one query are."""
 
     pretrained_backbone: bool = True
     """Whether `freeze` wants the weights of the backbone; False = it is trained from scratch."""

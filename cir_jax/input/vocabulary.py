@@ -1,9 +1,9 @@
 """Words of ARTEMIS (naver/artemis): its vocabulary file, and texts as it tokenises them.
 
-`/`, `-` and `\\` become spaces; what is no ASCII letter, parenthesis or space is dropped; lower case;
-NLTK's `word_tokenize`, of which on such texts its contractions are left ("cannot" is "can not") and
-parentheses as words. A word that is not in the vocabulary is `<unk>`. `<and>` between two captions
-is its own token; nothing else in a text becomes a special one.
+`/`, `-` and `\\` become spaces; what is no ASCII letter, parenthesis or space is dropped; lower
+case; NLTK's `word_tokenize`, of which on such texts its contractions are left ("cannot" is "can
+not") and parentheses as words. A word that is not in the vocabulary is `<unk>`. `<and>` between two
+captions is its own token; nothing else in a text becomes a special one.
 """
 
 import io

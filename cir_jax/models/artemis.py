@@ -7,8 +7,8 @@ ResNet-152 of ImageNet gives after its own average pool. Batch norms are frozen,
 
 A text is the last states of a bidirectional GRU on embedded words, or the maximum over the states
 of an LSTM, then a linear layer. Gates are PyTorch's. Nothing behind a text's end is read; the
-released LSTM reads the padding up to the longest text of a batch, so that a feature there depends on
-its batch: here it is that of a batch of one.
+released LSTM reads the padding up to the longest text of a batch, so that a feature there depends
+on its batch: here it is that of a batch of one.
 
 Features are those before the unit norm, as all backbones give them.
 """
@@ -96,8 +96,8 @@ class ArtemisConfig:
         check_numbers(self)
         if self.text.recurrent == "bigru" and 2 * self.text.state_size != self.projection_dim:
             raise WeightsError(
-                f"both states of a BiGRU of {self.text.state_size} are the feature of a text, which "
-                f"has {self.projection_dim} dimensions. Correct the checkpoint's config."
+                f"both states of a BiGRU of {self.text.state_size} are the feature of a text, of "
+                f"{self.projection_dim} dimensions. Correct the checkpoint's config."
             )
 
     @classmethod

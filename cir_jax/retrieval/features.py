@@ -98,7 +98,7 @@ def image_features(
 
 
 def uses_backbone_gallery(composer: Composer) -> bool:
-    """Whether the gallery is embedded from the backbone's features, which all such methods share."""
+    """Whether the gallery is made of features of the backbone, which all such methods share."""
     return type(composer).embed_gallery is Composer.embed_gallery
 
 
