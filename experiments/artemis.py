@@ -7,30 +7,66 @@ paper on clip_rn50, whose settings are not published: the release's, on triplets
 dataset, named with --config.stage.match.data.dataset (`data/image_triplets`: FashionIQ, CIRR,
 SynthTriplets18M).
 
-An official checkpoint needs no training. It is the backbone, too; its vocabulary lies beside it:
+fashioniq and cirr are the release itself. An official checkpoint needs no training. It is the
+backbone, too; its vocabulary lies beside it:
 
-    python launch/eval.py --config=experiments/artemis.py:official \\
-        --config.backbone=model_best.pth --config.init_from=official:model_best.pth
+    python launch/eval.py --config=experiments/artemis.py:fashioniq \\
+        --config.composer.tune= --config.backbone=model_best.pth \\
+        --config.init_from=official:model_best.pth
+
+Training begins with a directory that `cir_jax.weights.artemis.begin` makes of torchvision's
+ResNet, the captions of training and GloVe's vectors. Then, in two stages, first all is trained but
+the ResNet and the words' embeddings, then all (on CIRR never the ResNet):
+
+    python launch/main.py --config=experiments/artemis.py:fashioniq --config.backbone=DIR
 """
 
 from ml_collections import ConfigDict
 
 from experiments import base
 
-RELEASED = {
-    "composer.embed_dim": 512,
-    # no corpus ships: a prepared dataset with a table `triplets`
-    "stage.match.data.dataset": "",
-    "stage.match.batch_size": 32,
-    "stage.match.duration": "50 epochs",
-    "stage.match.optimizer.learning_rate": 5e-4,
-    "stage.match.optimizer.schedule": "step",
-    "stage.match.optimizer.drop": 0.5,
-    "stage.match.optimizer.drop_every": "10 epochs",
-    "stage.match.optimizer.warmup": "0 steps",
-    "stage.match.optimizer.weight_decay": 0.01,
-    "stage.match.optimizer.decay": ".*",
-}
+OWN = "/(visual_projection|text/(ahead|back|projection))/.*"
+"""Of the backbone, what the release trains from the beginning."""
+
+
+def _released(stage: str, epochs: int, learning_rate: float, drop_every: int) -> dict[str, object]:
+    return {
+        # no corpus ships: a prepared dataset with a table `triplets`
+        f"stage.{stage}.data.dataset": "",
+        f"stage.{stage}.batch_size": 32,
+        f"stage.{stage}.duration": f"{epochs} epochs",
+        f"stage.{stage}.optimizer.learning_rate": learning_rate,
+        f"stage.{stage}.optimizer.schedule": "step",
+        f"stage.{stage}.optimizer.drop": 0.5,
+        f"stage.{stage}.optimizer.drop_every": f"{drop_every} epochs",
+        f"stage.{stage}.optimizer.warmup": "0 steps",
+        f"stage.{stage}.optimizer.weight_decay": 0.01,
+        f"stage.{stage}.optimizer.decay": ".*",
+    }
+
+
+def _two_stages(double: int, tuned: str) -> dict[str, object]:
+    """double: 2 where a record has two orders of its captions, of which an epoch here has one."""
+    released = {
+        "backbone": "",
+        "composer.embed_dim": 0,
+        "composer.tune": tuned,
+        "stages": ("match", "finetune"),
+        "stage.match.composer": {
+            "name": "artemis",
+            "embed_dim": 0,
+            "version": "ARTEMIS",
+            "tune": OWN,
+        },
+        **_released("match", 8 * double, 5e-4, 4 * double),
+        # the rate that is left of the first stage
+        **_released("finetune", 50 * double, 2.5e-4, 10 * double),
+    }
+    for stage in ("match", "finetune"):
+        released[f"stage.{stage}.data.features"] = False
+    return released
+
+
 PRESETS = {
     "shapes": {},
     "smoke": {
@@ -42,18 +78,28 @@ PRESETS = {
         "log_every": 2,
         "checkpoint.every": "4 steps",
     },
-    "clip_rn50": {"backbone": "timm/resnet50_clip.openai", "dtype": "bfloat16", **RELEASED},
-    "official": {
-        **RELEASED,
-        "backbone": "",  # a checkpoint
-        "composer.embed_dim": 0,
-        "evaluation.benchmarks": ("fashioniq:artemis_words", "cirr:artemis"),
+    "clip_rn50": {
+        "backbone": "timm/resnet50_clip.openai",
+        "dtype": "bfloat16",
+        "composer.embed_dim": 512,
+        **_released("match", 50, 5e-4, 10),
+    },
+    "fashioniq": {
+        **_two_stages(2, ".*"),
+        "stage.match.data.example": "augmented_triplets",
+        "stage.finetune.data.example": "augmented_triplets",
+        "evaluation.benchmarks": ("fashioniq:artemis_words",),
+    },
+    "cirr": {
+        **_two_stages(1, "/(visual_projection|text)/.*"),
+        "evaluation.benchmarks": ("cirr:artemis",),
     },
 }
 
 
 def get_config(preset: str = "shapes") -> ConfigDict:
-    config = base.experiment("artemis", {"name": "artemis", "embed_dim": 128, "version": "ARTEMIS"})
+    composer = {"name": "artemis", "embed_dim": 128, "version": "ARTEMIS", "tune": ""}
+    config = base.experiment("artemis", composer)
     config.stages = ("match",)
     config.stage.match = base.stage(
         tables={"triplets": 1.0},
@@ -61,5 +107,12 @@ def get_config(preset: str = "shapes") -> ConfigDict:
         batch_size=128,
         duration="400 steps",
         optimizer={"learning_rate": 1e-3, "schedule": "cosine", "warmup": "50 steps"},
+    )
+    config.stage.finetune = base.stage(
+        tables={"triplets": 1.0},
+        batch_size=32,
+        duration="400 steps",
+        after="match",
+        optimizer={"learning_rate": 2.5e-4},
     )
     return base.apply(config, PRESETS, preset)

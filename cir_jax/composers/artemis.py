@@ -15,19 +15,25 @@ an array [queries, n, dim]. A term is the same for any multiple of a or of t.
 
 Two kinds of backbone:
 * That of an official checkpoint (`cir_jax.models.artemis`: ResNet, words, BiGRU or LSTM) gives
-  m, r, t itself; `embed_dim` is 0, and the networks are those of the checkpoint.
+  m, r, t itself; `embed_dim` is 0, and the networks are those of the checkpoint. `tune` says which
+  of its parameters are trained, too: as differences from the file's, which are zeros at first.
 * On CLIP and its relatives, as in CompoDiff's comparison (arXiv 2303.11916), whose code is not
   released: one linear layer for texts and one for images, in the place of the released encoders'
   last, on the frozen towers' features, of unit norm.
 
 As in the released code (naver/artemis): the loss has one direction (query to target), the
 temperature is learned without a bound. Where the numbers are not the release's:
+* Batch norms keep their statistics; there they are those of a batch, of references and of targets
+  apart, even while the ResNet is not trained.
+* Weight decay acts on the differences of `tune`, not on the encoders' weights.
 * It does not take the norm of the images' embeddings where these come from stored features (CIRR);
   no score depends on it.
 * Features of zeros have the score 0 where it divides by zero.
 """
 
+import re
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -128,7 +134,8 @@ for _theirs, _ours in (("Attention_EM", "explicit"), ("Attention_IS", "implicit"
 
 
 class Artemis(Composer):
-    """`params` are those of `Matching`."""
+    """`params` are those of `Matching`; with `tune` under "networks", beside "tuned", differences
+    from the backbone's parameters."""
 
     trained = True
     official_format = (
@@ -136,10 +143,30 @@ class Artemis(Composer):
         "is the backbone, too"
     )
 
-    def __init__(self, backbone: Backbone, embed_dim: int = 512, version: str = "ARTEMIS"):
+    def __init__(
+        self,
+        backbone: Backbone,
+        embed_dim: int = 512,
+        version: str = "ARTEMIS",
+        tune: str = "",
+    ):
         """embed_dim: of the projections on top of the backbone; 0 = none. version: which terms the
-        score has, a key of VERSIONS. Raises ConfigError."""
+        score has, a key of VERSIONS. tune: paths of the backbone's parameters that are trained,
+        too, a regular expression ("/text/.*"); "" = none. Raises ConfigError."""
         super().__init__(backbone)
+        try:
+            self.tune = re.compile(tune)
+        except re.error as error:
+            raise ConfigError(f"tune={tune!r}: no regular expression ({error})") from error
+        self.tunes_backbone = self.needs_reference_images = bool(tune)
+        if tune:
+            paths = convert.flatten(jax.eval_shape(backbone.init, jax.random.key(0)))
+            if not any(self.tune.fullmatch("/" + "/".join(path)) for path in paths):
+                first = sorted({f"/{path[0]}" for path in paths})
+                raise ConfigError(
+                    f"tune={tune!r}: matches no parameter of backbone {backbone.weights_id}, whose "
+                    f"paths begin with {', '.join(first)}"
+                )
         if embed_dim < 0:
             raise ConfigError(f"embed_dim={embed_dim}: expected 1 or more, or 0 for none")
         if version not in VERSIONS:
@@ -151,16 +178,38 @@ class Artemis(Composer):
 
     def init(self, rng: jax.Array) -> Params:
         one = jnp.zeros((1, self.backbone.dim))
-        return self.network.init(rng, one, one)["params"]
+        networks = self.network.init(rng, one, one)["params"]
+        return self._with_differences(networks)
+
+    def _with_differences(self, networks: Params) -> Params:
+        if not self.tunes_backbone:
+            return networks
+        shapes = jax.eval_shape(self.backbone.init, jax.random.key(0))
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        return {"networks": networks, "tuned": zeros}
+
+    def _variables(self, params: Params) -> Params:
+        return {"params": params["networks"] if self.tunes_backbone else params}
+
+    def encoders(self, params: Params, frozen: Params) -> Params:
+        if not self.tunes_backbone:
+            return frozen["backbone"]
+
+        def add(path: Any, own: jax.Array, difference: jax.Array) -> jax.Array:
+            trained = self.tune.fullmatch("/" + "/".join(str(k.key) for k in path))
+            return own + (difference if trained else jax.lax.stop_gradient(difference))
+
+        return jax.tree_util.tree_map_with_path(add, frozen["backbone"], params["tuned"])
 
     def compose(self, params: Params, frozen: Params, query: Query, rng: jax.Array) -> jax.Array:
         """What `scores` takes: float32[batch, terms * 2 * dim]."""
-        image = split_rows(self.reference_features(frozen, query))
-        text = split_rows(self.backbone.encode_text(frozen["backbone"], query["token_ids"]))
-        return split_rows(self.network.apply({"params": params}, image, text))
+        encoders = self.encoders(params, frozen)
+        image = split_rows(self.reference_features({"backbone": encoders}, query))
+        text = split_rows(self.backbone.encode_text(encoders, query["token_ids"]))
+        return split_rows(self.network.apply(self._variables(params), image, text))
 
     def embed_features(self, params: Params, features: jax.Array) -> jax.Array:
-        return self.network.apply({"params": params}, features, method="image")
+        return self.network.apply(self._variables(params), features, method="image")
 
     def score(self, params: Params, query: jax.Array, gallery: jax.Array) -> jax.Array:
         del params
@@ -180,12 +229,18 @@ class Artemis(Composer):
         self, params: Params, frozen: Params, batch: dict[str, jax.Array], rngs: jax.Array
     ) -> Params:
         """batch: token_ids int32[batch, length]; reference_features and target_features
-        float32[batch, dim], or reference_images and target_images."""
-        target = self.embed_features(params, self.target_features(frozen, batch))
+        float32[batch, dim], or reference_images and target_images, which `tune` needs."""
+        if self.tunes_backbone and "target_features" in batch:
+            raise ConfigError(
+                "composer.tune trains the backbone, whose features change: set "
+                "--config.stage.NAME.data.features=False"
+            )
+        encoders = {"backbone": self.encoders(params, frozen)}
+        target = self.embed_features(params, self.target_features(encoders, batch))
         return {"query": self.compose(params, frozen, batch, rngs), "target": target}
 
     def objective(self, params: Params, rows: Params) -> tuple[jax.Array, dict[str, jax.Array]]:
-        scale = jnp.exp(params["temperature"][0])
+        scale = jnp.exp(self._variables(params)["params"]["temperature"][0])
         logits = scale * scores(rows["query"], rows["target"])
         return pair_cross_entropy(logits), {"in_batch_recall": pair_recall(logits), "scale": scale}
 
@@ -200,10 +255,10 @@ class Artemis(Composer):
                 f"{' or '.join(VERSIONS)}; late-fusion, cross-modal and visual-search are the "
                 "methods image_text, text_only and image_only on this backbone."
             )
-        return convert.to_ours(tensors, NAMES, what=str(path), dtype=np.float32)
+        networks = convert.to_ours(tensors, NAMES, what=str(path), dtype=np.float32)
+        return self._with_differences(networks)
 
     def write_official(self, path: Path, params: Params, frozen: Params) -> None:
-        tensors = convert.to_source(params, NAMES)
-        artemis_weights.write_checkpoint(
-            path, frozen["backbone"], self.backbone, tensors, self.version
-        )
+        tensors = convert.to_source(self._variables(params)["params"], NAMES)
+        encoders = self.encoders(params, frozen)
+        artemis_weights.write_checkpoint(path, encoders, self.backbone, tensors, self.version)

@@ -42,6 +42,9 @@ class Composer:
     pretrained_backbone: bool = True
     """Whether `freeze` wants the weights of the backbone; False = it is trained from scratch."""
 
+    tunes_backbone: bool = False
+    """Whether `encoders` are others than the frozen ones, so that no features can be shared."""
+
     needs_reference_images: bool = False
     """Whether queries must carry reference_images, where precomputed features do not suffice."""
 
@@ -151,7 +154,13 @@ class Composer:
     def embed_gallery(self, params: Params, frozen: Params, images: jax.Array) -> jax.Array:
         """uint8[n, height, width, 3] -> what the gallery is ranked by: `embed_features` of the
         backbone's features."""
-        return self.embed_features(params, self.backbone.encode_image(frozen["backbone"], images))
+        encoders = self.encoders(params, frozen)
+        return self.embed_features(params, self.backbone.encode_image(encoders, images))
+
+    def encoders(self, params: Params, frozen: Params) -> Params:
+        """Parameters of the backbone: the frozen ones, unless the method `tunes_backbone`."""
+        del params
+        return frozen["backbone"]
 
     def embed_features(self, params: Params, features: jax.Array) -> jax.Array:
         """Un-normalised features of the backbone, float32[n, dim] -> what the gallery is ranked by:

@@ -40,7 +40,7 @@ class WordConfig:
     """hidden_size: of the embedding of a word. state_size: of a recurrent network's state, in one
     direction. recurrent: a key of RECURRENT. eos_token_id: of what ends a text."""
 
-    vocab_size: int = 3775
+    vocab_size: int = 3780
     hidden_size: int = 300
     recurrent: str = "bigru"
     state_size: int = 256

@@ -99,7 +99,8 @@ def image_features(
 
 def uses_backbone_gallery(composer: Composer) -> bool:
     """Whether the gallery is made of features of the backbone, which all such methods share."""
-    return type(composer).embed_gallery is Composer.embed_gallery
+    own = type(composer).embed_gallery is not Composer.embed_gallery
+    return not (own or composer.tunes_backbone)
 
 
 def embedded(composer: Composer, params: Params, raw: np.ndarray) -> np.ndarray:

@@ -7,13 +7,14 @@ CIRR the image branch reads the features of a ResNet-152, which is not in the ch
 torchvision's file, resnet152-*.pth, beside it. How CIRR's images were prepared for it is not
 published; here it is as for ARTEMIS' other datasets.
 
-What is written as a backbone, `save`, is a directory with config.json, tokenizer.json and the
-tensors under the same names.
+What is written as a backbone, by `weights.save` or `begin`, is a directory with config.json,
+tokenizer.json and the tensors under the same names.
 """
 
 import argparse
+import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,11 @@ def architecture(source: files.Source, dtype: Any, **sizes: int) -> Backbone:
             eos="<end>",
             pad="<pad>",
         )
+        if tokenizer.vocab_size != config.text.vocab_size:
+            raise WeightsError(
+                f"{source.directory}: tokenizer.json has {tokenizer.vocab_size} words, the model "
+                f"embeddings of {config.text.vocab_size}. Copy both from where they were written."
+            )
         transform = beside.image_transform(source.directory, "clip")
     else:
         tensors = source.tensors()
@@ -94,6 +100,44 @@ def write(path: Path, backbone: Backbone, params: Any, dtype: Any) -> None:
     }
     tensors = to_tensors(params, backbone.config)
     beside.write(path, "model.safetensors", tensors, about, backbone.tokenizer, dtype)
+
+
+def begin(
+    path: Path,
+    resnet: Path,
+    captions: Iterable[str],
+    *,
+    glove: Path | None = None,
+    pool: str = "gem",
+    config: WordConfig | None = None,
+    dim: int = 512,
+    seed: int = 0,
+) -> None:
+    """Writes the directory of a backbone that training begins with: torchvision's ResNet of the
+    file `resnet` (50 layers; 152 on CIRR), the words of `captions`, the rest at random.
+
+    glove: vectors of words, as text (glove.840B.300d.txt); words that are not there, and all where
+    there is none, have random ones. pool: "mean" = the ResNet gives features, as on CIRR. config:
+    of the words, None = the release's; their number is that of the captions'. Raises WeightsError.
+    """
+    words = vocabulary.build(captions)
+    text = dataclasses.replace(config or WordConfig(), vocab_size=len(words))
+    found = torch_files.read(Path(resnet))
+    trunk = {f"{CNN}.{name}": found[name] for name in found if not name.startswith("fc.")}
+    made = ArtemisConfig(text, _trunk(trunk, str(resnet), pool), dim)
+    table = convert.Names()
+    _trunk_names(table, made.vision, f"{CNN}.")
+    vision = convert.to_ours(trunk, table, ignore=IGNORE, what=str(resnet), dtype=np.float32)
+    tokenizer = vocabulary.tokenizer(words, "captions")
+    backbone = Backbone(Artemis(made), tokenizer, images.artemis(), "begin")
+    params = jax.device_get(jax.jit(backbone.init)(jax.random.key(seed)))
+    convert.check_shapes(vision["vision"], params["vision"], str(resnet))
+    table = params["text"]["embed"]["embedding"].copy()
+    if glove is not None:
+        for row, vector in vocabulary.vectors(Path(glove), words, text.hidden_size):
+            table[row] = vector
+    params["text"]["embed"]["embedding"] = table
+    write(path, backbone, params | vision, np.float32)
 
 
 def names(config: ArtemisConfig) -> convert.Names:
@@ -177,7 +221,7 @@ def write_checkpoint(
     version: str,
 ) -> None:
     """{args, epoch, best_score, model, optimizer} for ARTEMIS' evaluate.py and train.py, which
-    starts with a fresh AdamW."""
+    starts with a fresh AdamW; beside FILE.pth the words, FILE_vocab.pkl."""
     config = backbone.config
     tensors = {**to_tensors(encoders, config), **networks}
     stored = config.vision.pool == "mean"
@@ -189,7 +233,9 @@ def write_checkpoint(
         for name in tensors
         if name.endswith("running_mean")
     }
+    path = Path(path)
     args = argparse.Namespace(
+        data_name=path.stem,
         model_version=version,
         embed_dim=config.projection_dim,
         cnn_type=DEPTHS.get(config.vision.layers, "resnet50"),
@@ -212,6 +258,7 @@ def write_checkpoint(
         "optimizer": {"state": {}, "param_groups": [group]},
     }
     official.write(path, content)
+    vocabulary.write(path.with_name(f"{path.stem}_vocab.pkl"), backbone.tokenizer.words)
 
 
 def _ignored(name: str) -> bool:
@@ -242,18 +289,11 @@ def _config(tensors: Mapping[str, np.ndarray], what: str) -> ArtemisConfig:
     """Sizes, read off the tensors of both encoders."""
 
     def rows(name: str, axis: int = 0) -> int:
-        if name not in tensors or tensors[name].ndim <= axis:
-            raise WeightsError(f"{what}: no tensor {name}, or of another shape than ARTEMIS'.")
-        return tensors[name].shape[axis]
+        return _rows(tensors, name, what, axis)
 
     lstm = "txt_enc.sent_enc.0.weight_ih_l0" in tensors
     recurrent, state = ("lstm", "0.") if lstm else ("bigru", "")
     pool = "gem" if f"{HEADS['gem']}.weight" in tensors else "mean"
-    blocks = [
-        {m[1] for name in tensors if (m := re.match(rf"{CNN}\.layer{stage}\.(\d+)\.", name))}
-        for stage in range(1, 5)
-    ]
-    bottleneck = f"{CNN}.layer1.0.conv3.weight" in tensors
     text = WordConfig(
         vocab_size=rows("txt_enc.embed.weight"),
         hidden_size=rows("txt_enc.embed.weight", 1),
@@ -262,10 +302,23 @@ def _config(tensors: Mapping[str, np.ndarray], what: str) -> ArtemisConfig:
         max_position_embeddings=vocabulary.CONTEXT_LENGTH,
         eos_token_id=vocabulary.SPECIAL.index("<end>"),
     )
-    vision = ResNetConfig(
-        tuple(map(len, blocks)), bottleneck, rows(f"{CNN}.conv1.weight"), pool, image_size=224
-    )
-    return ArtemisConfig(text, vision, rows(f"{HEADS[pool]}.weight"))
+    return ArtemisConfig(text, _trunk(tensors, what, pool), rows(f"{HEADS[pool]}.weight"))
+
+
+def _trunk(tensors: Mapping[str, np.ndarray], what: str, pool: str) -> ResNetConfig:
+    blocks = [
+        {m[1] for name in tensors if (m := re.match(rf"{CNN}\.layer{stage}\.(\d+)\.", name))}
+        for stage in range(1, 5)
+    ]
+    bottleneck = f"{CNN}.layer1.0.conv3.weight" in tensors
+    width = _rows(tensors, f"{CNN}.conv1.weight", what)
+    return ResNetConfig(tuple(map(len, blocks)), bottleneck, width, pool, image_size=224)
+
+
+def _rows(tensors: Mapping[str, np.ndarray], name: str, what: str, axis: int = 0) -> int:
+    if name not in tensors or tensors[name].ndim <= axis:
+        raise WeightsError(f"{what}: no tensor {name}, or of another shape than ARTEMIS'.")
+    return tensors[name].shape[axis]
 
 
 def _tokenizer(source: files.Source, config: ArtemisConfig) -> Tokenizer:
