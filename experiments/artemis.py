@@ -7,12 +7,11 @@ paper on clip_rn50, whose settings are not published: the release's, on triplets
 dataset, named with --config.stage.match.data.dataset (`data/image_triplets`: FashionIQ, CIRR,
 SynthTriplets18M).
 
-fashioniq and cirr are the release itself. An official checkpoint needs no training. It is the
-backbone, too; its vocabulary lies beside it:
+official, fashioniq and cirr are the release itself. A checkpoint of it needs no training. It is the
+backbone, too; its vocabulary lies beside it (for one of CIRR, the benchmark is cirr:artemis):
 
-    python launch/eval.py --config=experiments/artemis.py:fashioniq \\
-        --config.composer.tune= --config.backbone=model_best.pth \\
-        --config.init_from=official:model_best.pth
+    python launch/eval.py --config=experiments/artemis.py:official \\
+        --config.backbone=model_best.pth --config.init_from=official:model_best.pth
 
 Training begins with a directory that `cir_jax.weights.artemis.begin` makes of torchvision's
 ResNet, the captions of training and GloVe's vectors. Then, in two stages, first all is trained but
@@ -84,6 +83,11 @@ PRESETS = {
         "composer.embed_dim": 512,
         **_released("match", 50, 5e-4, 10),
     },
+    "official": {
+        "backbone": "",
+        "composer.embed_dim": 0,
+        "evaluation.benchmarks": ("fashioniq:artemis_words",),
+    },
     "fashioniq": {
         **_two_stages(2, ".*"),
         "stage.match.data.example": "augmented_triplets",
@@ -108,11 +112,8 @@ def get_config(preset: str = "shapes") -> ConfigDict:
         duration="400 steps",
         optimizer={"learning_rate": 1e-3, "schedule": "cosine", "warmup": "50 steps"},
     )
-    config.stage.finetune = base.stage(
-        tables={"triplets": 1.0},
-        batch_size=32,
-        duration="400 steps",
-        after="match",
-        optimizer={"learning_rate": 2.5e-4},
-    )
+    if "stage.finetune.duration" in PRESETS.get(preset, {}):
+        config.stage.finetune = base.stage(
+            tables={"triplets": 1.0}, batch_size=32, duration="", after="match", optimizer={}
+        )
     return base.apply(config, PRESETS, preset)

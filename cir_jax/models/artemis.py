@@ -204,29 +204,31 @@ class Recurrent(nn.Module):
         kernel = self.param("state_kernel", uniform, (size, gates * size))
         bias = self.param("state_bias", uniform, (gates * size,))
 
-        def gru(carry: jax.Array, x: jax.Array) -> jax.Array:
+        def gru(hidden: jax.Array, x: jax.Array) -> tuple[jax.Array, ...]:
             reset, update, new = jnp.split(x, 3, axis=-1)
-            own = jnp.split(carry @ kernel + bias, 3, axis=-1)
+            own = jnp.split(hidden @ kernel + bias[None], 3, axis=-1)
             reset, update = jax.nn.sigmoid(reset + own[0]), jax.nn.sigmoid(update + own[1])
             new = jnp.tanh(new + reset * own[2])
-            return (1 - update) * new + update * carry
+            return ((1 - update) * new + update * hidden,)
 
-        def lstm(carry: jax.Array, x: jax.Array) -> jax.Array:
-            hidden, cell = carry
-            put, keep, new, out = jnp.split(x + hidden @ kernel + bias, 4, axis=-1)
+        def lstm(hidden: jax.Array, cell: jax.Array, x: jax.Array) -> tuple[jax.Array, ...]:
+            put, keep, new, out = jnp.split(x + hidden @ kernel + bias[None], 4, axis=-1)
             cell = jax.nn.sigmoid(keep) * cell + jax.nn.sigmoid(put) * jnp.tanh(new)
-            return jnp.stack([jax.nn.sigmoid(out) * jnp.tanh(cell), cell])
+            return jax.nn.sigmoid(out) * jnp.tanh(cell), cell
 
-        def step(carry: jax.Array, x: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-            x, valid = x
-            new = (gru if self.kind == "bigru" else lstm)(carry, x)
-            carry = jnp.where(valid[:, None], new, carry)
-            return carry, carry if self.kind == "bigru" else carry[0]
+        def step(carry: tuple[jax.Array, ...], word: tuple[jax.Array, jax.Array]) -> Any:
+            x, valid = word
+            new = (gru if self.kind == "bigru" else lstm)(*carry, x)
+            carry = tuple(
+                jnp.where(valid[:, None], now, before)
+                for now, before in zip(new, carry, strict=True)
+            )
+            return carry, carry[0]
 
-        carry = start if self.kind == "bigru" else jnp.stack([start, start])
+        carry = (start,) if self.kind == "bigru" else (start, start)
         over_time = (inputs.swapaxes(0, 1), read.T)
         carry, states = jax.lax.scan(step, carry, over_time, reverse=self.reverse)
-        return carry if self.kind == "bigru" else carry[0], split_rows(states.swapaxes(0, 1))
+        return carry[0], split_rows(states.swapaxes(0, 1))
 
 
 class Words(nn.Module):

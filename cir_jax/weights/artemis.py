@@ -130,12 +130,13 @@ def begin(
     vision = convert.to_ours(trunk, table, ignore=IGNORE, what=str(resnet), dtype=np.float32)
     tokenizer = vocabulary.tokenizer(words, "captions")
     backbone = Backbone(Artemis(made), tokenizer, images.artemis(), "begin")
+    given = Path(glove) if glove else None
+    vectors = dict(vocabulary.vectors(given, words, text.hidden_size) if given else ())
     params = jax.device_get(jax.jit(backbone.init)(jax.random.key(seed)))
     convert.check_shapes(vision["vision"], params["vision"], str(resnet))
     table = params["text"]["embed"]["embedding"].copy()
-    if glove is not None:
-        for row, vector in vocabulary.vectors(Path(glove), words, text.hidden_size):
-            table[row] = vector
+    for row, vector in vectors.items():
+        table[row] = vector
     params["text"]["embed"]["embedding"] = table
     write(path, backbone, params | vision, np.float32)
 

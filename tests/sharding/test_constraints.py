@@ -52,6 +52,10 @@ STAGES = {
         {"target_images": IMAGES, "reference_images": IMAGES, "token_ids": WORDS},
         True,
     ),
+    ("artemis", "match"): (
+        {"target_images": IMAGES, "reference_images": IMAGES, "token_ids": WORDS},
+        True,
+    ),
     ("lincir", "smp"): ({"token_ids": WORDS, "masked_token_ids": WORDS}, False),
     ("searle", "distil"): ({"reference_images": IMAGES, "pseudo_words": "token"}, True),
     ("palavra", "invert"): (

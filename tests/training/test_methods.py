@@ -17,7 +17,13 @@ from cir_jax.sharding.mesh import make_mesh
 from cir_jax.training import inputs, logs, stages
 from tests import tiny as factory
 
-STAGES = {"pic2word": "contrastive", "lincir": "smp", "palavra": "invert", "combiner": "fuse"}
+STAGES = {
+    "pic2word": "contrastive",
+    "lincir": "smp",
+    "palavra": "invert",
+    "combiner": "fuse",
+    "artemis": "match",
+}
 STEPS, LAST = 5, 3  # a checkpoint every 2, the end after LAST
 
 
@@ -55,11 +61,14 @@ def test_a_killed_run_goes_on_to_the_same_numbers(name, tiny, tmp_path, monkeypa
         objects = tmp_path / "objects.json"
         objects.write_text(json.dumps({"star": ["star"], "circle": ["circle"]}))
         recipe.composer.objects, recipe.composer.hidden_dim = str(objects), 8
-    if name == "lincir":
+    if name in ("lincir", "artemis"):
         del config.composer.hidden_dim
+    if name == "artemis":  # crops are drawn, and the tower of texts moves
+        recipe.data.example, recipe.data.features = "augmented_triplets", False
+        config.composer.tune = "/text.*"
     if name == "combiner":
         recipe.data.example, config.composer.projection_dim = "joined_triplets", 8
-    table = triplet_table if name == "combiner" else factory.caption_table
+    table = triplet_table if name in ("combiner", "artemis") else factory.caption_table
     monkeypatch.setattr(inputs, "Table", lambda *_: table(40))
     monkeypatch.setenv("CIR_JAX_CACHE", str(tmp_path / "cache"))
     backbone, params = tiny
