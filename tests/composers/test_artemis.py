@@ -1,6 +1,8 @@
 """ARTEMIS: its score in blocks, its loss, several texts, tuned encoders. Values of the original are
 in tests/golden, its files in tests/weights/test_artemis.py."""
 
+import collections
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,9 +11,12 @@ import pytest
 from cir_jax.composers import artemis
 from cir_jax.composers.artemis import Artemis
 from cir_jax.composers.base import normalise
-from cir_jax.errors import ConfigError
+from cir_jax.errors import ConfigError, WeightsError
+from cir_jax.evaluation import evaluate, protocols
+from cir_jax.input.records import AugmentedTriplets
 from cir_jax.retrieval import features, ranking
 from tests.composers import inversion
+from tests.evaluation import worlds
 
 DIM = 6
 
@@ -131,6 +136,66 @@ def test_two_texts_score_as_the_mean_of_both(made, queries):
     expected = scores[:8].reshape(4, 2, -1).mean(axis=1)
     expected[3] = scores[6]
     np.testing.assert_allclose(joined, expected, atol=1e-6)
+
+
+def test_evaluation_ranks_by_the_score_and_averages_both_orders(made):
+    """The gallery is embedded of shared features, in blocks; a query has two texts."""
+    composer, params, frozen = made
+    benchmark, mesh = worlds.benchmark(protocols.FASHIONIQ), worlds.mesh(1)
+    result = evaluate.evaluate(composer, params, frozen, benchmark, mesh=mesh)
+    query = benchmark.queries[1]
+    first, second = (text.strip(".?, ") for text in query.texts)
+    raw = features.image_features(
+        composer.backbone, frozen["backbone"], benchmark.gallery, mesh=mesh
+    )
+    given = {
+        "reference_features": np.repeat(raw[query.reference][None], 2, axis=0),
+        "token_ids": composer.backbone.tokenizer(
+            [f"{first} and {second}", f"{second} and {first}"]
+        ),
+    }
+    composed = jax.jit(composer.compose)(params, frozen, given, jax.random.key(0))
+    both = np.asarray(composer.score(params, composed, composer.embed_features(params, raw)))
+    inside = [query.category in kinds for kinds in benchmark.categories]
+    expected = np.sort(both.mean(axis=0)[inside])[::-1][:3]
+    np.testing.assert_allclose(result.scores[1][:3], expected, atol=1e-5)
+
+
+def test_galleries_are_embedded_in_blocks_and_checked(made, monkeypatch):
+    composer, params, _ = made
+    raw = np.array(inversion.features(composer.backbone, 7))
+    raw[5] = np.nan  # an image that was not readable
+    whole = features.embedded(composer, params, raw)
+    monkeypatch.setattr(features, "EMBEDDED_ROWS", 3)
+    np.testing.assert_allclose(features.embedded(composer, params, raw), whole, atol=1e-6)
+    assert np.isnan(whole[5]).all() and np.isfinite(np.delete(whole, 5, axis=0)).all()
+    damaged = jax.tree.map(np.array, params)
+    damaged["image_projection"]["bias"][0] = np.nan
+    with pytest.raises(WeightsError, match="gallery image 0: its features, embedded by Artemis,"):
+        features.embedded(composer, damaged, raw)
+
+
+def test_triplets_are_cropped_mirrored_and_told_in_either_order(tiny):
+    transform = AugmentedTriplets(tiny[0].tokenizer, "images", size=3, word="and")
+    image = np.arange(5 * 5 * 3, dtype=np.uint8).reshape(5, 5, 3)
+    element = {"reference": image, "target": image + 75, "texts": (b"is red", b"a star"),
+               "text": b"unused"}  # fmt: skip
+    rng = np.random.default_rng(0)
+    drawn = [transform.random_map(element, rng) for _ in range(200)]
+    texts = collections.Counter(example["token_ids"].tobytes() for example in drawn)
+    orders = ("is red and a star", "a star and is red")
+    length = tiny[0].context_length
+    assert set(texts) == {tiny[0].tokenizer([text], length)[0].tobytes() for text in orders}
+    assert min(texts.values()) > 70
+    crops = {
+        side.tobytes()
+        for y in range(3)
+        for x in range(3)
+        for side in (image[y : y + 3, x : x + 3], image[y : y + 3, x : x + 3][:, ::-1])
+    }
+    assert {example["reference_images"].tobytes() for example in drawn} == crops
+    pairs = {(e["reference_images"].tobytes(), e["target_images"].tobytes()) for e in drawn}
+    assert len(pairs) > 100  # each image is cropped by itself
 
 
 def test_parts_of_the_score(tiny, made, batch, queries):
