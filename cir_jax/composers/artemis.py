@@ -26,9 +26,11 @@ temperature is learned without a bound. Where the numbers are not the release's:
 * Batch norms keep their statistics; there they are those of a batch, of references and of targets
   apart, even while the ResNet is not trained.
 * Weight decay acts on the differences of `tune`, not on the encoders' weights.
-* It does not take the norm of the images' embeddings where these come from stored features (CIRR);
-  no score depends on it.
-* Features of zeros have the score 0 where it divides by zero.
+* Embeddings of images are of unit norm everywhere; there not on CIRR, of stored features. No score
+  depends on it.
+* Embeddings of zeros have the score 0; there it is NaN.
+* Its second stage goes on with the optimiser's moments; here stages begin anew, at the rate that is
+  left. Both orders of FashionIQ's captions are triplets of its epochs; here one of them is drawn.
 """
 
 import re

@@ -34,7 +34,6 @@ CNN, IMAGE, TEXT = "img_enc.cnn", "img_enc.", "txt_enc."
 HEADS = {"gem": "img_enc.fc", "mean": "img_enc.linear"}
 """Pool of the last map -> the linear layer on it; CIRR's is of features that are averages."""
 
-DEPTHS = {(3, 4, 6, 3): "resnet50", (2, 2, 2, 2): "resnet18", (3, 8, 36, 3): "resnet152"}
 PARTS = ("args", "epoch", "best_score", "optimizer")
 """Of a checkpoint, beside `model`."""
 
@@ -66,7 +65,13 @@ def architecture(source: files.Source, dtype: Any, **sizes: int) -> Backbone:
             "pixels, and texts of any length. Leave it out."
         )
     if source.kind:
-        config = ArtemisConfig.from_dict(source.config)
+        try:
+            config = ArtemisConfig.from_dict(source.config)
+        except (KeyError, TypeError, ValueError) as error:
+            raise WeightsError(
+                f"{source.directory / source.kind}: no config of ARTEMIS' encoders as it is "
+                f"written here ({type(error).__name__}: {error}). Copy it again."
+            ) from error
         tokenizer = Tokenizer.by_tokens(
             source.directory,
             context_length=config.text.max_position_embeddings,
@@ -226,6 +231,7 @@ def write_checkpoint(
     config = backbone.config
     tensors = {**to_tensors(encoders, config), **networks}
     stored = config.vision.pool == "mean"
+    depth = 2 + sum(config.vision.layers) * (3 if config.vision.bottleneck else 2)
     if stored:
         tensors = {name: x for name, x in tensors.items() if not name.startswith(CNN)}
     parameters = sum(not name.rpartition(".")[2].startswith("running_") for name in tensors)
@@ -239,7 +245,7 @@ def write_checkpoint(
         data_name=path.stem,
         model_version=version,
         embed_dim=config.projection_dim,
-        cnn_type=DEPTHS.get(config.vision.layers, "resnet50"),
+        cnn_type=f"resnet{depth}",
         load_image_feature=config.vision.hidden_size if stored else 0,
         txt_enc_type=config.text.recurrent,
         lstm_hidden_dim=config.text.state_size if config.text.recurrent == "lstm" else 1024,

@@ -2,6 +2,7 @@
 in tests/golden, its files in tests/weights/test_artemis.py."""
 
 import collections
+import types
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ from cir_jax.composers import artemis
 from cir_jax.composers.artemis import Artemis
 from cir_jax.composers.base import normalise
 from cir_jax.errors import ConfigError, WeightsError
-from cir_jax.evaluation import evaluate, protocols
+from cir_jax.evaluation import captions, evaluate, protocols
 from cir_jax.input.records import AugmentedTriplets
 from cir_jax.retrieval import features, ranking
 from tests.composers import inversion
@@ -159,6 +160,12 @@ def test_evaluation_ranks_by_the_score_and_averages_both_orders(made):
     inside = [query.category in kinds for kinds in benchmark.categories]
     expected = np.sort(both.mean(axis=0)[inside])[::-1][:3]
     np.testing.assert_allclose(result.scores[1][:3], expected, atol=1e-5)
+
+
+def test_images_do_not_look_for_captions_by_this_score(made):
+    benchmark = types.SimpleNamespace(name="shapes/captions")
+    with pytest.raises(ConfigError, match="searched in both directions.*Artemis has one"):
+        captions.evaluate(*made, benchmark, mesh=worlds.mesh(1))
 
 
 def test_galleries_are_embedded_in_blocks_and_checked(made, monkeypatch):

@@ -183,6 +183,8 @@ def test_written_checkpoints_are_the_originals(saved, loaded, tmp_path):
     official.save(composer, tmp_path / "ours.pth", params, frozen)
     content = torch.load(tmp_path / "ours.pth", weights_only=False)
     assert set(content) == {"args", "epoch", "best_score", "model", "optimizer"}
+    args = content["args"]
+    assert (args.cnn_type, args.txt_enc_type, args.load_image_feature) == ("resnet14", "bigru", 0)
     fresh = Reference("fashionIQ")
     fresh.load_state_dict(content["model"], strict=True)
     for name, x in model.state_dict().items():
@@ -218,6 +220,10 @@ def test_a_directory_of_the_backbone_comes_back(loaded, tmp_path):
     config["text_config"]["vocab_size"] += 1
     (tmp_path / "own" / "config.json").write_text(json.dumps(config))
     with pytest.raises(WeightsError, match=f"has {len(WORDS)} words, the model embeddings of"):
+        weights.load(tmp_path / "own")
+    del config["text_config"]
+    (tmp_path / "own" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(WeightsError, match="config.json: no config of ARTEMIS.*'text_config'"):
         weights.load(tmp_path / "own")
 
 
