@@ -24,7 +24,7 @@ from absl import app, flags, logging  # noqa: E402
 
 EXPERIMENTS = (
     *("slerp", "palavra", "pic2word", "searle_oti", "searle", "lincir", "compodiff"),
-    *("combiner", "magiclens"),
+    *("combiner", "magiclens", "artemis"),
 )
 # with a preset of their own, in --preset=shapes only:
 LONG = "compodiff:shapes_long"
@@ -55,6 +55,7 @@ PAPER = {
     LONG: "13.36 (CompoDiff)",
     "combiner": "12.08 (CompoDiff, ResNet-50)",
     "magiclens": "30.8 (MagicLens, which reads the shared concept, too)",
+    "artemis": "11.41 (CompoDiff, ResNet-50)",
 }
 """CIRCO test mAP@10 with CLIP ViT-L/14 where nothing else is said, and the paper that prints it."""
 

@@ -75,7 +75,7 @@ def setup(config: ml_collections.ConfigDict, shapes_only: bool = False) -> Exper
     frozen = composer.freeze(params, shapes_only)
     if config.export_to and composer.pretrained_backbone:
         official.check_known(composer, f"config.export_to={config.export_to!r}")
-        if composer.official_by_torch:
+        if composer.exports_by_torch(Path(config.export_to)):
             check_torch(f"config.export_to={config.export_to!r}")
     if official.given(config.init_from):
         official.check_known(composer, f"config.init_from={config.init_from!r}")

@@ -26,6 +26,7 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 from tests import (  # noqa: E402, the path is set above
+    parity_artemis,
     parity_core,
     parity_open_clip,
     parity_oti,
@@ -34,7 +35,15 @@ from tests import (  # noqa: E402, the path is set above
     parity_words,
 )
 
-LIGHT = (parity_core, parity_open_clip, parity_oti, parity_palavra, parity_siglip, parity_words)
+LIGHT = (
+    parity_artemis,
+    parity_core,
+    parity_open_clip,
+    parity_oti,
+    parity_palavra,
+    parity_siglip,
+    parity_words,
+)
 
 Handler = Callable[["Fixture"], Mapping[str, Any]]
 """Fixture -> our outputs, under the names of its `expected`."""

@@ -106,7 +106,7 @@ def test_it_answers_as_the_evaluation_does(monkeypatch):
         ({"config": "experiments/slrp.py"}, ConfigError, "is no file"),
         ({"what": "slerp", "config": "text_only"}, ConfigError, "both name a method"),
         ({"what": "searle"}, ConfigError, "give the workdir .* or weights='PATH'"),
-        ({}, ConfigError, "a method \\(combiner, "),
+        ({}, ConfigError, "a method \\(artemis, "),
         ({"what": "pretrain"}, ConfigError, "trains a backbone: export it"),
         ({"what": "slerp:vit_x"}, ConfigError, "vit_x"),
     ],

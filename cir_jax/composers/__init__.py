@@ -11,6 +11,7 @@ from cir_jax.errors import ConfigError, unknown
 from cir_jax.models.backbone import Backbone
 
 COMPOSERS = {
+    "artemis": "Artemis",
     "clip4cir": "Clip4Cir",
     "clip_pretraining": "ClipPretraining",
     "combiner": "Combiner",

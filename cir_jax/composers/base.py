@@ -35,10 +35,15 @@ def normalise(x: jax.Array) -> jax.Array:
 
 
 class Composer:
-    """One method. Subclasses are final; `score` and `embed_gallery` have defaults to replace."""
+    """One method. Subclasses are final; what the gallery becomes (`embed_features` of features, or
+    `embed_gallery` of images) and `score` have defaults to replace. A method whose score is no dot
+    product says with `joined` what several texts of one query are."""
 
     pretrained_backbone: bool = True
     """Whether `freeze` wants the weights of the backbone; False = it is trained from scratch."""
+
+    tunes_backbone: bool = False
+    """Whether `encoders` are others than the frozen ones, so that no features can be shared."""
 
     needs_reference_images: bool = False
     """Whether queries must carry reference_images, where precomputed features do not suffice."""
@@ -62,14 +67,6 @@ class Composer:
 
     official_format: str = ""
     """What checkpoints of the method's authors look like, for messages; "" = there are none."""
-
-    official_by_torch: bool = True
-    """Whether they are files of PyTorch, which alone writes them."""
-
-    embed_features: Callable[[Params, Params, jax.Array], jax.Array] | None = None
-    """(params, frozen, float32[n, dim] un-normalised image features of the backbone) -> what
-    `embed_gallery` gives for the images, for composers that read images through the frozen backbone
-    alone: then features are computed once for all parameters, and for the baselines, too."""
 
     def __init__(self, backbone: Backbone):
         self.backbone = backbone
@@ -110,6 +107,11 @@ class Composer:
     def read_official(self, path: Path, frozen: Params) -> Params:
         """Trainable parameters from a checkpoint of the authors; see `composers.official`."""
         raise TypeError(f"{type(self).__name__} has no official_format")
+
+    def exports_by_torch(self, path: Path) -> bool:
+        """Whether `write_official` needs PyTorch, which alone writes its files."""
+        del path
+        return True
 
     def write_official(self, path: Path, params: Params, frozen: Params) -> None:
         """The inverse of `read_official`; params and frozen are on the host."""
@@ -162,18 +164,44 @@ class Composer:
         return self.objective(params, split_rows(jax.tree.map(merge, rows)))
 
     def compose(self, params: Params, frozen: Params, query: Query, rng: jax.Array) -> jax.Array:
-        """Query features: float32[batch, dim] of unit norm."""
+        """What `score` compares with the gallery: float32[batch, dim] of unit norm by default."""
         raise TypeError(f"{type(self).__name__} does not say how to compose a query")
 
     def embed_gallery(self, params: Params, frozen: Params, images: jax.Array) -> jax.Array:
-        """uint8[n, height, width, 3] -> float32[n, dim] of unit norm: the backbone's features."""
+        """uint8[n, height, width, 3] -> what the gallery is ranked by: `embed_features` of the
+        backbone's features."""
+        raw = self.backbone.encode_image(self.encoders(params, frozen), images)
+        return self.embed_features(params, frozen, raw)
+
+    def encoders(self, params: Params, frozen: Params) -> Params:
+        """Parameters of the backbone: the frozen ones, unless the method `tunes_backbone`."""
         del params
-        return normalise(self.backbone.encode_image(frozen["backbone"], images))
+        return frozen["backbone"]
+
+    def embed_features(self, params: Params, frozen: Params, features: jax.Array) -> jax.Array:
+        """Un-normalised features of `encoders`, float32[n, dim] -> what the gallery is ranked by:
+        themselves, of unit norm. Features are computed once and serve all methods."""
+        del params, frozen
+        return normalise(features)
 
     def score(self, params: Params, query: jax.Array, gallery: jax.Array) -> jax.Array:
-        """float32[batch, dim], float32[n, dim] -> float32[batch, n]: cosine similarity."""
+        """float32[batch, dim], float32[n, dim] -> float32[batch, n]: cosine similarity.
+
+        Called on blocks of the gallery. Scores of images that do not count, and queries of zeros,
+        must be finite.
+        """
         del params
         return query @ gallery.T
+
+    def joined(self, queries: np.ndarray) -> np.ndarray:
+        """Several texts of one query, composed: float32[queries, texts, width] -> [queries, ...].
+
+        A query with fewer texts has zeros. By default the mean, of unit norm: its dot product ranks
+        as the mean of the texts' scores does, which is what others are to give.
+        """
+        total = queries.sum(axis=1)
+        square = np.sum(np.square(total), axis=-1, keepdims=True)
+        return (total / np.sqrt(np.maximum(square, 1e-24))).astype(np.float32)
 
     def reference_features(self, frozen: Params, query: Query) -> jax.Array:
         """Un-normalised image features float32[batch, dim] of the reference images."""

@@ -42,6 +42,7 @@ class Clip4Cir(Composer):
 
     trained = True
     needs_reference_images = True
+    tunes_backbone = True
 
     def __init__(self, backbone: Backbone, tuned: str = "both", scale: float = 100.0):
         """tuned: "both", "text" or "image". scale: of the logits, in training.
@@ -66,18 +67,15 @@ class Clip4Cir(Composer):
         del rng
         return subtree.chosen(frozen["backbone"], self.pattern)
 
-    def clip(self, params: Params, frozen: Params) -> Params:
+    def encoders(self, params: Params, frozen: Params) -> Params:
         """The backbone's parameters with the tuned ones in it."""
         return subtree.put(frozen["backbone"], params)
 
     def compose(self, params: Params, frozen: Params, query: Query, rng: jax.Array) -> jax.Array:
         """query: with reference_images; stored features are those of the backbone before."""
-        tuned = self.clip(params, frozen)
+        tuned = self.encoders(params, frozen)
         image = self.backbone.encode_image(tuned, query["reference_images"])
         return normalise(image + self.backbone.encode_text(tuned, query["token_ids"]))
-
-    def embed_gallery(self, params: Params, frozen: Params, images: jax.Array) -> jax.Array:
-        return normalise(self.backbone.encode_image(self.clip(params, frozen), images))
 
     def encode(
         self, params: Params, frozen: Params, batch: dict[str, jax.Array], rngs: jax.Array
@@ -110,10 +108,13 @@ class Clip4Cir(Composer):
         )
         return tuned
 
+    def exports_by_torch(self, path: Path) -> bool:
+        return path.suffix == ".pt"
+
     def write_official(self, path: Path, params: Params, frozen: Params) -> None:
         """The authors' file, FILE.pt; else a Hugging Face directory, for --config.backbone."""
-        tuned = self.clip(params, frozen)
-        if path.suffix == ".pt":
+        tuned = self.encoders(params, frozen)
+        if self.exports_by_torch(path):
             state = convert.to_source(tuned, open_clip.names(self.backbone.config))
             official.write(path, {"epoch": 0, PART: state})
         else:

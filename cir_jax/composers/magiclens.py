@@ -32,7 +32,6 @@ evaluation divides images by their brightest value and resizes them in floating 
 protocols `circo:magiclens` and `fashioniq:magiclens`.
 """
 
-from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -174,7 +173,6 @@ class MagicLens(Composer):
 
     trained = True
     official_format = "magic_lens_clip_base.pkl or magic_lens_clip_large.pkl"
-    official_by_torch = False
 
     def __init__(
         self,
@@ -208,7 +206,8 @@ class MagicLens(Composer):
             )
         self.network = Fusion(backbone.dim, layers, heads, hidden_dim)
         self.temperature, self.query_negatives = float(temperature), query_negatives
-        self.train_backbone = self.needs_reference_images = train_backbone
+        self.train_backbone = self.tunes_backbone = train_backbone
+        self.needs_reference_images = train_backbone
         self.initial = initial
         tokenizer = backbone.tokenizer
         length = backbone.context_length if backbone.reads_padding else None
@@ -237,14 +236,13 @@ class MagicLens(Composer):
             params["backbone"] = jax.tree.map(jnp.float32, frozen["backbone"])
         return params
 
-    def towers(self, params: Params, frozen: Params) -> Params:
-        """The CLIP that is read, {"backbone": parameters}."""
-        return params if self.train_backbone else frozen
+    def encoders(self, params: Params, frozen: Params) -> Params:
+        return params["backbone"] if self.train_backbone else frozen["backbone"]
 
     def encode_text(self, params: Params, frozen: Params, token_ids: jax.Array) -> jax.Array:
         """Un-normalised text features float32[batch, dim]."""
         mask = token_ids != 0 if self.hides_token_0 else None
-        towers = self.towers(params, frozen)["backbone"]
+        towers = self.encoders(params, frozen)
         return split_rows(self.backbone.encode_text(towers, token_ids, attention_mask=mask))
 
     def empty(self, params: Params, frozen: Params, rows: int) -> jax.Array:
@@ -263,7 +261,7 @@ class MagicLens(Composer):
         """batch: token_ids int32[batch, length]; reference_images and target_images uint8[batch,
         height, width, 3], or without `train_backbone` reference_features and target_features
         float32[batch, dim]."""
-        towers = self.towers(params, frozen)
+        towers = {"backbone": self.encoders(params, frozen)}
         image = split_rows(self.reference_features(towers, batch))
         target = split_rows(self.target_features(towers, batch))
         text = self.encode_text(params, frozen, batch["token_ids"])
@@ -285,18 +283,11 @@ class MagicLens(Composer):
         return pair_cross_entropy(logits), metrics
 
     def compose(self, params: Params, frozen: Params, query: Query, rng: jax.Array) -> jax.Array:
-        image = split_rows(self.reference_features(self.towers(params, frozen), query))
+        towers = {"backbone": self.encoders(params, frozen)}
+        image = split_rows(self.reference_features(towers, query))
         return self.fuse(params, image, self.encode_text(params, frozen, query["token_ids"]))
 
-    def embed_gallery(self, params: Params, frozen: Params, images: jax.Array) -> jax.Array:
-        towers = self.towers(params, frozen)["backbone"]
-        return self._with_empty(params, frozen, self.backbone.encode_image(towers, images))
-
-    @property
-    def embed_features(self) -> Callable[[Params, Params, jax.Array], jax.Array] | None:
-        return None if self.train_backbone else self._with_empty
-
-    def _with_empty(self, params: Params, frozen: Params, features: jax.Array) -> jax.Array:
+    def embed_features(self, params: Params, frozen: Params, features: jax.Array) -> jax.Array:
         empty = self.empty(params, frozen, len(features))
         return self.fuse(params, split_rows(features), empty)
 
@@ -314,11 +305,14 @@ class MagicLens(Composer):
             self._check_towers(path, params.pop("backbone"), frozen["backbone"])
         return params
 
+    def exports_by_torch(self, path: Path) -> bool:
+        return False
+
     def write_official(self, path: Path, params: Params, frozen: Params) -> None:
         """With the towers, trained or not, as the released code wants them."""
         fusion, clip = self._tables()
         tensors = released.to_tensors(params["fusion"], fusion)
-        tensors |= released.to_tensors(self.towers(params, frozen)["backbone"], clip)
+        tensors |= released.to_tensors(self.encoders(params, frozen), clip)
         flax_files.write(path, {released.ROOT + name: x for name, x in tensors.items()})
 
     def _tables(self) -> tuple[released.Table, released.Table]:

@@ -48,9 +48,9 @@ class Tat(Composer):
 
     trained = True
     needs_reference_images = True
+    tunes_backbone = True
     inference_settings = ("alpha",)
     official_format = "a directory of PEFT with the adapter, or one that holds it as adapter/"
-    official_by_torch = False
 
     def __init__(
         self,
@@ -86,7 +86,7 @@ class Tat(Composer):
         shapes = jax.eval_shape(self.backbone.init, rng)
         return lora.init(rng, shapes, self.lora.pattern, self.lora.rank)
 
-    def backbone_params(self, params: Params, frozen: Params) -> Params:
+    def encoders(self, params: Params, frozen: Params) -> Params:
         """The tuned backbone's parameters, in the tree of the frozen one."""
         return lora.merge(frozen["backbone"], params, self.lora.scale)
 
@@ -94,7 +94,7 @@ class Tat(Composer):
         self, params: Params, frozen: Params, batch: dict[str, jax.Array], rngs: jax.Array
     ) -> Params:
         """batch: target_images uint8[batch, height, width, 3], token_ids int32[batch, length]."""
-        base, tuned = frozen["backbone"], self.backbone_params(params, frozen)
+        base, tuned = frozen["backbone"], self.encoders(params, frozen)
 
         def features(encode: Encode, x: jax.Array, rngs: jax.Array, moves: bool) -> jax.Array:
             if not moves:
@@ -122,14 +122,10 @@ class Tat(Composer):
 
     def compose(self, params: Params, frozen: Params, query: Query, rng: jax.Array) -> jax.Array:
         """query: with reference_images; stored features are those of the backbone before."""
-        tuned = self.backbone_params(params, frozen)
+        tuned = self.encoders(params, frozen)
         image = normalise(self.backbone.encode_image(tuned, query["reference_images"]))
         text = normalise(self.backbone.encode_text(tuned, query["token_ids"]))
         return slerp(image, text, self.alpha)
-
-    def embed_gallery(self, params: Params, frozen: Params, images: jax.Array) -> jax.Array:
-        tuned = self.backbone_params(params, frozen)
-        return normalise(self.backbone.encode_image(tuned, images))
 
     def read_official(self, path: Path, frozen: Params) -> Params:
         del frozen
@@ -155,7 +151,10 @@ class Tat(Composer):
             flat |= {f"{kernel}/a": a[:, kept], f"{kernel}/b": b[kept]}
         return unflatten_dict(flat, sep="/")
 
+    def exports_by_torch(self, path: Path) -> bool:
+        return False
+
     def write_official(self, path: Path, params: Params, frozen: Params) -> None:
         """The tuned backbone as a Hugging Face directory, and the adapter in it."""
-        backbones.save(path, self.backbone, self.backbone_params(params, frozen), np.float32)
+        backbones.save(path, self.backbone, self.encoders(params, frozen), np.float32)
         peft.save_adapter(path / ADAPTER, params, self.lora, self.backbone)

@@ -199,7 +199,7 @@ def load(
         queries = tuple(Query(i, i, ("",), (i,)) for i in range(len(gallery)))
         return Benchmark(queries=queries, **shared)
     queries = tuple(_query(table[i], f"{table!r}, record {i}") for i in range(len(table)))
-    if entry.protocol.captions == "orders_separate":
+    if entry.protocol.captions in ("orders_separate", "orders_marked"):
         queries = tuple(one for query in queries for one in _orders(entry.protocol, query))
     references = None
     if entry.references:

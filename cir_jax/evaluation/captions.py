@@ -8,6 +8,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from cir_jax.composers.base import Composer, Params
+from cir_jax.errors import ConfigError
 from cir_jax.evaluation import metrics
 from cir_jax.evaluation.metrics import Estimate
 from cir_jax.evaluation.queries import CaptionBenchmark, pad_rows
@@ -43,7 +44,14 @@ def evaluate(
     COCO: see `coco_metrics`.
     composer: one whose `compose` reads text alone, or does without a reference: its features are
     zeros, and `has_reference` is False (CompoDiff, arXiv 2303.11916, table 5).
+    Raises ConfigError for one whose score is no dot product: images do not look for texts by it.
     """
+    if type(composer).score is not Composer.score:
+        raise ConfigError(
+            f"{benchmark.name} is searched in both directions, and the score of "
+            f"{type(composer).__name__} has one, from queries to images. Leave it out of "
+            "--config.evaluation.benchmarks."
+        )
     began = time.perf_counter()
     options: dict[str, Any] = dict(mesh=mesh, batch_size=batch_size)
     gallery = features.gallery_features(

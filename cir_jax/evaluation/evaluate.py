@@ -65,7 +65,7 @@ def evaluate(
         )
     began = time.perf_counter()
     raw = image_features
-    if raw is None and features.reads_backbone_features(composer):
+    if raw is None and features.uses_backbone_gallery(composer):
         raw = features.image_features(
             composer.backbone, frozen["backbone"], benchmark.gallery, **options
         )
@@ -146,7 +146,7 @@ def _queries(
     seed: int,
     options: dict,
 ) -> np.ndarray:
-    """float32[queries, dim] of unit norm; several texts of a query are averaged."""
+    """What `compose` gives, [queries, dim]; of several texts of a query, `joined`."""
     backbone, gallery = composer.backbone, benchmark.gallery
     index, texts = [], []
     for position, query in enumerate(benchmark.queries):
@@ -194,9 +194,11 @@ def _queries(
     )
     if len(index) == len(benchmark.queries):
         return composed
-    total = np.zeros((len(benchmark.queries), composed.shape[1]), np.float32)
-    np.add.at(total, index, composed)
-    return features.unit(total)
+    # texts of a query follow one another: the place of each among its own
+    place = np.arange(len(index)) - np.searchsorted(index, index)
+    grouped = np.zeros((len(benchmark.queries), place.max() + 1, composed.shape[1]), np.float32)
+    grouped[index, place] = composed
+    return composer.joined(grouped)
 
 
 def _graded(

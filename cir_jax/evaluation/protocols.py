@@ -41,7 +41,8 @@ class Protocol:
     captions: "single" = one text, as it is. Of two captions c1 and c2:
         "orders_averaged" = "{c1} and {c2}" and reversed, both stripped and composed; the unit
         features are averaged and normalised again (SEARLE); "orders_separate" = each order is a
-        query of its own (ARTEMIS); "capitalised" = "{C1} and {c2}", stripped (CLIP4Cir);
+        query of its own (ARTEMIS); "orders_marked" = the same of "{c1} <and> {c2}", for the words
+        of ARTEMIS' own encoder; "capitalised" = "{C1} and {c2}", stripped (CLIP4Cir);
         "reversed" = "{c2} and {c1}", as they are (Pic2Word); "joined" = "{c1} and {c2}", as they
         are (MagicLens); "comma" = "{c1}, and {c2}", as they are (BGE-VL).
     text: what is composed. "modification" = the composer's prompt of the caption;
@@ -63,7 +64,14 @@ class Protocol:
     gallery: Literal["all", "category", "triplets", "candidates"] = "all"
     remove_reference: bool = False
     captions: Literal[
-        "single", "orders_averaged", "orders_separate", "capitalised", "reversed", "joined", "comma"
+        "single",
+        "orders_averaged",
+        "orders_separate",
+        "orders_marked",
+        "capitalised",
+        "reversed",
+        "joined",
+        "comma",
     ] = "single"
     text: Literal[
         "modification", "shared_concept", "similar_but", "find_but", "objects", "inversion"
@@ -137,7 +145,8 @@ class Protocol:
         first, second = texts
         if self.captions == "comma":
             return [f"{first}, and {second}"]
-        orders = [f"{first} and {second}", f"{second} and {first}"]
+        word = "<and>" if self.captions == "orders_marked" else "and"
+        orders = [f"{first} {word} {second}", f"{second} {word} {first}"]
         return orders[_ORDERS.get(self.captions, slice(2))]
 
     def prompt(self, composer: Callable[[str], str], text: str, concept: str = "") -> str:
@@ -219,6 +228,7 @@ VARIANTS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
         "capitalised": {"captions": "capitalised"},
         "reversed": {"captions": "reversed"},
         "artemis": {"captions": "orders_separate", "remove_reference": True},
+        "artemis_words": {"captions": "orders_marked", "remove_reference": True},
         "bge_vl": {"captions": "comma"},
         "magiclens": {"captions": "joined"},
     },

@@ -90,7 +90,7 @@ def scorer(experiment: Experiment) -> Scorer | None:
 
     @functools.cache
     def gallery() -> np.ndarray | None:
-        if not features.reads_backbone_features(composer):
+        if not features.uses_backbone_gallery(composer):
             return None
         backbone = composer.backbone
         return features.image_features(backbone, frozen["backbone"], benchmark.gallery, **options)

@@ -162,6 +162,29 @@ class JoinedTriplets(Triplets):
 
 
 @dataclasses.dataclass(frozen=True)
+class AugmentedTriplets(Triplets):
+    """As `Triplets`, of images that are larger than what the backbone takes: each is cropped to
+    size x size at random, and mirrored half of the time. Of two texts either order is drawn, with
+    `word` between them: as ARTEMIS is trained, where both orders are triplets of an epoch."""
+
+    size: int = 224
+    word: str = "and"
+
+    def random_map(self, element: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
+        element = dict(element)
+        texts = [text.decode() for text in element.get("texts", ())]
+        if len(texts) == 2:
+            first, second = texts if rng.integers(2) else reversed(texts)
+            element["text"] = f"{first} {self.word} {second}".encode()
+        for field in ("reference", "target"):
+            image = element[field]
+            top, left = (int(rng.integers(side - self.size + 1)) for side in image.shape[:2])
+            image = image[top : top + self.size, left : left + self.size]
+            element[field] = np.ascontiguousarray(image[:, ::-1] if rng.integers(2) else image)
+        return super().random_map(element, rng)
+
+
+@dataclasses.dataclass(frozen=True)
 class Images(grain.transforms.RandomMap):
     """An image alone, as the reference it will be, with its stored pseudo-word if there is one."""
 

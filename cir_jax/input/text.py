@@ -187,6 +187,12 @@ class Tokenizer:
         return self.bos_id, self.eos_id, self.pad_id, cleaning, checksum
 
     @property
+    def words(self) -> tuple[str, ...]:
+        """All tokens in the order of their ids."""
+        ids = self._tokenizer.get_vocab()
+        return tuple(sorted(ids, key=ids.__getitem__))
+
+    @property
     def vocab_size(self) -> int:
         return self._tokenizer.get_vocab_size()
 

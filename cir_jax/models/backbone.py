@@ -17,24 +17,25 @@ import numpy as np
 from cir_jax.errors import ConfigError, DataError, unknown
 from cir_jax.input.images import PREPROCESSING, ImageTransform
 from cir_jax.input.text import Tokenizer
-from cir_jax.models import chunks
+from cir_jax.models import artemis, chunks
+from cir_jax.models.artemis import Artemis, ArtemisConfig
 from cir_jax.models.blip import Blip, BlipConfig, with_enc_token
 from cir_jax.models.clip import Clip, ClipConfig
 from cir_jax.models.resnet import ResNetConfig
 from cir_jax.models.siglip import Siglip, SiglipConfig
 from cir_jax.models.transformer import check_token_ids
 
-FAMILIES = {Clip: "clip", Blip: "blip", Siglip: "siglip"}
+FAMILIES = {Clip: "clip", Blip: "blip", Siglip: "siglip", Artemis: "artemis"}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Backbone:
-    """CLIP, BLIP or SigLIP with its tokenizer and image preprocessing.
+    """CLIP, BLIP, SigLIP or ARTEMIS' encoders, with tokenizer and image preprocessing.
 
     weights_id: name + content hash of the weights; stored in checkpoints, caches and results.
     """
 
-    model: Clip | Blip | Siglip
+    model: Clip | Blip | Siglip | Artemis
     tokenizer: Tokenizer
     image_transform: ImageTransform
     weights_id: str
@@ -43,12 +44,12 @@ class Backbone:
     """Whether image and text features lie in one space, so that they can be compared and summed."""
 
     @property
-    def config(self) -> ClipConfig | BlipConfig | SiglipConfig:
+    def config(self) -> ClipConfig | BlipConfig | SiglipConfig | ArtemisConfig:
         return self.model.config
 
     @property
     def family(self) -> str:
-        """ "clip", "blip" or "siglip"."""
+        """ "clip", "blip", "siglip" or "artemis"."""
         return FAMILIES[type(self.model)]
 
     @property
@@ -173,7 +174,13 @@ class Backbone:
 
         attention_mask: bool[batch, length], True where a key may be attended to; None = as in
         training: all for CLIP, which is causal, and for SigLIP, all but the padding for BLIP.
+        Raises ConfigError for ARTEMIS, whose text tower is no transformer.
         """
+        if self.family == "artemis":
+            raise ConfigError(
+                f"backbone {self.weights_id}: ARTEMIS' words have no hidden states that other "
+                "methods read. Set config.backbone to a CLIP, BLIP or SigLIP."
+            )
         self._check_length(token_ids)
         if attention_mask is None and self.family == "blip":
             attention_mask = token_ids != self.config.text.pad_token_id
@@ -212,7 +219,7 @@ class Backbone:
         def see(params: Any, images: jax.Array) -> jax.Array:
             return self._apply(params, self._pixels(images), method=method)
 
-        if isinstance(vision, ResNetConfig):
+        if isinstance(vision, ResNetConfig | artemis.ResNetConfig):
             return see(params, images)
         tokens = math.prod(images.shape[1:3]) // vision.patch_size**2 + 1
         return self._in_chunks(see, params, (images,), tokens, vision.intermediate_size)

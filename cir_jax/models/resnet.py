@@ -56,7 +56,9 @@ class FrozenBatchNorm(nn.Module):
         return x * factor + offset
 
 
-def conv(features: int, size: int, stride: int = 1, *, dtype: Any) -> nn.Conv:
+def conv(
+    features: int, size: int, stride: int = 1, *, dtype: Any, name: str | None = None
+) -> nn.Conv:
     """Without bias, padded as PyTorch pads ("SAME" is another thing where the stride is 2)."""
     pad = (size - 1) // 2
     return nn.Conv(
@@ -66,6 +68,7 @@ def conv(features: int, size: int, stride: int = 1, *, dtype: Any) -> nn.Conv:
         padding=[(pad, pad), (pad, pad)],
         use_bias=False,
         dtype=dtype,
+        name=name,
     )
 
 

@@ -95,13 +95,9 @@ def image_features(
 
 
 def uses_backbone_gallery(composer: Composer) -> bool:
-    """Whether the gallery features are the backbone's, so that all such methods share them."""
-    return type(composer).embed_gallery is Composer.embed_gallery
-
-
-def reads_backbone_features(composer: Composer) -> bool:
-    """Whether the gallery features are made of the backbone's, or are these themselves."""
-    return uses_backbone_gallery(composer) or composer.embed_features is not None
+    """Whether the gallery is made of features of the backbone, which all such methods share."""
+    own = type(composer).embed_gallery is not Composer.embed_gallery
+    return not (own or composer.tunes_backbone)
 
 
 def gallery_features(
@@ -116,21 +112,19 @@ def gallery_features(
     skip_unreadable: bool = False,
     raw: np.ndarray | None = None,
 ) -> np.ndarray:
-    """`composer.embed_gallery` of all gallery images: float32[n, dim] of unit norm.
+    """`composer.embed_gallery` of all gallery images: float32[n, dim], of unit norm by default.
 
     raw: the images' `image_features`, un-normalised, if the caller has them; for composers that
-        `reads_backbone_features` means.
+        `uses_backbone_gallery` means.
     """
     backbone = composer.backbone
     options = dict(
         mesh=mesh, batch_size=batch_size, cache_dir=cache_dir, skip_unreadable=skip_unreadable
     )
-    if reads_backbone_features(composer):
+    if uses_backbone_gallery(composer):
         if raw is None:
             raw = image_features(backbone, frozen["backbone"], gallery, "image", **options)
-        if uses_backbone_gallery(composer):
-            return unit(raw)
-        return _of_features(composer, params, frozen, raw, mesh, batch_size)
+        return embedded(composer, params, frozen, raw, mesh=mesh, batch_size=batch_size)
     cached = cache_dir is not None
     description = {
         "features": f"{type(composer).__module__}.{type(composer).__qualname__}.embed_gallery",
@@ -151,15 +145,21 @@ def gallery_features(
     )
 
 
-def _of_features(
+def embedded(
     composer: Composer,
     params: Params,
     frozen: Params,
     raw: np.ndarray,
+    *,
     mesh: Mesh,
-    batch_size: int,
+    batch_size: int = 256,
 ) -> np.ndarray:
-    """`composer.embed_features` of float32[n, dim]; rows of NaN, of unreadable images, stay."""
+    """`composer.embed_features` of float32[n, dim]; rows of NaN, of unreadable images, stay.
+
+    Raises WeightsError for rows that are finite before and not after it.
+    """
+    if type(composer).embed_features is Composer.embed_features:
+        return unit(raw)
     readable = np.flatnonzero(~np.isnan(raw[:, 0]))
     if not len(readable):
         return raw
@@ -195,7 +195,7 @@ def query_features(
     seed: int = 0,
     description: str = "",
 ) -> np.ndarray:
-    """`composer.compose` of n queries: float32[n, dim] of unit norm.
+    """`composer.compose` of n queries: float32[n, dim], of unit norm by default.
 
     token_ids: int32[n, length]. query_index: int32[n], passed on, so that a method that draws noise
         can draw the same for a query whatever the batch size.

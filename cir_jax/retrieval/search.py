@@ -158,13 +158,12 @@ class Searcher:
     def _features(self, source: Files, options: Any) -> tuple[np.ndarray, np.ndarray]:
         """Of the gallery, as the method embeds it and as the backbone does."""
         composer = self.composer
-        gallery = features.gallery_features(composer, self.params, self.frozen, source, **options)
-        if features.uses_backbone_gallery(composer):
-            return gallery, gallery
         # queries of one modality live in the backbone's own space
-        return gallery, features.image_features(
-            composer.backbone, self.frozen["backbone"], source, normalise=True, **options
+        raw = features.image_features(composer.backbone, self.frozen["backbone"], source, **options)
+        own = features.gallery_features(
+            composer, self.params, self.frozen, source, raw=raw, **options
         )
+        return own, features.unit(raw)
 
     def _pixels(self, image: Any) -> np.ndarray:
         """uint8[height, width, 3] of what `search` takes."""

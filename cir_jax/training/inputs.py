@@ -36,11 +36,13 @@ class Example:
     make(experiment, data, source): data is the stage's config.data, source what an epoch goes
     through: the records, or what `items` makes of them.
     whole: images come as they are (PIL), for a transform that crops them at random.
+    uncropped: they come resized, but not cropped, for one that crops these.
     """
 
     fields: tuple[str, ...]
     make: Callable[[Experiment, Any, Any], grain.transforms.RandomMap]
     whole: bool = False
+    uncropped: bool = False
     items: Callable[[Experiment, records.Records], Source] | None = None
 
 
@@ -57,6 +59,16 @@ def _pairs(experiment: Experiment, data: Any, source: records.Records) -> record
 def _cropped(experiment: Experiment, data: Any, source: records.Records) -> records.CroppedImages:
     size = experiment.backbone.image_transform.crop
     return records.CroppedImages(images.RandomResizedCrop(size, tuple(data.crop)))
+
+
+def _augmented(
+    experiment: Experiment, data: Any, source: records.Records
+) -> records.AugmentedTriplets:
+    backbone = experiment.backbone
+    # what stands between two captions is a word of its own in ARTEMIS' vocabulary
+    word = "<and>" if backbone.tokenizer.token_id("<and>") is not None else "and"
+    size = backbone.image_transform.crop
+    return records.AugmentedTriplets(backbone.tokenizer, _suffix(data), size, word)
 
 
 def _masked(experiment: Experiment, data: Any, source: records.Records) -> Any:
@@ -101,6 +113,7 @@ EXAMPLES = {
             experiment.backbone.tokenizer, _suffix(data)
         ),
     ),
+    "augmented_triplets": Example(("reference", "target"), _augmented, uncropped=True),
     "images": Example(("image",), lambda experiment, data, source: records.Images(_suffix(data))),
     "cropped_images": Example(("image",), _cropped, whole=True),
     "masked_captions": Example((), _masked),
@@ -130,7 +143,7 @@ def make_pipeline(
         table = Table(experiment.data_dir, data.dataset, table_name, data.split)
         example = EXAMPLES[data.example or TABLES[table_name]]
         features, columns = {}, {}
-        if data.features and example.whole:
+        if data.features and (example.whole or example.uncropped):
             raise ConfigError(
                 f"stage.{name}.data: example={data.example!r} crops images, so it needs "
                 "features=False."
@@ -146,6 +159,8 @@ def make_pipeline(
         if data.tokens:
             columns["pseudo_words"] = _pseudo_words(experiment, data.tokens, table, workdir)
         transform = images.Whole() if example.whole else backbone.image_transform
+        if example.uncropped:
+            transform = dataclasses.replace(transform, crop=transform.resize)
         source = records.Records(table, example.fields, transform, features, columns)
         items = example.items(experiment, source) if example.items else source
         parts.append(Part(table_name, items, example.make(experiment, data, items), weight))

@@ -9,9 +9,9 @@ import numpy as np
 
 from cir_jax.errors import WeightsError
 from cir_jax.models.backbone import TOWERS, Backbone, Pair
-from cir_jax.weights import blip, clip, families, files, siglip
+from cir_jax.weights import artemis, blip, clip, families, files, siglip
 
-FAMILIES = {"clip": clip, "blip": blip, "siglip": siglip}
+FAMILIES = {"clip": clip, "blip": blip, "siglip": siglip, "artemis": artemis}
 """model_type of a config -> module with `read`, `architecture` and `write`."""
 
 RELATIVES = {

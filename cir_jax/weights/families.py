@@ -14,6 +14,7 @@ SIGNATURES = {
         "vision_model.embeddings.class_embedding",
         "text_decoder.cls.predictions.bias",
     ),
+    "ARTEMIS (official names)": ("txt_enc.embed.weight", "Transform_m.0.weight"),
     "T5": ("encoder.block.0.layer.0.SelfAttention.q.weight",),
     "CompoDiff's denoiser": ("net.to_text_embeds.0.weight",),
     "an EfficientNet or MobileNetV2 of timm": ("conv_stem.weight",),
@@ -35,6 +36,6 @@ def describe(tensors: Mapping[str, Any]) -> str:
 
 
 def family(tensors: Mapping[str, Any]) -> str:
-    """ "clip", "blip", "siglip", "t5", or "" for all others."""
+    """ "clip", "blip", "siglip", "artemis", "t5", or "" for all others."""
     first = describe(tensors).split()[0].lower()
-    return first if first in ("clip", "blip", "siglip", "t5") else ""
+    return first if first in ("clip", "blip", "siglip", "artemis", "t5") else ""

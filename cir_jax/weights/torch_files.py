@@ -122,6 +122,20 @@ def read_parts(path: Path) -> dict[str, Mapping[str, np.ndarray]]:
     return {name: _lazy(tensors, path) for name, tensors in parts.items()}
 
 
+def read_values(path: Path, key: str) -> dict[str, Any]:
+    """The plain values under `key` of a training checkpoint, such as the arguments of the script
+    that wrote it: numbers, strings, truths, None. What is not plain is left out.
+
+    Raises WeightsError as `read` does.
+    """
+    with _about(path):
+        tree = _tree(path)
+        found = tree.get(key) if isinstance(tree, dict) else None
+        items = found.state if isinstance(found, Object) else found
+        items = items if isinstance(items, dict) else {}
+        return {k: x for k, x in items.items() if isinstance(x, str | int | float | None)}
+
+
 @contextlib.contextmanager
 def _about(path: Path, name: str = "") -> Iterator[None]:
     """Whatever a damaged file raises becomes a WeightsError that names it."""

@@ -78,7 +78,7 @@ def test_one_encoder_is_tuned_alone(tiny, tuned):
     params = composer.start(jax.random.key(0), frozen)
     assert set(params) == TOWERS[tuned]
     assert set(jax.eval_shape(composer.init, jax.random.key(0))) == TOWERS[tuned]
-    whole = composer.clip(moved(params), frozen)
+    whole = composer.encoders(moved(params), frozen)
     for path, x in convert.flatten(frozen["backbone"]).items():
         assert (convert.flatten(whole)[path] is x) == (path[0] not in TOWERS[tuned]), path
 

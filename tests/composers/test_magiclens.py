@@ -149,7 +149,7 @@ def test_queries_and_gallery_are_the_same_one_by_one(made, batch):
 def test_trained_towers_see_what_theirs_would(made, trained, tiny):
     """As the fusion alone does of their features; nothing of the frozen ones shows."""
     composer, params, frozen = trained
-    assert composer.needs_reference_images and composer.embed_features is None
+    assert composer.needs_reference_images and composer.tunes_backbone
     assert not made[0].needs_reference_images
     own = {"backbone": params["backbone"]}
     raw = compiled(tiny[0].encode_image)(params["backbone"], pictures())

@@ -62,7 +62,7 @@ def test_it_begins_as_slerp_and_moves_images_alone(made, tiny):
         compose(params, frozen, one, jax.random.key(0)), after[3:4], rtol=1e-4, atol=1e-6
     )
     assert set(params) == {"vision"}
-    whole = composer.backbone_params(params, frozen)
+    whole = composer.encoders(params, frozen)
     moved = {
         "/".join(path)
         for path, x in flatten_dict(whole).items()

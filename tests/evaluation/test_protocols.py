@@ -37,6 +37,13 @@ CAPTIONS = (" is shiny, and Silver. ", "fit and flare?")
             "artemis",
             ["is shiny, and Silver and fit and flare", "fit and flare and is shiny, and Silver"],
         ),
+        (
+            "artemis_words",
+            [
+                "is shiny, and Silver <and> fit and flare",
+                "fit and flare <and> is shiny, and Silver",
+            ],
+        ),
         ("bge_vl", [" is shiny, and Silver. , and fit and flare?"]),
         ("magiclens", [" is shiny, and Silver.  and fit and flare?"]),
     ],

@@ -52,6 +52,10 @@ STAGES = {
         {"target_images": IMAGES, "reference_images": IMAGES, "token_ids": WORDS},
         True,
     ),
+    ("artemis", "match"): (
+        {"target_images": IMAGES, "reference_images": IMAGES, "token_ids": WORDS},
+        True,
+    ),
     ("magiclens", "fuse"): (
         {"target_images": IMAGES, "reference_images": IMAGES, "token_ids": WORDS},
         True,

@@ -26,8 +26,9 @@ STAGES = {
     "tat": "anchor",
     "clip4cir": "tune",
     "magiclens": "fuse",
+    "artemis": "match",
 }
-TRIPLETS = ("combiner", "magiclens", "clip4cir")
+TRIPLETS = ("combiner", "magiclens", "clip4cir", "artemis")
 STEPS, LAST = 5, 3  # a checkpoint every 2, the end after LAST
 
 
@@ -66,7 +67,13 @@ def text_triplet_table(count):
 def test_a_killed_run_goes_on_to_the_same_numbers(name, tiny, tmp_path, monkeypatch):
     config, stage = read_experiment(f"experiments/{name}.py:smoke"), STAGES[name]
     config.log_every, config.checkpoint.every = 1, "2 steps"
-    small = {"rtd": {"word.hidden_dim": 8}, "tat": {"rank": 2}, "lincir": {}, "clip4cir": {}}
+    small = {
+        "rtd": {"word.hidden_dim": 8},
+        "tat": {"rank": 2},
+        "lincir": {},
+        "clip4cir": {},
+        "artemis": {},
+    }
     config.composer.update_from_flattened_dict(small.get(name, {"hidden_dim": 8}))
     recipe = config.stage[stage]
     recipe.batch_size, recipe.duration = 8, f"{STEPS} steps"
@@ -78,6 +85,9 @@ def test_a_killed_run_goes_on_to_the_same_numbers(name, tiny, tmp_path, monkeypa
         recipe.composer.objects, recipe.composer.hidden_dim = str(objects), 8
     if name in TRIPLETS:
         recipe.data.example = "joined_triplets"
+    if name == "artemis":  # crops are drawn, and the tower of texts moves
+        recipe.data.example, recipe.data.features = "augmented_triplets", False
+        config.composer.tune = "/text.*"
     if name == "combiner":
         config.composer.projection_dim = 8
     tables = dict.fromkeys(TRIPLETS, triplet_table) | {"rtd": text_triplet_table}
