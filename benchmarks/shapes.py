@@ -24,7 +24,7 @@ from absl import app, flags, logging  # noqa: E402
 
 EXPERIMENTS = (
     *("slerp", "palavra", "pic2word", "searle_oti", "searle", "lincir", "compodiff"),
-    *("combiner", "magiclens", "artemis"),
+    *("rtd", "tat", "clip4cir", "combiner", "magiclens", "artemis"),
 )
 # with a preset of their own, in --preset=shapes only:
 LONG = "compodiff:shapes_long"
@@ -53,6 +53,9 @@ PAPER = {
     "lincir": "13.58 (Slerp)",
     "compodiff": "13.36 (CompoDiff)",
     LONG: "13.36 (CompoDiff)",
+    "rtd": "9.63 (RTD, around Pic2Word)",
+    "tat": "19.41 (Slerp)",
+    "clip4cir": "",
     "combiner": "12.08 (CompoDiff, ResNet-50)",
     "magiclens": "30.8 (MagicLens, which reads the shared concept, too)",
     "artemis": "11.41 (CompoDiff, ResNet-50)",
