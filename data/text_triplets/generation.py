@@ -39,7 +39,7 @@ from data.text_triplets.parts import Growing
 from data.text_triplets.templates import KINDS
 from data.text_triplets.vocabulary import Keyword, Vocabulary
 
-BLOCK = 4096
+BLOCK = 1024
 """Records that are done, stored and lost to a kill at once."""
 
 NAMES = {"reference": "reference_caption", "target": "target_caption"}
@@ -258,9 +258,18 @@ class _Run:
         texts = [word for _, word in keys]
         features = embedders.stored_features(self.embedder(), texts, default_cache_dir())
         made = vocabulary.build(keys, features, self.recipe.band, self.recipe.seed)
+        likeness = "similarities: {:.2f}, {:.2f}, {:.2f} (10, 50, 90 % of the pairs are below)"
+        likeness = likeness.format(*vocabulary.spread(features))
+        if not made.replaceable:
+            low, high = self.recipe.band
+            raise DataError(
+                f"none of {len(keys):,} keywords has another of its part of speech with a "
+                f"similarity of {low} to {high}. Their {likeness}. Choose another --similarity or "
+                f"--embedder, and delete {self.folder}."
+            )
         _say(
             f"{len(counts):,} keywords, {len(keys):,} of them in {self.recipe.least:,} captions or "
-            f"more, {made.replaceable:,} of these with an alternative"
+            f"more, {made.replaceable:,} of these with an alternative; {likeness}"
         )
         made.write(file)
 
@@ -270,12 +279,14 @@ class _Run:
         if not out.finished:
             words = Vocabulary.read(file)
             blocks = self.keywords.blocks
+            sizes = [block["captions"] for block in blocks]
             with tqdm(
-                total=len(blocks), initial=len(out.blocks), desc="triplets", unit="block", delay=1
-            ) as bar:
+                total=sum(sizes), initial=sum(sizes[: len(out.blocks)]), desc="triplets",
+                unit=" captions", unit_scale=True, delay=1,
+            ) as bar:  # fmt: skip
                 for i in range(len(out.blocks), len(blocks)):
                     out.add(*self._triplets(i, words))
-                    bar.update()
+                    bar.update(sizes[i])
         out.finish(final)
         statistics = {key: sum(block[key] for block in self.keywords.blocks) for key in _COUNTED}
         for key in (*KINDS, "captions without", "filtered"):

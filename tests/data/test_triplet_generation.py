@@ -217,6 +217,8 @@ def test_what_is_refused(texts, tmp_path):
         run(texts, tmp_path / "t.json")
     with pytest.raises(DataError, match="is in .*captions|in 1,000 captions or more"):
         run(texts, output, recipe=dataclasses.replace(RECIPE, least=1000))
+    with pytest.raises(DataError, match=r"none of 5 keywords .* of 0.999 to 1.0. Their simil.*: 0"):
+        run(texts, tmp_path / "v.jsonl", recipe=dataclasses.replace(RECIPE, band=(0.999, 1.0)))
     with pytest.raises(DataError, match="of another run .least 1000, now 3; seed 0, now 1"):
         run(texts, output, recipe=dataclasses.replace(RECIPE, seed=1))
     settings = parts / "settings.json"
