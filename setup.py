@@ -20,7 +20,7 @@ EXTRAS = {
     "coco": ["pycocotools>=2.0.8"],  # draws the masks of data/coco_object
     # LinCIR's keywords; besides: python -m spacy download en_core_web_sm
     "keywords": ["spacy>=3.7"],
-    # with torch: what launch/triplets.py compares keywords by, as RTD does
+    # keywords, and what compares them (with PyTorch): launch/triplets.py with RTD's settings
     "triplets": ["spacy>=3.7", "sentence-transformers>=3"],
     "dev": [
         "pytest>=8",

@@ -117,8 +117,10 @@ def _generate() -> None:
         tag,
         functools.partial(embedders.read, embedder),
         # of a dictionary, what it says
-        names={"keywords": f"{_KEYWORDS.value} {zlib.crc32(repr(tag).encode())}"}
-        | {"embedder": embedder},
+        names={
+            "keywords": f"{_KEYWORDS.value} {zlib.crc32(repr(tag).encode())}",
+            "embedder": embedder,
+        },
         keep=InversionFilter(_FILTER.value, _FILTER_WEIGHTS.value) if _FILTER.value else None,
         shard=shard,
         wait=_WAIT.value,

@@ -1,6 +1,7 @@
 """From a caption and its keywords to triplets: draw a template, a keyword, an alternative."""
 
 import dataclasses
+import functools
 import random
 import re
 from collections.abc import Mapping, Sequence
@@ -87,17 +88,22 @@ def replaced(caption: str, word: str, other: str) -> str:
 
     An article before it fits what now follows. "" when nothing is left.
     """
-    pattern = rf"(?<![\w'-]){re.escape(word)}(?![\w-])"
-    if not other:
-        # with the space that set it apart
-        pattern = rf"{pattern}\s+|\s*{pattern}"
-    article = rf"(?P<article>(?<![\w'-])an?\s+)?(?:{pattern})(?=(?P<next>\w*))"
 
     def exchange(found: re.Match[str]) -> str:
         before = found["article"] or ""
         return (fitting(before, other or found["next"]) if before else "") + other
 
-    return re.sub(article, exchange, caption, flags=re.IGNORECASE).strip()
+    return _pattern(word, not other).sub(exchange, caption).strip()
+
+
+@functools.lru_cache(1 << 16)  # most of the time of a triplet goes into the compilation
+def _pattern(word: str, gone: bool) -> re.Pattern[str]:
+    """The whole word with the article before it; with the space that set it apart, if it goes."""
+    pattern = rf"(?<![\w'-]){re.escape(word)}(?![\w-])"
+    if gone:
+        pattern = rf"{pattern}\s+|\s*{pattern}"
+    article = rf"(?P<article>(?<![\w'-])an?\s+)?(?:{pattern})(?=(?P<next>\w*))"
+    return re.compile(article, re.IGNORECASE)
 
 
 def with_articles(text: str) -> str:

@@ -12,14 +12,16 @@ seed, the number of the record and that of the caption in it, so neither kills n
 shards change a line.
 """
 
+import contextlib
 import dataclasses
+import fcntl
 import json
 import random
 import shutil
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -31,6 +33,7 @@ from cir_jax.errors import ConfigError, DataError
 from cir_jax.input.keywords import Tagger
 from cir_jax.storage.atomic import write_atomically
 from cir_jax.storage.places import default_cache_dir
+from data.source import stamp
 from data.text_triplets import editing, embedders, vocabulary
 from data.text_triplets.captions import Captions
 from data.text_triplets.embedders import Embedder
@@ -39,7 +42,7 @@ from data.text_triplets.parts import Growing
 from data.text_triplets.templates import KINDS
 from data.text_triplets.vocabulary import Keyword, Vocabulary
 
-BLOCK = 4096
+BLOCK = 1024
 """Records that are done, stored and lost to a kill at once."""
 
 NAMES = {"reference": "reference_caption", "target": "target_caption"}
@@ -112,42 +115,62 @@ def generate(
     tag: Tagger,
     embedder: Callable[[], Embedder],
     *,
-    names: dict[str, Any],
+    names: Mapping[str, str],
     keep: InversionFilter | None = None,
     shard: Shard | None = None,
     wait: bool = True,
 ) -> dict[str, int] | None:
     """Writes the triplets as JSON lines; returns statistics, None if other shards are waited for.
 
-    embedder: called in shard 0 alone. names: of the tagger, the embedder: all else that tells this
-    run from another. wait: False comes back where other shards have to go on first.
-    Raises DataError when OUTPUT.parts is of another run, and as `vocabulary.frequent`.
+    embedder: called in shard 0 alone. names: what tells the tagger ("keywords") and the embedder
+    ("embedder") from others. wait: False comes back where other shards have to go on first.
+    Keywords that are counted serve all recipes of the same parts.
+    Raises DataError when OUTPUT.parts is of other captions or keywords or in use, when no keyword
+    is frequent or similar enough, and as the captions do.
     """
     shard = shard or Shard()
     if output.suffix != ".jsonl":
         raise ConfigError(f"--output={output}: expected a name that ends in .jsonl.")
     folder = output.with_name(output.name + ".parts")
-    settings = {"captions": captions.identity, **dataclasses.asdict(recipe), **names}
-    settings["filter"] = keep.identity if keep else None
-    if not keep:
+    settings = {**dataclasses.asdict(recipe), "embedder": names["embedder"]}
+    first = {"captions": captions.identity, "parts": list(settings.pop("parts"))}
+    first |= {"keywords": names["keywords"], "shards": shard.count}
+    if keep:
+        settings["filter"] = keep.identity
+    else:
         del settings["threshold"]
-    _same_run(folder, {**settings, "shards": shard.count})
-    run = _Run(captions, output, recipe, tag, embedder, keep, shard, folder)
-    run.check()
-    run.count_keywords()
-    everyone = [folder / f"counts-{i:05d}.json" for i in range(shard.count)]
-    if not _there(everyone, "keywords", wait):
-        return None
-    words = folder / "vocabulary.npz"
-    if shard.index == 0:
-        run.find_alternatives(everyone, words)
-    elif not _there([words], "alternatives", wait):
-        return None
-    return run.write_triplets(words)
+    _same_run(folder, first)
+    with _alone(folder / f"lock-{shard.index:05d}"):
+        key = stamp(settings)[:8]
+        run = _Run(captions, output, recipe, tag, embedder, keep, shard, folder, key)
+        run.check()
+        run.count_keywords()
+        everyone = [folder / f"counts-{i:05d}.json" for i in range(shard.count)]
+        if not _there(everyone, "keywords", wait):
+            return None
+        if shard.index == 0:
+            run.find_alternatives(everyone)
+        elif not _there([run.vocabulary], "alternatives", wait):
+            return None
+        return run.write_triplets()
+
+
+@contextlib.contextmanager
+def _alone(lock: Path) -> Iterator[None]:
+    """Raises DataError while another process does the same work."""
+    with lock.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise DataError(
+                f"{lock}: another process makes these triplets. Wait for it, or choose another "
+                "--output or --shard."
+            ) from error
+        yield
 
 
 def _same_run(folder: Path, settings: dict[str, Any]) -> None:
-    file, settings = folder / "settings.json", json.loads(json.dumps(settings))
+    file = folder / "settings.json"
     if not file.is_file():
         text = json.dumps(settings, indent=1) + "\n"
         write_atomically(file, lambda f: f.write(text.encode()))
@@ -159,8 +182,8 @@ def _same_run(folder: Path, settings: dict[str, Any]) -> None:
     if others:
         changed = "; ".join(f"{k} {found.get(k)}, now {settings.get(k)}" for k in sorted(others))
         raise DataError(
-            f"{folder}: of another run ({changed}). Delete it to begin again, or choose another "
-            "--output."
+            f"{folder}: of other captions or keywords ({changed}). Delete it to begin again, or "
+            "choose another --output."
         )
 
 
@@ -170,7 +193,11 @@ def _there(files: Sequence[Path], what: str, wait: bool) -> bool:
     while missing := [file for file in files if not file.is_file()]:
         if not said:
             names = ", ".join(file.name for file in missing[:5])
-            more = "waiting" if wait else "run the shards that make them, then this one again"
+            more = (
+                "waiting (they must have the same flags)"
+                if wait
+                else "run those, then this one again"
+            )
             _say(f"{what} of other shards are not there yet ({names}): {more}")
             said = True
         if not wait:
@@ -189,16 +216,18 @@ class _Run:
     keep: InversionFilter | None
     shard: Shard
     folder: Path
+    key: str  # of the settings that the keywords do not depend on
 
     def __post_init__(self) -> None:
         name = f"{self.shard.index:05d}"
         self.keywords = Growing(self.folder / f"keywords-{name}.jsonl")
         self.counts = self.folder / f"counts-{name}.json"
-        self.triplets = Growing(self.folder / f"triplets-{name}.jsonl")
+        self.triplets = Growing(self.folder / f"triplets-{self.key}-{name}.jsonl")
+        self.vocabulary = self.folder / f"vocabulary-{self.key}.npz"
 
     def check(self) -> None:
         """A model that cannot be had shows before hours of work."""
-        if self.shard.index == 0 and not (self.folder / "vocabulary.npz").is_file():
+        if self.shard.index == 0 and not self.vocabulary.is_file():
             made = self.embedder()
             self.embedder = lambda: made
 
@@ -247,9 +276,9 @@ class _Run:
                 for entry in islice(entries, BLOCK * (self.shard.count - 1)):
                     bar.update(entry.done - bar.n)
 
-    def find_alternatives(self, everyone: Iterable[Path], file: Path) -> None:
+    def find_alternatives(self, everyone: Iterable[Path]) -> None:
         """The vocabulary of all shards, for all of them."""
-        if file.is_file():
+        if self.vocabulary.is_file():
             return
         counts: Counter[vocabulary.Key] = Counter()
         for each in everyone:
@@ -258,30 +287,41 @@ class _Run:
         texts = [word for _, word in keys]
         features = embedders.stored_features(self.embedder(), texts, default_cache_dir())
         made = vocabulary.build(keys, features, self.recipe.band, self.recipe.seed)
+        likeness = "similarities: {:.2f}, {:.2f}, {:.2f} (10, 50, 90 % of the pairs are below)"
+        likeness = likeness.format(*vocabulary.spread(features))
+        if not made.replaceable:
+            low, high = self.recipe.band
+            raise DataError(
+                f"none of {len(keys):,} keywords has another of its part of speech with a "
+                f"similarity of {low} to {high}. Their {likeness}. Choose another --similarity or "
+                "--embedder."
+            )
         _say(
             f"{len(counts):,} keywords, {len(keys):,} of them in {self.recipe.least:,} captions or "
-            f"more, {made.replaceable:,} of these with an alternative"
+            f"more, {made.replaceable:,} of these with an alternative; {likeness}"
         )
-        made.write(file)
+        made.write(self.vocabulary)
 
-    def write_triplets(self, file: Path) -> dict[str, int]:
+    def write_triplets(self) -> dict[str, int]:
         """The triplets of this shard's captions, under their final name."""
         final, out = self.shard.file(self.output), self.triplets
         if not out.finished:
-            words = Vocabulary.read(file)
+            words = Vocabulary.read(self.vocabulary)
             blocks = self.keywords.blocks
+            sizes = [block["captions"] for block in blocks]
             with tqdm(
-                total=len(blocks), initial=len(out.blocks), desc="triplets", unit="block", delay=1
-            ) as bar:
+                total=sum(sizes), initial=sum(sizes[: len(out.blocks)]), desc="triplets",
+                unit=" captions", unit_scale=True, delay=1,
+            ) as bar:  # fmt: skip
                 for i in range(len(out.blocks), len(blocks)):
                     out.add(*self._triplets(i, words))
-                    bar.update()
+                    bar.update(sizes[i])
         out.finish(final)
         statistics = {key: sum(block[key] for block in self.keywords.blocks) for key in _COUNTED}
         for key in (*KINDS, "captions without", "filtered"):
             statistics[key] = sum(block[key] for block in out.blocks)
         _say(f"{final}: {describe(statistics)}")
-        done = [self.folder / f"done-{i:05d}" for i in range(self.shard.count)]
+        done = [self.folder / f"done-{self.key}-{i:05d}" for i in range(self.shard.count)]
         write_atomically(done[self.shard.index], lambda f: f.write(b""))
         if all(each.is_file() for each in done):
             shutil.rmtree(self.folder, ignore_errors=True)

@@ -10,6 +10,8 @@ which CompoDiff's has. CompoDiff does not say that "{source} is removed" goes wi
 the keyword; here it does for both, as it would not be true otherwise.
 """
 
+import functools
+
 _SHARED = (
     "replace {source} with {target}",
     "apply {target}",
@@ -81,6 +83,7 @@ PAPERS = {"rtd": RTD, "compodiff": COMPODIFF}
 KINDS = ("exchange", "target only", "deletion")
 
 
+@functools.cache
 def kind(template: str) -> str:
     """Of KINDS: whether it names both keywords, the new one alone, or the old one alone."""
     if "{target}" not in template:

@@ -22,6 +22,7 @@ from cir_jax.storage.atomic import write_atomically
 ALTERNATIVES = 64
 """Kept per keyword, drawn at random where there are more: a band may hold thousands."""
 
+_KEPT = 1 << 16  # keywords whose alternatives are kept as words
 _CELLS = 1 << 25  # similarities computed at once: 128 MB
 _WORD = re.compile(r"[^\W\d_](?:[\w'-]*\w)?")  # LinCIR's and RTD's placeholder $ is no part of one
 
@@ -79,16 +80,22 @@ class Vocabulary:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "_rows", {key: i for i, key in enumerate(self.keys)})
+        object.__setattr__(self, "_found", {})
 
     def __contains__(self, key: Key) -> bool:
         return key in self._rows
 
-    def alternatives(self, key: Key) -> list[str]:
-        """Lower-case words that may take the keyword's place; [] for what is no keyword."""
+    def alternatives(self, key: Key) -> tuple[str, ...]:
+        """Lower-case words that may take the keyword's place; none for what is no keyword."""
         row = self._rows.get(key)
         if row is None:
-            return []
-        return [self.keys[i][1] for i in self.indices[self.starts[row] : self.starts[row + 1]]]
+            return ()
+        if row not in self._found:
+            there = self.indices[self.starts[row] : self.starts[row + 1]]
+            if len(self._found) >= _KEPT:
+                self._found.clear()
+            self._found[row] = tuple(self.keys[i][1] for i in there)
+        return self._found[row]
 
     def write(self, path: Path) -> None:
         """A .npz file, whole or not at all."""
@@ -114,6 +121,19 @@ class Vocabulary:
         return int((np.diff(self.starts) > 0).sum())
 
 
+def spread(features: np.ndarray, sample: int = 1000) -> tuple[float, float, float]:
+    """Cosines that 10, 50 and 90 % of the pairs of (some of the) keywords are below."""
+    unit = _unit(features[:: -(-len(features) // sample)])
+    pairs = (unit @ unit.T)[np.triu_indices(len(unit), 1)]
+    low, middle, high = np.quantile(pairs if len(pairs) else np.zeros(1), (0.1, 0.5, 0.9))
+    return float(low), float(middle), float(high)
+
+
+def _unit(features: np.ndarray) -> np.ndarray:
+    norms = np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
+    return (features / norms).astype(np.float32)
+
+
 def build(
     keys: Iterable[Key],
     features: np.ndarray,
@@ -127,8 +147,7 @@ def build(
     kept where there are more than `limit` depends on the seed and the keyword alone.
     """
     keys = tuple(keys)
-    unit = features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
-    unit = unit.astype(np.float32)
+    unit = _unit(features)
     names = {part: i for i, part in enumerate(sorted({part for part, _ in keys}))}
     parts = np.asarray([names[part] for part, _ in keys])
     starts, rows = [0], []

@@ -38,6 +38,28 @@ def test_damaged_text_triplets(tmp_path):
     assert found.lost == {"text triplets": 3}
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"reference_caption": "a"}', r"line 1: no column for target_caption .*text .*--columns"),
+        ('{"source": "a", "target": "b"}', "The columns are: source, target"),
+        (
+            '{"source_caption": "", "target_caption": "b", "relative_caption": "c"}\n'
+            '{"source_caption": "a", "target_caption": " ", "relative_caption": "c"}\n'
+            '{"source_caption": "a", "target_caption": "b", "relative_caption": null}',
+            r"only 0 of 3 entries can be used \(0 unusable, 3 with an empty text\)",
+        ),
+        ('["a", "b", "c"]', r"only 0 of 3 entries .*a.json record 0: is 'a', expected an object"),
+        ('[{"source_caption": "a", "target', "a.json record 0: malformed or cut off"),
+        ("", "a.json: is empty"),
+    ],
+)
+def test_files_that_hold_no_text_triplets(tmp_path, content, message):
+    (tmp_path / "a.json").write_text(content)
+    with pytest.raises(DataError, match=f"(?s){message}"):
+        report("text_triplets", tmp_path)
+
+
 def test_image_triplets_in_parquet(tmp_path):
     pyarrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")

@@ -27,6 +27,7 @@ from tests.launch import binaries
 
 NOUNS = ("star", "heart", "ring", "cross", "box")
 TAG = DictionaryTagger(dict.fromkeys(NOUNS, "NOUN"))
+FIVE = {"keywords": "five", "embedder": "x"}
 RULES = editing.Rules({"": templates.RTD}, per_caption=2)
 RECIPE = Recipe(RULES, least=3, band=(0.5, 0.999))
 
@@ -70,7 +71,9 @@ class Longer(inversion_filter.InversionFilter):
 
 def run(texts, output, **changes):
     source = captions.read(str(texts), Path("/nowhere"), {})
-    arguments = dict(recipe=RECIPE, tag=TAG, embedder=embedder, names={"keywords": "five"})
+    arguments = dict(
+        recipe=RECIPE, tag=TAG, embedder=embedder, names={"keywords": "five", "embedder": "x"}
+    )
     return generate(source, output, **(arguments | changes))
 
 
@@ -217,8 +220,20 @@ def test_what_is_refused(texts, tmp_path):
         run(texts, tmp_path / "t.json")
     with pytest.raises(DataError, match="is in .*captions|in 1,000 captions or more"):
         run(texts, output, recipe=dataclasses.replace(RECIPE, least=1000))
-    with pytest.raises(DataError, match="of another run .least 1000, now 3; seed 0, now 1"):
-        run(texts, output, recipe=dataclasses.replace(RECIPE, seed=1))
+    with pytest.raises(DataError, match=r"none of 5 keywords .* of 0.999 to 1.0. Their simil.*: 0"):
+        run(texts, output, recipe=dataclasses.replace(RECIPE, band=(0.999, 1.0)))
+    tagged = []
+    assert run(texts, output, tag=tagged.append) and not (
+        tagged or parts.exists()
+    )  # counted keywords serve another recipe
+    with pytest.raises(DataError):
+        run(texts, output, recipe=dataclasses.replace(RECIPE, least=1000))
+    message = "of other captions or keywords .keywords five, now six; shards 1, now 2"
+    with pytest.raises(DataError, match=message):
+        run(texts, output, names={**FIVE, "keywords": "six"}, shard=Shard(0, 2))
+    with generation._alone(parts / "lock-00000"):
+        with pytest.raises(DataError, match="lock-00000: another process makes these triplets"):
+            run(texts, output)
     settings = parts / "settings.json"
     settings.write_text("{")
     with pytest.raises(DataError, match="settings.json: damaged"):

@@ -112,7 +112,11 @@ def test_alternatives_are_those_within_the_band(some, monkeypatch, tmp_path):
         assert set(whole.alternatives(key)) == near
         count += bool(near)
     assert whole.replaceable == count and key in whole and ("NOUN", "ADJ0") not in whole
-    assert whole.alternatives(("X", "?")) == []
+    assert whole.alternatives(("X", "?")) == ()
+    pairs = (unit @ unit.T)[np.triu_indices(80, 1)]
+    np.testing.assert_allclose(vocabulary.spread(features), np.quantile(pairs, (0.1, 0.5, 0.9)))
+    assert vocabulary.spread(features[:1]) == (0, 0, 0)
+    assert len(np.unique(np.round(vocabulary.spread(features, 10), 6))) == 3
     monkeypatch.setattr(vocabulary, "_CELLS", 3 * 80)  # three rows at a time
     parts = vocabulary.build(keys, features, (0.2, 0.7), seed=0, limit=99)
     np.testing.assert_array_equal(whole.indices, parts.indices)
