@@ -36,7 +36,7 @@ GRIDS: dict[str, dict[str, tuple[Any, ...]]] = {
     "pic2word": {"link": (",", "that", "and", "but", "which", "of", "with", "which is", "that is")},
     "searle_oti": {"iterations": (50, 100, 200), "learning_rate": (1e-2, 2e-2, 5e-2)},
     "combiner": {"dropout": (0.1, 0.3, 0.5), "scale": (10.0, 20.0, 40.0)},
-    "artemis": {"embed_dim": (64, 128, 256, 512)},
+    "artemis": {"embed_dim": (128, 256, 512), "temperature": (2.0, 2.65926, 3.5)},
     "compodiff": {"steps": (2, 5, 10), "guidance": ((2.5, 2.0), (1.5, 7.5), (1.0, 1.0))},
 }
 """Method -> setting -> values; the product is tried. SEARLE and LinCIR have no such settings."""

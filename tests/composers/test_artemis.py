@@ -288,6 +288,7 @@ def test_its_own_encoders_are_trained_on_many_devices_and_in_parts():
     ("settings", "message"),
     [
         ({"embed_dim": -1}, "embed_dim=-1: expected 1 or more, or 0"),
+        ({"temperature": 100.0}, "temperature=100.0: expected 0 to 10.0, the logarithm"),
         ({"version": "EM only"}, "version 'EM only'. Did you mean 'EM-only'"),
         ({"tune": "("}, r"tune='\(': no regular expression"),
         ({"tune": "/txt/.*"}, "tune='/txt/.*': matches no parameter.*begin with /logit_scale, /te"),
