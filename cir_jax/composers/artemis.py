@@ -175,8 +175,8 @@ class Artemis(Composer):
                 )
         if not 0 <= temperature <= MAX_TEMPERATURE:
             raise ConfigError(
-                f"temperature={temperature}: expected 0 to {MAX_TEMPERATURE}, the logarithm of what "
-                f"scores are multiplied by, such as the released {TEMPERATURE}"
+                f"temperature={temperature}: expected 0 to {MAX_TEMPERATURE}, the logarithm of "
+                f"what scores are multiplied by, such as the released {TEMPERATURE}"
             )
         if embed_dim < 0:
             raise ConfigError(f"embed_dim={embed_dim}: expected 1 or more, or 0 for none")
