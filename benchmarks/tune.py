@@ -44,7 +44,7 @@ GRIDS: dict[str, dict[str, tuple[Any, ...]]] = {
         "query_negatives": (True, False),
         "temperature": (0.07, 0.15),
     },
-    "artemis": {"embed_dim": (64, 128, 256, 512)},
+    "artemis": {"embed_dim": (128, 256, 512), "temperature": (2.0, 2.65926, 3.5)},
     "compodiff": {"steps": (2, 5, 10), "guidance": ((2.5, 2.0), (1.5, 7.5), (1.0, 1.0))},
 }
 """Method -> setting -> values; the product is tried. SEARLE and LinCIR have no such settings."""

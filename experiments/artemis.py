@@ -102,7 +102,13 @@ PRESETS = {
 
 
 def get_config(preset: str = "shapes") -> ConfigDict:
-    composer = {"name": "artemis", "embed_dim": 128, "version": "ARTEMIS", "tune": ""}
+    composer = {
+        "name": "artemis",
+        "embed_dim": 256,
+        "version": "ARTEMIS",
+        "tune": "",
+        "temperature": 2.65926,  # of the start: it is learned
+    }
     config = base.experiment("artemis", composer)
     config.stages = ("match",)
     config.stage.match = base.stage(

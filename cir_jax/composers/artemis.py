@@ -56,6 +56,7 @@ VERSIONS = {"ARTEMIS": ("explicit", "implicit"), "EM-only": ("explicit",), "IS-o
 and visual-search, are the methods image_text, text_only and image_only on the same backbone."""
 
 TEMPERATURE = 2.65926  # ln(1 / 0.07), as released
+MAX_TEMPERATURE = 10.0  # of the start: scores would be multiplied by 22,000
 
 
 class Attention(nn.Module):
@@ -97,6 +98,7 @@ class Matching(nn.Module):
     features: int
     embed_dim: int = 0
     terms: tuple[str, ...] = VERSIONS["ARTEMIS"]
+    start: float = TEMPERATURE
 
     def setup(self) -> None:
         if self.embed_dim:
@@ -105,7 +107,7 @@ class Matching(nn.Module):
         dim = self.embed_dim or self.features
         self.transform = linear(dim, dim)
         self.explicit, self.implicit = Attention(), Attention()
-        self.temperature = self.param("temperature", nn.initializers.constant(TEMPERATURE), (1,))
+        self.temperature = self.param("temperature", nn.initializers.constant(self.start), (1,))
 
     def text(self, features: jax.Array) -> jax.Array:
         """float32[batch, features] un-normalised -> float32[batch, dim] of unit norm."""
@@ -151,10 +153,12 @@ class Artemis(Composer):
         embed_dim: int = 512,
         version: str = "ARTEMIS",
         tune: str = "",
+        temperature: float = TEMPERATURE,
     ):
         """embed_dim: of the projections on top of the backbone; 0 = none. version: which terms the
         score has, a key of VERSIONS. tune: paths of the backbone's parameters that are trained,
-        too, a regular expression ("/text/.*"); "" = none. Raises ConfigError."""
+        too, a regular expression ("/text/.*"); "" = none. temperature: its start, the logarithm of
+        what scores are multiplied by. Raises ConfigError."""
         super().__init__(backbone)
         try:
             self.tune = re.compile(tune)
@@ -169,12 +173,17 @@ class Artemis(Composer):
                     f"tune={tune!r}: matches no parameter of backbone {backbone.weights_id}, whose "
                     f"paths begin with {', '.join(first)}"
                 )
+        if not 0 <= temperature <= MAX_TEMPERATURE:
+            raise ConfigError(
+                f"temperature={temperature}: expected 0 to {MAX_TEMPERATURE}, the logarithm of "
+                f"what scores are multiplied by, such as the released {TEMPERATURE}"
+            )
         if embed_dim < 0:
             raise ConfigError(f"embed_dim={embed_dim}: expected 1 or more, or 0 for none")
         if version not in VERSIONS:
             raise ConfigError(unknown("version", version, VERSIONS))
         self.version = version
-        self.network = Matching(backbone.dim, embed_dim, VERSIONS[version])
+        self.network = Matching(backbone.dim, embed_dim, VERSIONS[version], float(temperature))
         if backbone.family != "artemis" or embed_dim:
             self.official_format = ""
 

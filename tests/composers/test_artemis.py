@@ -15,7 +15,11 @@ from cir_jax.composers.artemis import Artemis
 from cir_jax.composers.base import normalise
 from cir_jax.errors import ConfigError, WeightsError
 from cir_jax.evaluation import captions, evaluate, protocols
+from cir_jax.input import images, vocabulary
 from cir_jax.input.records import AugmentedTriplets
+from cir_jax.models import artemis as models
+from cir_jax.models.artemis import ArtemisConfig, ResNetConfig, WordConfig
+from cir_jax.models.backbone import Backbone
 from cir_jax.retrieval import features, ranking
 from tests.composers import inversion
 from tests.evaluation import worlds
@@ -230,11 +234,11 @@ def test_tuned_encoders_begin_as_the_backbone_and_move_where_asked(tiny, made, b
     params = composer._with_differences(networks)
     rng = np.random.default_rng(0)
     size = backbone.config.vision.image_size
-    images = {
+    pictures = {
         f"{name}_images": rng.integers(0, 255, (4, size, size, 3), np.uint8)
         for name in ("reference", "target")
     }
-    given = {**images, "token_ids": batch["token_ids"][:4]}
+    given = {**pictures, "token_ids": batch["token_ids"][:4]}
 
     tuned = jax.tree.map(lambda x: jnp.full_like(x, 0.05), params["tuned"])
 
@@ -245,9 +249,9 @@ def test_tuned_encoders_begin_as_the_backbone_and_move_where_asked(tiny, made, b
 
         value, grads = jax.value_and_grad(lambda params: loss(composer, params))(params)
         own = {"networks": networks, "tuned": tuned}
-        found = composer.embed_gallery(own, frozen, images["target_images"])
+        found = composer.embed_gallery(own, frozen, pictures["target_images"])
         moved = jax.tree.map(jnp.add, backbone_params, tuned)
-        raw = backbone.encode_image(moved, images["target_images"])
+        raw = backbone.encode_image(moved, pictures["target_images"])
         both = found, made[0].embed_features(networks, frozen, raw)
         return (value, loss(made[0], networks)), grads, both
 
@@ -266,10 +270,30 @@ def test_tuned_encoders_begin_as_the_backbone_and_move_where_asked(tiny, made, b
         composer.encode(params, frozen, batch, jax.random.split(jax.random.key(0), 16))
 
 
+@pytest.mark.slow
+def test_its_own_encoders_are_trained_on_many_devices_and_in_parts():
+    words = vocabulary.tokenizer(vocabulary.build(["is red not blue"]), "words")
+    sizes = WordConfig(words.vocab_size, 12, "bigru", 8)
+    config = ArtemisConfig(sizes, ResNetConfig((1, 1, 1, 1), True, 4, image_size=32), 16)
+    backbone = Backbone(models.Artemis(config), words, images.artemis(32, 32), "own")
+    composer = Artemis(backbone, embed_dim=0, tune=".*")
+    params = jax.jit(composer.init)(jax.random.key(1))
+    frozen = composer.freeze(jax.jit(backbone.init)(jax.random.key(0)))
+    rng = np.random.default_rng(0)
+    batch = {
+        f"{name}_images": rng.integers(0, 255, (inversion.ROWS, 32, 32, 3), np.uint8)
+        for name in ("reference", "target")
+    }
+    texts = ["is red", "not blue <and> is red not", "red", "blue"]
+    batch["token_ids"] = words(texts * (inversion.ROWS // 4))
+    inversion.assert_independent_of_devices_and_parts(composer, params, frozen, batch)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"embed_dim": -1}, "embed_dim=-1: expected 1 or more, or 0"),
+        ({"temperature": 100.0}, "temperature=100.0: expected 0 to 10.0, the logarithm"),
         ({"version": "EM only"}, "version 'EM only'. Did you mean 'EM-only'"),
         ({"tune": "("}, r"tune='\(': no regular expression"),
         ({"tune": "/txt/.*"}, "tune='/txt/.*': matches no parameter.*begin with /logit_scale, /te"),
