@@ -163,16 +163,19 @@ def test_what_is_trained_from_scratch_is_evaluated_in_its_own_type():
     assert made.composer.backbone.dtype == jnp.float32 and made.frozen == {}
 
 
-def test_a_workdir_without_the_field_has_the_size_of_its_backbone(tmp_path):
+def test_a_workdir_without_later_fields_did_as_before(tmp_path):
     config = compodiff.get_config("smoke")
     workdirs.claim(tmp_path, config)
     file = tmp_path / workdirs.CONFIG_FILE
     older = {k: v for k, v in json.loads(file.read_text()).items() if k != "image_size"}
+    for stage in older["stage"].values():
+        del stage["optimizer"]["backbone_share"]
     file.write_text(json.dumps(older))
     workdirs.claim(tmp_path, config)
-    config.image_size = 64
-    with pytest.raises(CheckpointError, match=r"image_size \(was 0, is 64\)"):
-        workdirs.claim(tmp_path, config)
+    config.image_size, config.stage.stage2.optimizer.backbone_share = 64, 0.5
+    for changed in (r"image_size \(was 0, is 64\)", r"backbone_share \(was 1.0, is 0.5\)"):
+        with pytest.raises(CheckpointError, match=changed):
+            workdirs.claim(tmp_path, config)
 
 
 def test_how_the_best_checkpoint_is_chosen_belongs_to_the_run(tmp_path):
