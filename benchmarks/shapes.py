@@ -24,7 +24,7 @@ from absl import app, flags, logging  # noqa: E402
 
 EXPERIMENTS = (
     *("slerp", "palavra", "pic2word", "searle_oti", "searle", "lincir", "compodiff"),
-    *("rtd", "tat", "clip4cir", "combiner", "magiclens", "artemis"),
+    *("rtd", "pdv", "tat", "clip4cir", "combiner", "magiclens", "artemis"),
 )
 # with a preset of their own, in --preset=shapes only:
 LONG = "compodiff:shapes_long"
@@ -54,6 +54,7 @@ PAPER = {
     "compodiff": "13.36 (CompoDiff)",
     LONG: "13.36 (CompoDiff)",
     "rtd": "9.63 (RTD, around Pic2Word)",
+    "pdv": "",
     "tat": "19.41 (Slerp)",
     "clip4cir": "",
     "combiner": "12.08 (CompoDiff, ResNet-50)",

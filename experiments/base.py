@@ -1,5 +1,6 @@
 """What all experiments share: the fields, their meaning and their defaults. Values only."""
 
+import importlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -147,6 +148,20 @@ def inversion_stage(
     config.data = ConfigDict({"dataset": dataset, "tables": {table: 1.0}, "split": split})
     config.batch_size = batch_size
     config.after = ""
+    return config
+
+
+def around(inside: str, name: str, **settings: Any) -> ConfigDict:
+    """The experiment of another method, METHOD:PRESET, with composer `name` around that method's:
+    its stages train what they train there, and `settings` are the composer's own."""
+    method, _, preset = inside.partition(":")
+    config = importlib.import_module(f"experiments.{method}").get_config(preset)
+    config.name = name
+    word = config.composer.to_dict()
+    for stage in config.stages:
+        if not config.stage[stage].composer:
+            config.stage[stage].composer = ConfigDict(dict(word))
+    config.composer = ConfigDict({"name": name, "word": word, **settings})
     return config
 
 

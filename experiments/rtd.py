@@ -23,8 +23,6 @@ tuned, with its words, needs no training:
         --config.init_from=official:lincir_large.pt,text_encoder_best.pt
 """
 
-import importlib
-
 from ml_collections import ConfigDict
 
 from experiments import base
@@ -60,35 +58,26 @@ PRESETS = {
     "lincir_vit_h14": RELEASED,
     "lincir_vit_g14": RELEASED | SMALLER_STEPS,
 }
-AROUND = {"shapes": "pic2word:shapes", "smoke": "pic2word:smoke"}
-"""Preset -> the experiment and preset of the method inside, where its name does not say it."""
+INSIDE = {
+    "shapes": "pic2word:shapes",
+    "smoke": "pic2word:smoke",
+    **{name: f"{name}:shapes" for name in ("searle", "lincir")},
+}
+"""Preset -> the method inside and its preset; METHOD_BACKBONE says it itself."""
 
 
 def get_config(preset: str = "shapes") -> ConfigDict:
-    inside = AROUND.get(
-        preset, preset.replace("_", ":", 1) if "_" in preset else f"{preset}:shapes"
+    config = base.around(
+        # an unknown preset is `base.apply`'s to say
+        INSIDE.get(preset, preset.replace("_", ":", 1) if preset in PRESETS else INSIDE["shapes"]),
+        "rtd",
+        tuned="full",  # full | fcs | front | middle | last | interleaved
+        noise=0.5,
+        temperature=0.07,
+        hard_negatives=True,
+        negatives=0,  # rows compared with each other; 0 = all of the batch
     )
-    method, _, of_method = inside.partition(":")
-    if preset not in PRESETS:
-        method, of_method = "pic2word", "shapes"  # `base.apply` says which there are
-    config = importlib.import_module(f"experiments.{method}").get_config(of_method)
-    config.name = "rtd"
-    word = ConfigDict(config.composer.to_dict())
     trained = [name for name in config.stages if config.stage[name].kind == "train"]
-    for name in trained:
-        if not config.stage[name].composer:
-            config.stage[name].composer = ConfigDict(word.to_dict())
-    config.composer = ConfigDict(
-        {
-            "name": "rtd",
-            "word": word,
-            "tuned": "full",  # full | fcs | front | middle | last | interleaved
-            "noise": 0.5,
-            "temperature": 0.07,
-            "hard_negatives": True,
-            "negatives": 0,  # rows compared with each other; 0 = all of the batch
-        }
-    )
     config.stage.rtd = base.stage(
         tables={"text_triplets": 1.0},
         batch_size=128,

@@ -21,6 +21,7 @@ COMPOSERS = {
     "lincir": "LinCir",
     "magiclens": "MagicLens",
     "palavra": "Palavra",
+    "pdv": "Pdv",
     "pic2word": "Pic2Word",
     "rtd": "Rtd",
     "searle": "Searle",

@@ -8,6 +8,8 @@ embeddings are added (SEARLE, arXiv 2303.15247, section 3; METHODS differ only i
 attributes below).
 """
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 
@@ -54,9 +56,20 @@ class PseudoWord(Composer):
         embeddings = split_rows(overwrite_tokens(embeddings, positions, split_rows(words)))
         return self.backbone.encode_text(backbone, token_ids, embeddings)
 
-    def compose(self, params: Params, frozen: Params, query: Query, rng: jax.Array) -> jax.Array:
+    def read(
+        self,
+        params: Params,
+        frozen: Params,
+        query: Query,
+        rng: jax.Array,
+        texts: Sequence[jax.Array],
+    ) -> list[jax.Array]:
+        """Un-normalised features of texts, int32[batch, length] each, with the query's words."""
         words = self.invert(params, frozen, query, rng)
-        features = self.text_features(frozen["backbone"], query["token_ids"], words)
+        return [self.text_features(frozen["backbone"], ids, words) for ids in texts]
+
+    def compose(self, params: Params, frozen: Params, query: Query, rng: jax.Array) -> jax.Array:
+        (features,) = self.read(params, frozen, query, rng, [query["token_ids"]])
         return normalise(features.astype(jnp.float32))
 
 

@@ -30,7 +30,7 @@ say which are in the middle; here, counted from 1, those around the first behind
 6 to 8, and for "interleaved" the 7th; the other reading is 5 to 7, and the 6th).
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -203,10 +203,21 @@ class Rtd(Composer):
         composed, target = normalise(rows["composed"]), normalise(rows["target"])
         return jax.vmap(loss)(groups).mean(), {"in_batch_recall": pair_recall(composed @ target.T)}
 
-    def compose(self, params: Params, frozen: Params, query: Query, rng: jax.Array) -> jax.Array:
+    def read(
+        self,
+        params: Params,
+        frozen: Params,
+        query: Query,
+        rng: jax.Array,
+        texts: Sequence[jax.Array],
+    ) -> list[jax.Array]:
+        """Un-normalised features of texts, int32[batch, length] each, with the query's words."""
         words = self.word.invert(params["word"], frozen, query, rng)
         learned = self.text_encoder(params, frozen)
-        return normalise(self.word.text_features(learned, query["token_ids"], words))
+        return [self.word.text_features(learned, ids, words) for ids in texts]
+
+    def compose(self, params: Params, frozen: Params, query: Query, rng: jax.Array) -> jax.Array:
+        return normalise(self.read(params, frozen, query, rng, [query["token_ids"]])[0])
 
     def read_official(self, path: Path, frozen: Params) -> Params:
         """{"text"} of RTD's file, {"word"} of X's: whichever `path` is."""
