@@ -12,8 +12,7 @@ Its CLIP is a backbone for Combiner, the second stage (or any other method):
 --config.composer.tuned=text|image tunes one encoder. Presets: shapes (embedded world), smoke
 (seconds, for tests), and the released recipe on rn50, rn50x4, vit_b32 and vit_l14, on the triplets
 of a prepared dataset, named with --config.stage.tune.data.dataset (`data/image_triplets`:
-FashionIQ, CIRR). ResNets are OpenAI's own files, RN50.pt and RN50x4.pt. The authors' tuned CLIP
-needs no training:
+FashionIQ, CIRR). The authors' tuned CLIP needs no training:
 
     python launch/eval.py --config=experiments/clip4cir.py:rn50x4 \\
         --config.init_from=official:tuned_clip_best.pt
@@ -46,8 +45,8 @@ PRESETS = {
         "log_every": 2,
         "checkpoint.every": "4 steps",
     },
-    "rn50": {"backbone": "RN50.pt", **RELEASED},
-    "rn50x4": {"backbone": "RN50x4.pt", **RELEASED},
+    "rn50": {"backbone": "timm/resnet50_clip.openai", **RELEASED},
+    "rn50x4": {"backbone": "timm/resnet50x4_clip.openai", **RELEASED},
     "vit_b32": {"backbone": "openai/clip-vit-base-patch32", **RELEASED},
     "vit_l14": {"backbone": "openai/clip-vit-large-patch14", **RELEASED},
 }

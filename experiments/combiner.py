@@ -6,9 +6,10 @@ Takes 1 to 2 minutes on two CPU cores. Expected on the embedded world (three see
 mAP@10 25.1 +- 2.0, where Slerp has 22.4 +- 2.8 and image + text 14.5 +- 1.7. Dropout and scale were
 chosen on val (benchmarks/tune.json).
 
-Presets: shapes (embedded world), smoke (seconds, for tests), and the released stage 2 on vit_b32
-and vit_l14, on the triplets of a prepared dataset, named with --config.stage.fuse.data.dataset
-(`data/image_triplets`: FashionIQ, CIRR, SynthTriplets18M). Released weights need no training:
+Presets: shapes (embedded world), smoke (seconds, for tests), tat (on the CLIP that
+experiments/tat.py tuned), and the released stage 2 on rn50, rn50x4, vit_b32 and vit_l14, on the
+triplets of a prepared dataset, named with --config.stage.fuse.data.dataset (`data/image_triplets`:
+FashionIQ, CIRR, SynthTriplets18M). Released weights need no training:
 
     python launch/eval.py --config=experiments/combiner.py:vit_b32 \\
         --config.backbone=tuned_clip_best.pt --config.init_from=official:combiner.pt
@@ -52,6 +53,8 @@ PRESETS = {
         "checkpoint.every": "4 steps",
     },
     "tat": {"backbone": "runs/tat/shapes/backbone"},  # experiments/tat.py writes it
+    "rn50": {"backbone": "timm/resnet50_clip.openai", **RELEASED},
+    "rn50x4": {"backbone": "timm/resnet50x4_clip.openai", **RELEASED},
     "vit_b32": {"backbone": "openai/clip-vit-base-patch32", **RELEASED},
     "vit_l14": {"backbone": "openai/clip-vit-large-patch14", **RELEASED},
 }

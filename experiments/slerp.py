@@ -4,6 +4,7 @@
 
 Paper: alpha 0.8 on CIRCO and FashionIQ, 0.9 on CIRR. On the embedded world 0.8 was chosen on
 val; expected there (README): CIRCO-like mAP@10 22.4 +- 2.8. The paper, ViT-L/14 on CIRCO: 9.84.
+Preset tat is on the CLIP that experiments/tat.py tuned.
 """
 
 from ml_collections import ConfigDict
