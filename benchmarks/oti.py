@@ -185,8 +185,10 @@ def phrase_book(rng: np.random.Generator) -> PhraseBook:
     return PhraseBook(TEMPLATES, concepts)
 
 
-def backbone(layers: int, width: int, dtype: Any) -> tuple[Backbone, Any]:
-    """ViT-B/32's text tower with random weights; its image tower takes no part."""
+def backbone(
+    layers: int, width: int, dtype: Any, vision: VisionConfig | None = None
+) -> tuple[Backbone, Any]:
+    """ViT-B/32's text tower with random weights; vision: its image tower, None = of one layer."""
     tokenizer = word_tokenizer(vocabulary(), 77)
     config = ClipConfig(
         text=TextConfig(
@@ -197,7 +199,7 @@ def backbone(layers: int, width: int, dtype: Any) -> tuple[Backbone, Any]:
             eos_token_id=tokenizer.eos_id,
             pad_token_id=tokenizer.pad_id,
         ),
-        vision=VisionConfig(num_hidden_layers=1),
+        vision=vision or VisionConfig(num_hidden_layers=1),
     )
     made = Backbone(Clip(config, dtype), tokenizer, ImageTransform(224, 224), f"random-{layers}")
     return made, jax.device_get(jax.jit(made.init)(jax.random.key(0)))
@@ -316,11 +318,11 @@ class Measured(NamedTuple):
 def alternate(
     sides: dict[str, Callable[[], np.ndarray]], rounds: int, tolerance: float
 ) -> Measured:
-    """Times all sides in turn and checks their losses against those of "pytorch, frozen".
+    """Times all sides in turn and checks their losses against those of the first of PyTorch.
 
     Raises AssertionError when the losses differ by more than the tolerance.
     """
-    expected = sides["pytorch, frozen"]()
+    expected = next(side for name, side in sides.items() if name.startswith("pytorch"))()
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     difference = 0.0
     for name, side in sides.items():
@@ -369,9 +371,19 @@ def report(
         for theirs in best
         if theirs.startswith("pytorch")
     }
+    found = machine(args)
+    found["settings"] |= {"phrase_tokens": LENGTHS, "phrases": CONCEPTS * PHRASES}
+    return found | {
+        "largest_loss_difference": measured.difference,
+        "results": results,
+        "speedup": speedup,
+    }
+
+
+def machine(args: argparse.Namespace) -> dict[str, Any]:
+    """Settings and machine of a report."""
     return {
-        "settings": {k: v for k, v in vars(args).items() if k != "output"}
-        | {"phrase_tokens": LENGTHS, "phrases": CONCEPTS * PHRASES},
+        "settings": {k: v for k, v in vars(args).items() if k != "output"},
         "machine": {
             "device": jax.devices()[0].device_kind,
             "cores": len(os.sched_getaffinity(0)),
@@ -381,9 +393,6 @@ def report(
             "load_average": [round(x, 1) for x in os.getloadavg()],
             "matrix_gflops": matrix_gflops(args.platform),
         },
-        "largest_loss_difference": measured.difference,
-        "results": results,
-        "speedup": speedup,
     }
 
 

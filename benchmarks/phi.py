@@ -35,6 +35,7 @@ import torch  # noqa: E402
 from torch import nn  # noqa: E402
 
 from benchmarks import oti  # noqa: E402
+from cir_jax.composers.base import Composer  # noqa: E402
 from cir_jax.composers.phi import PHI_NAMES  # noqa: E402
 from cir_jax.composers.searle import Searle  # noqa: E402
 from cir_jax.input.phrases import PhraseBook, with_placeholder, write  # noqa: E402
@@ -63,10 +64,10 @@ def torch_phi(params: Any, device: str) -> nn.Sequential:
     return phi.to(device)
 
 
-def contrastive(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """NT-Xent over the rows of both (METHODS 0.5)."""
+def contrastive(a: torch.Tensor, b: torch.Tensor, temperature: float = TEMPERATURE) -> torch.Tensor:
+    """NT-Xent over the rows of both, as SEARLE and RTD compute it."""
     rows = nn.functional.normalize(torch.cat([a, b]).float())
-    logits = (rows @ rows.T / TEMPERATURE).fill_diagonal_(-torch.inf)
+    logits = (rows @ rows.T / temperature).fill_diagonal_(-torch.inf)
     positive = torch.arange(len(rows), device=a.device).roll(len(a))
     return nn.functional.cross_entropy(logits, positive)
 
@@ -161,7 +162,7 @@ def measure(args: argparse.Namespace, directory: Path) -> dict[str, Any]:
 
 
 def training(
-    composer: Searle,
+    composer: Composer,
     frozen: Any,
     optimizer: optax.GradientTransformation,
     mesh: jax.sharding.Mesh,

@@ -1,0 +1,26 @@
+"""benchmarks/joint.py at a small size: both sides compute the same losses, step after step."""
+
+import argparse
+
+import pytest
+
+pytest.importorskip("torch")
+
+from benchmarks import joint
+
+
+@pytest.mark.slow
+def test_both_sides_compute_the_same_losses(tmp_path, monkeypatch):
+    monkeypatch.setattr(joint, "LEARNING_RATE", 1e-3)  # so that updates show in the losses
+    small = {"hidden_size": 24, "intermediate_size": 96, "num_attention_heads": 2}
+    monkeypatch.setattr(joint, "IMAGE", small)
+    monkeypatch.setattr(joint, "PROJECTION", 12)
+    monkeypatch.setattr(joint, "HIDDEN", 16)
+    args = argparse.Namespace(
+        platform="cpu", batch=4, steps=3, rounds=1, layers=1, width=64, output=tmp_path
+    )
+    report = joint.measure(args, tmp_path)  # asserts the losses
+    assert set(report["methods"]) == {"rtd", "tat", "combiner"}
+    for found in report["methods"].values():
+        assert found["largest_loss_difference"] < 1e-4
+        assert min(found["seconds_per_step"].values()) > 0 and found["speedup"] > 0
