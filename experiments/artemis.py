@@ -28,6 +28,10 @@ OWN = "/(visual_projection|text/(ahead|back|projection))/.*"
 """Of the backbone, what the release trains from the beginning."""
 
 
+TEMPERATURE = 2.65926
+"""The release's first one, ln(1 / 0.07)."""
+
+
 def _released(stage: str, epochs: int, learning_rate: float, drop_every: int) -> dict[str, object]:
     return {
         # no corpus ships: a prepared dataset with a table `triplets`
@@ -49,12 +53,14 @@ def _two_stages(double: int, tuned: str) -> dict[str, object]:
     released = {
         "backbone": "",
         "composer.embed_dim": 0,
+        "composer.temperature": TEMPERATURE,
         "composer.tune": tuned,
         "stages": ("match", "finetune"),
         "stage.match.composer": {
             "name": "artemis",
             "embed_dim": 0,
             "version": "ARTEMIS",
+            "temperature": TEMPERATURE,
             "tune": OWN,
         },
         **_released("match", 8 * double, 5e-4, 4 * double),
@@ -81,6 +87,7 @@ PRESETS = {
         "backbone": "timm/resnet50_clip.openai",
         "dtype": "bfloat16",
         "composer.embed_dim": 512,
+        "composer.temperature": TEMPERATURE,
         **_released("match", 50, 5e-4, 10),
     },
     "official": {
@@ -107,7 +114,7 @@ def get_config(preset: str = "shapes") -> ConfigDict:
         "embed_dim": 256,
         "version": "ARTEMIS",
         "tune": "",
-        "temperature": 2.65926,  # of the start: it is learned
+        "temperature": 3.5,  # of the start: it is learned
     }
     config = base.experiment("artemis", composer)
     config.stages = ("match",)
