@@ -18,7 +18,7 @@ The authors released weights and inference (google-deepmind/magiclens), neither 
 * The paper says neither how the new layers are initialised nor whether they have dropout (here
   none). `initial="random"` is what the released layers do by themselves (LeCun). By default, "sum",
   layers start as identity and the pooler as the mean of both tokens, so that m begins as the sum of
-  image and text, which is far better on few triplets. Norms start as identity either way: they
+  image and text, which is better on few triplets. Norms start as identity either way: they
   multiply by 1 + scale, and the 1 that the released code begins with would double.
 * It trains with Adafactor, the towers with a tenth of the learning rate (`backbone_share` of the
   optimizer); here with AdamW.
