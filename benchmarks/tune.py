@@ -37,7 +37,7 @@ GRIDS: dict[str, dict[str, tuple[Any, ...]]] = {
     "pic2word": {"link": (",", "that", "and", "but", "which", "of", "with", "which is", "that is")},
     "searle_oti": {"iterations": (50, 100, 200), "learning_rate": (1e-2, 2e-2, 5e-2)},
     "combiner": {"dropout": (0.1, 0.3, 0.5), "scale": (10.0, 20.0, 40.0)},
-    "pdv": {"alpha_image": (0.6, 1.0, 1.4), "beta": (0.6, 0.8, 0.9)},
+    "pdv": {"alpha_image": (0.3, 0.6, 1.0), "beta": (0.4, 0.6, 0.8)},
     "tat": {"alpha": (0.5, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)},
     "rtd": {"noise": (0.0, 0.5, 1.0), "temperature": (0.03, 0.07, 0.2)},
     "magiclens": {

