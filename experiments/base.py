@@ -1,6 +1,5 @@
 """What all experiments share: the fields, their meaning and their defaults. Values only."""
 
-import importlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -151,11 +150,9 @@ def inversion_stage(
     return config
 
 
-def around(inside: str, name: str, **settings: Any) -> ConfigDict:
-    """The experiment of another method, METHOD:PRESET, with composer `name` around that method's:
-    its stages train what they train there, and `settings` are the composer's own."""
-    method, _, preset = inside.partition(":")
-    config = importlib.import_module(f"experiments.{method}").get_config(preset)
+def around(config: ConfigDict, name: str, **settings: Any) -> ConfigDict:
+    """The experiment `config` of another method, with composer `name` around that method's: its
+    stages train what they train there, and `settings` are the composer's own."""
     config.name = name
     word = config.composer.to_dict()
     for stage in config.stages:

@@ -18,20 +18,26 @@ The paper, SEARLE inside, L/14 on CIRCO: mAP@5 12.6, where SEARLE alone has 11.7
 
 from ml_collections import ConfigDict
 
-from experiments import base
+from experiments import base, lincir, palavra, pic2word, rtd, searle
 
-METHODS = ("pic2word", "searle", "lincir")
+METHODS = {
+    "pic2word": pic2word, "searle": searle, "lincir": lincir, "palavra": palavra, "rtd": rtd,
+}  # fmt: skip
+RELEASED = ("pic2word", "searle", "lincir")
 INSIDE = {
-    "shapes": "pic2word:shapes",
-    "smoke": "pic2word:smoke",
-    **{name: f"{name}:shapes" for name in ("searle", "lincir", "palavra", "rtd")},
-    **{f"{name}_{size}": f"{name}:{size}" for name in METHODS for size in ("vit_b32", "vit_l14")},
+    "shapes": "pic2word",
+    "smoke": "pic2word_smoke",
+    **{name: name for name in ("searle", "lincir", "palavra", "rtd")},
+    **{name: name for method in RELEASED for name in (f"{method}_vit_b32", f"{method}_vit_l14")},
 }
 """Preset -> the method inside and its preset."""
 PRESETS: dict[str, dict] = {name: {} for name in INSIDE}
 
 
 def get_config(preset: str = "shapes") -> ConfigDict:
-    inside = INSIDE.get(preset, INSIDE["shapes"])  # an unknown preset is `base.apply`'s to say
-    config = base.around(inside, "pdv", alpha_image=0.3, alpha_text=1.0, beta=0.8)  # chosen on val
+    # an unknown preset is `base.apply`'s to say
+    method, _, of_method = INSIDE.get(preset, "pic2word").partition("_")
+    inside = METHODS[method].get_config(of_method or "shapes")
+    # chosen on val
+    config = base.around(inside, "pdv", alpha_image=0.3, alpha_text=1.0, beta=0.8)
     return base.apply(config, PRESETS, preset)

@@ -26,7 +26,7 @@ tuned, with its words, needs no training:
 
 from ml_collections import ConfigDict
 
-from experiments import base
+from experiments import base, lincir, pic2word, searle
 
 RELEASED = {
     "stages": ("rtd",),
@@ -59,18 +59,17 @@ PRESETS = {
     "lincir_vit_h14": RELEASED,
     "lincir_vit_g14": RELEASED | SMALLER_STEPS,
 }
-INSIDE = {
-    "shapes": "pic2word:shapes",
-    "smoke": "pic2word:smoke",
-    **{name: f"{name}:shapes" for name in ("searle", "lincir")},
-}
-"""Preset -> the method inside and its preset; METHOD_BACKBONE says it itself."""
+METHODS = {"pic2word": pic2word, "searle": searle, "lincir": lincir}
+INSIDE = {"shapes": "pic2word", "smoke": "pic2word_smoke"}
+"""Preset -> the method inside and its preset, where its name does not say it."""
 
 
 def get_config(preset: str = "shapes") -> ConfigDict:
+    # an unknown preset is `base.apply`'s to say
+    inside = INSIDE.get(preset, preset if preset in PRESETS else "pic2word")
+    method, _, of_method = inside.partition("_")
     config = base.around(
-        # an unknown preset is `base.apply`'s to say
-        INSIDE.get(preset, preset.replace("_", ":", 1) if preset in PRESETS else INSIDE["shapes"]),
+        METHODS[method].get_config(of_method or "shapes"),
         "rtd",
         tuned="full",  # full | fcs | front | middle | last | interleaved
         noise=0.0,  # 0.5 as released; chosen on val, where it hardly matters

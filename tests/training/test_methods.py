@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 
 from cir_jax import composers
+from cir_jax.errors import ConfigError
+from cir_jax.evaluation.runner import trained_params
 from cir_jax.experiment import Experiment, of_stage
 from cir_jax.loading import read_experiment
 from cir_jax.sharding import placement
@@ -126,3 +128,28 @@ def test_a_killed_run_goes_on_to_the_same_numbers(name, tiny, tmp_path, monkeypa
         jax.tree.map(np.testing.assert_array_equal, whole["word"], jax.device_get(initial["word"]))
         moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), whole["text"], initial["text"])
         assert min(jax.tree.leaves(moved)) > 0
+
+
+def test_what_another_methods_stage_trained_is_taken_over(tiny, tmp_path, monkeypatch):
+    """RTD begins with the words of Pic2Word's stage, and is Pic2Word until it is trained."""
+    config = read_experiment("experiments/rtd.py:smoke")
+    config.stage.contrastive.composer.hidden_dim = config.composer.word.hidden_dim = 8
+    config.stage.contrastive.batch_size, config.stage.contrastive.duration = 8, "1 steps"
+    monkeypatch.setattr(inputs, "Table", lambda *_: factory.caption_table(8))
+    monkeypatch.setenv("CIR_JAX_CACHE", str(tmp_path / "cache"))
+    backbone, params = tiny
+    settings = config.composer.to_dict()
+    composer = composers.build(settings.pop("name"), backbone, **settings)
+    mesh = make_mesh({"data": 1}, jax.devices()[:1])
+    frozen = placement.place(mesh, composer.freeze(params))
+    experiment = Experiment(config, mesh, backbone, composer, frozen)
+    word = stages.make_trainer(experiment, "contrastive", None).run(tmp_path / "contrastive")
+    begun = stages.initial_params(experiment, "rtd", tmp_path, None)
+    expected = {"word": word, "text": {name: params[name] for name in ("text", "text_projection")}}
+    for found in (begun, trained_params(experiment, tmp_path)):
+        jax.tree.map(np.testing.assert_array_equal, found, expected)
+    monkeypatch.setattr(stages, "official_params", lambda experiment: begun)
+    with pytest.raises(ConfigError, match="stage 'contrastive' trains another method. .*ges=rtd"):
+        stages.start(experiment, tmp_path)
+    config.stages = ("rtd",)
+    assert stages.start(experiment, tmp_path) is begun
