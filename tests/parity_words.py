@@ -359,7 +359,7 @@ def _whole_magiclens(fixture: Any, size: Mapping[str, int], table: released.Tabl
     def run(params: Any) -> Outputs:
         query = {"reference_images": pixels(inputs["query_images"])}
         query["token_ids"] = jnp.asarray(inputs["query_ids"])
-        towers = composer.towers(params, {})
+        towers = {"backbone": composer.encoders(params, {})}
         image = composer.reference_features(towers, query)
         text = composer.encode_text(params, {}, query["token_ids"])
         composed = composer.compose(params, {}, query, jax.random.key(0))
