@@ -243,6 +243,13 @@ def test_speeds_are_the_committed_measurements():
         frozen, released = ([ratio[f(x)] for f in (over, cached)] for x in ("frozen", "released"))
         said = "| {:.1f} / {:.1f} ({:.0f} / {:.0f} over".format(*frozen, *released)
         assert said in README
+    joint = [recorded("joint")["methods"][name]["speedup"] for name in ("rtd", "tat", "combiner")]
+    assert (
+        "RTD / TAT / Combiner, captions of 8 to 18 words | {:.1f} / {:.1f} / {:.1f} |".format(
+            *joint
+        )
+        in README
+    )
 
 
 def test_files_that_the_readme_names_exist():
