@@ -2,7 +2,7 @@
 
     python launch/main.py --config=experiments/magiclens.py
 
-Takes 3 to 4 minutes on two CPU cores. On val of the embedded world its CIRCO-like mAP@10 is 26.3,
+Takes 2 to 4 minutes on two CPU cores. On val of the embedded world its CIRCO-like mAP@10 is 26.3,
 where Slerp has 21.5 and Combiner 24.6 (benchmarks/tune.json); without the references as negatives
 24.3, with a temperature that begins at 0.15 24.4, from the random start 23.0. Learning rate (3e-4
 of 3e-4 and 1e-3) and steps (600 of 600, 800 and 1,200) were chosen on val before, by eight runs.
