@@ -29,9 +29,8 @@ from ml_collections import ConfigDict
 
 from experiments import base
 
-OWN = "/(visual_projection|text/(ahead|back|projection))/.*"
-"""Of the backbone, what the release trains from the beginning."""
-
+OWN = r"/(networks|backbone/(visual_projection|text/(ahead|back|projection)))/.*"
+"""What the release trains from the beginning."""
 
 TEMPERATURE = 2.65926
 """The release's first one, ln(1 / 0.07)."""
@@ -53,21 +52,17 @@ def _released(stage: str, epochs: int, learning_rate: float, drop_every: int) ->
     }
 
 
-def _two_stages(double: int, tuned: str) -> dict[str, object]:
-    """double: 2 where a record has two orders of its captions, of which an epoch here has one."""
+def _two_stages(double: int, then: str) -> dict[str, object]:
+    """double: 2 where a record has two orders of its captions, of which an epoch here has one.
+    then: what the second stage trains."""
     released = {
         "backbone": "",
         "composer.embed_dim": 0,
         "composer.temperature": TEMPERATURE,
-        "composer.tune": tuned,
+        "composer.train_backbone": True,
         "stages": ("match", "finetune"),
-        "stage.match.composer": {
-            "name": "artemis",
-            "embed_dim": 0,
-            "version": "ARTEMIS",
-            "temperature": TEMPERATURE,
-            "tune": OWN,
-        },
+        "stage.match.optimizer.only": OWN,
+        "stage.finetune.optimizer.only": then,
         **_released("match", 8 * double, 5e-4, 4 * double),
         # the rate that is left of the first stage
         **_released("finetune", 50 * double, 2.5e-4, 10 * double),
@@ -107,7 +102,7 @@ PRESETS = {
         "evaluation.benchmarks": ("fashioniq:artemis_words",),
     },
     "cirr": {
-        **_two_stages(1, "/(visual_projection|text)/.*"),
+        **_two_stages(1, "/(networks|backbone/(visual_projection|text))/.*"),
         "evaluation.benchmarks": ("cirr:artemis",),
     },
 }
@@ -118,7 +113,7 @@ def get_config(preset: str = "shapes") -> ConfigDict:
         "name": "artemis",
         "embed_dim": 256,
         "version": "ARTEMIS",
-        "tune": "",
+        "train_backbone": False,
         "temperature": 3.5,  # of the start: it is learned
     }
     config = base.experiment("artemis", composer)

@@ -15,8 +15,9 @@ an array [queries, n, dim]. A term is the same for any multiple of a or of t.
 
 Two kinds of backbone:
 * That of an official checkpoint (`cir_jax.models.artemis`: ResNet, words, BiGRU or LSTM) gives
-  m, r, t itself; `embed_dim` is 0, and the networks are those of the checkpoint. `tune` says which
-  of its parameters are trained, too: as differences from the file's, which are zeros at first.
+  m, r, t itself; `embed_dim` is 0, and the networks are those of the checkpoint. With
+  `train_backbone` its parameters are the method's, too, and begin as in the file; a stage's
+  `optimizer.only` says which of them are trained.
 * On CLIP and its relatives, as in CompoDiff's comparison (arXiv 2303.11916), whose code is not
   released: one linear layer for texts and one for images, in the place of the released encoders'
   last, on the frozen towers' features, of unit norm.
@@ -25,7 +26,6 @@ As in the released code (naver/artemis): the loss has one direction (query to ta
 temperature is learned without a bound. Where the numbers are not the release's:
 * Batch norms keep their statistics; there they are those of a batch, of references and of targets
   apart, even while the ResNet is not trained.
-* Weight decay acts on the differences of `tune`, not on the encoders' weights.
 * Embeddings of images are of unit norm everywhere; there not on CIRR, of stored features. No score
   depends on it.
 * Embeddings of zeros have the score 0; there it is NaN.
@@ -33,9 +33,7 @@ temperature is learned without a bound. Where the numbers are not the release's:
   left. Both orders of FashionIQ's captions are triplets of its epochs; here one of them is drawn.
 """
 
-import re
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -138,8 +136,8 @@ for _theirs, _ours in (("Attention_EM", "explicit"), ("Attention_IS", "implicit"
 
 
 class Artemis(Composer):
-    """`params` are those of `Matching`; with `tune` under "networks", beside "tuned", differences
-    from the backbone's parameters."""
+    """`params` are those of `Matching`; with `train_backbone` under "networks", beside "backbone",
+    the backbone's."""
 
     trained = True
     official_format = (
@@ -152,27 +150,15 @@ class Artemis(Composer):
         backbone: Backbone,
         embed_dim: int = 512,
         version: str = "ARTEMIS",
-        tune: str = "",
+        train_backbone: bool = False,
         temperature: float = TEMPERATURE,
     ):
         """embed_dim: of the projections on top of the backbone; 0 = none. version: which terms the
-        score has, a key of VERSIONS. tune: paths of the backbone's parameters that are trained,
-        too, a regular expression ("/text/.*"); "" = none. temperature: its start, the logarithm of
-        what scores are multiplied by. Raises ConfigError."""
+        score has, a key of VERSIONS. train_backbone: the backbone's parameters are the method's,
+        too. temperature: its start, the logarithm of what scores are multiplied by. Raises
+        ConfigError."""
         super().__init__(backbone)
-        try:
-            self.tune = re.compile(tune)
-        except re.error as error:
-            raise ConfigError(f"tune={tune!r}: no regular expression ({error})") from error
-        self.tunes_backbone = self.needs_reference_images = bool(tune)
-        if tune:
-            paths = convert.flatten(jax.eval_shape(backbone.init, jax.random.key(0)))
-            if not any(self.tune.fullmatch("/" + "/".join(path)) for path in paths):
-                first = sorted({f"/{path[0]}" for path in paths})
-                raise ConfigError(
-                    f"tune={tune!r}: matches no parameter of backbone {backbone.weights_id}, whose "
-                    f"paths begin with {', '.join(first)}"
-                )
+        self.tunes_backbone = train_backbone
         if not 0 <= temperature <= MAX_TEMPERATURE:
             raise ConfigError(
                 f"temperature={temperature}: expected 0 to {MAX_TEMPERATURE}, the logarithm of "
@@ -190,27 +176,23 @@ class Artemis(Composer):
     def init(self, rng: jax.Array) -> Params:
         one = jnp.zeros((1, self.backbone.dim))
         networks = self.network.init(rng, one, one)["params"]
-        return self._with_differences(networks)
-
-    def _with_differences(self, networks: Params) -> Params:
         if not self.tunes_backbone:
             return networks
-        shapes = jax.eval_shape(self.backbone.init, jax.random.key(0))
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-        return {"networks": networks, "tuned": zeros}
+        return {"networks": networks, "backbone": self.backbone.init(rng)}
+
+    def start(self, rng: jax.Array, frozen: Params) -> Params:
+        """With the backbone as it is."""
+        params = self.init(rng)
+        return self._beside(params["networks"], frozen) if self.tunes_backbone else params
+
+    def _beside(self, networks: Params, frozen: Params) -> Params:
+        return {"networks": networks, "backbone": frozen["backbone"]}
 
     def _variables(self, params: Params) -> Params:
         return {"params": params["networks"] if self.tunes_backbone else params}
 
     def encoders(self, params: Params, frozen: Params) -> Params:
-        if not self.tunes_backbone:
-            return frozen["backbone"]
-
-        def add(path: Any, own: jax.Array, difference: jax.Array) -> jax.Array:
-            trained = self.tune.fullmatch("/" + "/".join(str(k.key) for k in path))
-            return own + (difference if trained else jax.lax.stop_gradient(difference))
-
-        return jax.tree_util.tree_map_with_path(add, frozen["backbone"], params["tuned"])
+        return params["backbone"] if self.tunes_backbone else frozen["backbone"]
 
     def compose(self, params: Params, frozen: Params, query: Query, rng: jax.Array) -> jax.Array:
         """What `scores` takes: float32[batch, terms * 2 * dim]."""
@@ -241,12 +223,7 @@ class Artemis(Composer):
         self, params: Params, frozen: Params, batch: dict[str, jax.Array], rngs: jax.Array
     ) -> Params:
         """batch: token_ids int32[batch, length]; reference_features and target_features
-        float32[batch, dim], or reference_images and target_images, which `tune` needs."""
-        if self.tunes_backbone and "target_features" in batch:
-            raise ConfigError(
-                "composer.tune trains the backbone, whose features change: set "
-                "--config.stage.NAME.data.features=False"
-            )
+        float32[batch, dim], or reference_images and target_images."""
         encoders = {"backbone": self.encoders(params, frozen)}
         target = self.embed_features(params, frozen, self.target_features(encoders, batch))
         return {"query": self.compose(params, frozen, batch, rngs), "target": target}
@@ -268,7 +245,7 @@ class Artemis(Composer):
                 "methods image_text, text_only and image_only on this backbone."
             )
         networks = convert.to_ours(tensors, NAMES, what=str(path), dtype=np.float32)
-        return self._with_differences(networks)
+        return self._beside(networks, frozen) if self.tunes_backbone else networks
 
     def write_official(self, path: Path, params: Params, frozen: Params) -> None:
         tensors = convert.to_source(self._variables(params)["params"], NAMES)

@@ -43,10 +43,8 @@ class Composer:
     """Whether `freeze` wants the weights of the backbone; False = it is trained from scratch."""
 
     tunes_backbone: bool = False
-    """Whether `encoders` are others than the frozen ones, so that no features can be shared."""
-
-    needs_reference_images: bool = False
-    """Whether queries must carry reference_images, where precomputed features do not suffice."""
+    """Whether `encoders` are others than the frozen ones, so that no features can be stored or
+    shared: queries, galleries and training rows come as images."""
 
     word_rows: Callable[[Sequence[str]], np.ndarray] | None = None
     """Names of the reference images -> int32[batch], for composers that know images by their names;

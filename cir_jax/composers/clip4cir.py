@@ -41,8 +41,8 @@ class Clip4Cir(Composer):
     """`params` are the tuned parameters, in the tree of the backbone."""
 
     trained = True
-    needs_reference_images = True
     tunes_backbone = True
+    official_format = "a file {epoch, CLIP}, such as tuned_clip_best.pt"
 
     def __init__(self, backbone: Backbone, tuned: str = "both", scale: float = 100.0):
         """tuned: "both", "text" or "image". scale: of the logits, in training.
@@ -57,7 +57,6 @@ class Clip4Cir(Composer):
         if not scale > 0:
             raise ConfigError(f"scale={scale}: expected more than 0, such as the released 100")
         self.pattern, self.scale = TUNED[tuned], float(scale)
-        self.official_format = "a file {epoch, CLIP}, such as tuned_clip_best.pt"
 
     def init(self, rng: jax.Array) -> Params:
         """For its shapes: `start` begins with the backbone."""

@@ -207,7 +207,6 @@ class MagicLens(Composer):
         self.network = Fusion(backbone.dim, layers, heads, hidden_dim)
         self.temperature, self.query_negatives = float(temperature), query_negatives
         self.train_backbone = self.tunes_backbone = train_backbone
-        self.needs_reference_images = train_backbone
         self.initial = initial
         tokenizer = backbone.tokenizer
         length = backbone.context_length if backbone.reads_padding else None

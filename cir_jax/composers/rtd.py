@@ -150,8 +150,8 @@ class Rtd(Composer):
         word = given.get("word", given)
         return {"word": word, "text": subtree.chosen(frozen["backbone"], self.pattern)}
 
-    def text_encoder(self, params: Params, frozen: Params) -> Params:
-        """The backbone's parameters with the learned ones in it: T'."""
+    def encoders(self, params: Params, frozen: Params) -> Params:
+        """With the learned text encoder, T'; images are encoded as before."""
         return subtree.put(frozen["backbone"], params["text"])
 
     def encode(
@@ -168,7 +168,7 @@ class Rtd(Composer):
         noisy = reference + self.noise * jax.vmap(self.draw)(rngs)
         query = {"reference_features": noisy}
         words = jax.lax.stop_gradient(self.word.invert(params["word"], frozen, query, rngs))
-        learned = self.text_encoder(params, frozen)
+        learned = self.encoders(params, frozen)
         found = {
             "target": target,
             "composed": self.word.text_features(learned, batch["token_ids"], words),
@@ -211,13 +211,13 @@ class Rtd(Composer):
         rng: jax.Array,
         texts: Sequence[jax.Array],
     ) -> list[jax.Array]:
-        """Un-normalised features of texts, int32[batch, length] each, with the query's words."""
-        words = self.word.invert(params["word"], frozen, query, rng)
-        learned = self.text_encoder(params, frozen)
-        return [self.word.text_features(learned, ids, words) for ids in texts]
+        """As X's, on the learned encoder."""
+        learned = {"backbone": self.encoders(params, frozen)}
+        return self.word.read(params["word"], learned, query, rng, texts)
 
     def compose(self, params: Params, frozen: Params, query: Query, rng: jax.Array) -> jax.Array:
-        return normalise(self.read(params, frozen, query, rng, [query["token_ids"]])[0])
+        learned = {"backbone": self.encoders(params, frozen)}
+        return self.word.compose(params["word"], learned, query, rng)
 
     def read_official(self, path: Path, frozen: Params) -> Params:
         """{"text"} of RTD's file, {"word"} of X's: whichever `path` is."""
@@ -240,7 +240,7 @@ class Rtd(Composer):
 
     def write_official(self, path: Path, params: Params, frozen: Params) -> None:
         """The whole text encoder, and X's file beside it: NAME.pt and NAME.word.pt."""
-        learned = subtree.chosen(self.text_encoder(params, frozen), TEXT)
+        learned = subtree.chosen(self.encoders(params, frozen), TEXT)
         beside = path.with_name(f"{path.stem}{WITH_WORD}{path.suffix}")
         self.word.write_official(beside, params["word"], frozen)
         official.write(path, {"epoch": 0, PART: convert.to_source(learned, self._names())})

@@ -47,7 +47,6 @@ class Tat(Composer):
     """`params` are the adapter (`models.lora`)."""
 
     trained = True
-    needs_reference_images = True
     tunes_backbone = True
     inference_settings = ("alpha",)
     official_format = "a directory of PEFT with the adapter, or one that holds it as adapter/"

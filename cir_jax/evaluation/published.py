@@ -6,8 +6,8 @@ clip_l14, clip_bigg, clip_rn50, blip_b, blip_l, bge_vl_b, bge_vl_l. "+tat", "+rt
 method on a backbone so tuned. Papers: searle 2303.15247, pic2word 2302.03084, slerp 2405.00571
 (with TAT), isa (ICLR 2024), rtd 2406.09188, compodiff 2303.11916, megapairs 2412.14475 (BGE-VL,
 there MMRet; image + text with unit=False; CIRCO with the shared concept alone), magiclens
-2403.19651 (as its repository prints them, with those of its released weights). `unstated`: the paper does not say how
-captions are joined, or which text a query has.
+2403.19651 (as its repository prints them, with those of its released weights). `unstated`: the
+paper does not say how captions are joined, or which text a query has.
 Left out: rows whose printed averages contradict their own columns.
 """
 

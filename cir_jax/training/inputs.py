@@ -148,10 +148,11 @@ def make_pipeline(
                 f"stage.{name}.data: example={data.example!r} crops images, so it needs "
                 "features=False."
             )
-        if data.features and experiment.composer.needs_reference_images:
+        if data.features and experiment.composer.tunes_backbone:
             raise ConfigError(
-                f"stage.{name}.data.features=True: {type(experiment.composer).__name__} reads the "
-                f"images themselves as it is set. Set --config.stage.{name}.data.features=False."
+                f"stage.{name}.data.features=True: {type(experiment.composer).__name__} trains the "
+                "backbone as it is set, whose features change. Set "
+                f"--config.stage.{name}.data.features=False."
             )
         if data.features:
             make = _no_features if shapes_only else _features

@@ -51,7 +51,8 @@ class Preempted(Exception):
 class Stage:
     """What a training stage is, resolved from the config: everything in steps.
 
-    microbatches: parts a batch is encoded in, to save memory (same gradients).
+    microbatches: parts a batch is encoded in, to save memory (same gradients). only: paths of the
+    parameters that the optimizer trains.
     """
 
     name: str
@@ -60,6 +61,7 @@ class Stage:
     optimizer: optax.GradientTransformation
     ema: float = 0.0
     microbatches: int = 1
+    only: str = ".*"
     log_every: int = 50
     checkpoint_every: int = 500
     keep: int = 2
@@ -104,6 +106,7 @@ class Trainer:
             optimizer=self.stage.optimizer,
             ema_decay=self.stage.ema,
             microbatches=self.stage.microbatches,
+            only=self.stage.only,
         )
 
     def _init(self, initial: Any, frozen: Any) -> TrainState:

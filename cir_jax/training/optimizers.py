@@ -105,6 +105,14 @@ def optimizer(
     return main if only == ".*" else _partly(main, only)
 
 
+def held(params: Any, only: str) -> Any:
+    """The same; of those whose path does not match `only` no gradient is computed."""
+    if only == ".*":
+        return params
+    trained = path_mask(only)(params)
+    return jax.tree.map(lambda x, own: x if own else jax.lax.stop_gradient(x), params, trained)
+
+
 def _partly(main: optax.GradientTransformation, only: str) -> optax.GradientTransformation:
     """`main` for the parameters whose path matches."""
     trained = path_mask(only)

@@ -100,6 +100,7 @@ def make_trainer(
         optimizer=optimizers.optimizer(recipe.optimizer, steps, to_steps),
         ema=recipe.ema,
         microbatches=recipe.microbatches,
+        only=recipe.optimizer.get("only", ".*"),  # not in configs of earlier versions
         log_every=config.log_every,
         checkpoint_every=every,
         keep=config.checkpoint.keep,
@@ -119,11 +120,11 @@ def start(experiment: Experiment, workdir: Path) -> Any:
     if given is None and trained and experiment.config.stage[trained[0]].after:
         _continued(experiment, trained[0], workdir)
     if given is not None and trained and as_trained(experiment, trained[0]) is not experiment:
-        fits = [name for name in trained if as_trained(experiment, name) is experiment]
+        fits = ",".join(name for name in trained if as_trained(experiment, name) is experiment)
         raise ConfigError(
             f"config.init_from={experiment.config.init_from!r} is of {experiment.config.name}, and "
-            f"stage {trained[0]!r} trains another method. Leave it out: "
-            f"--config.stages={','.join(fits)}."
+            f"stage {trained[0]!r} trains another method. "
+            + (f"Leave it out: --config.stages={fits}." if fits else "Use launch/eval.py.")
         )
     return given
 

@@ -13,6 +13,7 @@ from cir_jax.composers.base import Composer
 from cir_jax.models import chunks
 from cir_jax.sharding import constraints, placement
 from cir_jax.sharding import mesh as meshes
+from cir_jax.training import optimizers
 
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
@@ -44,12 +45,19 @@ def train_step(
     optimizer: optax.GradientTransformation,
     ema_decay: float,
     microbatches: int,
+    only: str = ".*",
 ) -> tuple[TrainState, Metrics]:
-    """One update on the global batch. Randomness depends on the step only: resumed runs repeat."""
+    """One update on the global batch. Randomness depends on the step only: resumed runs repeat.
+
+    only: paths of the parameters that `optimizer` trains.
+    """
     rng = jax.random.fold_in(state.rng, state.step)
-    grad_fn = jax.value_and_grad(composer.loss, has_aux=True)
+
+    def loss_of(params: Any) -> tuple[jax.Array, Metrics]:
+        return composer.loss(optimizers.held(params, only), frozen, batch, rng, microbatches)
+
     with chunks.whole(), constraints.rows_over(mesh):
-        (loss, metrics), grads = grad_fn(state.params, frozen, batch, rng, microbatches)
+        (loss, metrics), grads = jax.value_and_grad(loss_of, has_aux=True)(state.params)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     ema = (

@@ -149,8 +149,8 @@ def test_queries_and_gallery_are_the_same_one_by_one(made, batch):
 def test_trained_towers_see_what_theirs_would(made, trained, tiny):
     """As the fusion alone does of their features; nothing of the frozen ones shows."""
     composer, params, frozen = trained
-    assert composer.needs_reference_images and composer.tunes_backbone
-    assert not made[0].needs_reference_images
+    assert composer.tunes_backbone
+    assert not made[0].tunes_backbone
     own = {"backbone": params["backbone"]}
     raw = compiled(tiny[0].encode_image)(params["backbone"], pictures())
     ids = tiny[0].tokenizer(TEXTS)
@@ -191,7 +191,7 @@ def test_stored_features_are_refused_where_towers_are_trained(tiny):
     made = experiments.Experiment(config, mesh, tiny[0], composer, composer.freeze(tiny[1]))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(inputs, "Table", lambda *_: factory.caption_table(8))
-        with pytest.raises(ConfigError, match="MagicLens reads the images themselves.*=False"):
+        with pytest.raises(ConfigError, match="MagicLens trains the backbone.*=False"):
             inputs.make_pipeline(made, "fuse")
 
 

@@ -183,7 +183,7 @@ def test_only_what_is_learned_is_held_twice(tiny):
     frozen = composer.freeze(tiny[1])
     learned = composer.take_over(composer.word.init(jax.random.key(0)), frozen)["text"]
     assert {path[-2] for path in convert.flatten(learned)} == {"fc1", "fc2"}
-    whole = composer.text_encoder({"text": jax.tree.map(lambda x: x + 1, learned)}, frozen)
+    whole = composer.encoders({"text": jax.tree.map(lambda x: x + 1, learned)}, frozen)
     for path, x in convert.flatten(frozen["backbone"]).items():
         moved = convert.flatten(whole)[path]
         assert moved is x or path in convert.flatten(learned), path
@@ -219,7 +219,7 @@ def test_files_of_the_authors_are_read_and_written(tiny, tmp_path):
     params = official.load(composer, both, frozen)
     jax.tree.map(np.testing.assert_array_equal, params["word"], word)
     ids = backbone.tokenizer(["a red star", "blue and two circle"])
-    ours = backbone.encode_text(composer.text_encoder(params, frozen), ids)
+    ours = backbone.encode_text(composer.encoders(params, frozen), ids)
     theirs = model(torch.from_numpy(ids).long()).text_embeds
     np.testing.assert_allclose(ours, theirs.detach(), atol=1e-5)
 

@@ -89,7 +89,8 @@ def test_a_killed_run_goes_on_to_the_same_numbers(name, tiny, tmp_path, monkeypa
         recipe.data.example = "joined_triplets"
     if name == "artemis":  # crops are drawn, and the tower of texts moves
         recipe.data.example, recipe.data.features = "augmented_triplets", False
-        config.composer.tune = "/text.*"
+        config.composer.train_backbone = True
+        recipe.optimizer.only = "/(networks|backbone/text)/.*"
     if name == "combiner":
         config.composer.projection_dim = 8
     tables = dict.fromkeys(TRIPLETS, triplet_table) | {"rtd": text_triplet_table}

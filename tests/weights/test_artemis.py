@@ -200,9 +200,8 @@ def test_written_checkpoints_are_the_originals(saved, loaded, tmp_path):
     found = official.load(Artemis(backbone, 0), tmp_path / "ours.pth", {"backbone": again})
     jax.tree.map(np.testing.assert_array_equal, found, params)
     # tuned encoders are written as they became
-    tuned = Artemis(composer.backbone, 0, tune=".*")
-    differences = jax.tree.map(lambda x: np.full_like(x, 0.25), frozen["backbone"])
-    trained = {"networks": params, "tuned": differences}
+    tuned = Artemis(composer.backbone, 0, train_backbone=True)
+    trained = {"networks": params, "backbone": jax.tree.map(lambda x: x + 0.25, frozen["backbone"])}
     official.save(tuned, tmp_path / "tuned.pth", trained, frozen)
     moved = torch.load(tmp_path / "tuned.pth", weights_only=False)["model"]
     expected = model.state_dict()["txt_enc.embed.weight"] + 0.25
