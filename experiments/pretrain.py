@@ -1,24 +1,30 @@
-"""Contrastive pretraining of the small CLIP of the embedded world.
+"""Pretraining of the small CLIP and the small BLIP of the embedded world.
 
     python launch/main.py --config=experiments/pretrain.py --config.export_to=data/shapes/clip
+    python launch/main.py --config=experiments/pretrain.py:blip --config.export_to=data/shapes/blip
 
-is how data/shapes/clip was made (seed 0). See data/shapes/clip/README.md for time and quality.
+is how data/shapes/clip and data/shapes/blip were made (seed 0). The READMEs there have time and
+quality.
 """
 
 from ml_collections import ConfigDict
 
 from experiments import base
 
-PRESETS = {
-    "shapes": {},
-    "smoke": {
-        "stage.contrastive.data.dataset": "shapes_tiny",
-        "stage.contrastive.batch_size": 32,
-        "stage.contrastive.duration": "20 steps",
-        "evaluation.benchmarks": ("shapes_tiny/captions",),
-        "log_every": 5,
-    },
+BLIP = {
+    "backbone": "data/shapes/blip",
+    "composer": {"name": "blip_pretraining", "temperature": 0.04},
+    "stage.contrastive.batch_size": 128,
+    "stage.contrastive.duration": "1000 steps",
 }
+SMOKE = {
+    "stage.contrastive.data.dataset": "shapes_tiny",
+    "stage.contrastive.batch_size": 32,
+    "stage.contrastive.duration": "20 steps",
+    "evaluation.benchmarks": ("shapes_tiny/captions",),
+    "log_every": 5,
+}
+PRESETS = {"shapes": {}, "smoke": SMOKE, "blip": BLIP, "blip_smoke": BLIP | SMOKE}
 
 
 def get_config(preset: str = "shapes") -> ConfigDict:

@@ -46,6 +46,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
+def tiny_blip():
+    """A small random BLIP: (backbone, params)."""
+    from tests import tiny as factory
+
+    return factory.blip()
+
+
+@pytest.fixture(scope="session")
 def tiny():
     """A small random CLIP: (backbone, params)."""
     from tests import tiny as factory

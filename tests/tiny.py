@@ -10,6 +10,8 @@ from PIL import Image
 from cir_jax.input.images import ImageTransform
 from cir_jax.input.text import word_tokenizer
 from cir_jax.models.backbone import Backbone
+from cir_jax.models.bert import BertConfig
+from cir_jax.models.blip import Blip, BlipConfig, BlipVisionConfig
 from cir_jax.models.clip import Clip, ClipConfig, TextConfig, VisionConfig
 
 WORDS = "a photo of that is red blue green star circle make it and has no two".split()
@@ -37,6 +39,27 @@ def backbone(context_length: int = 16, seed: int = 0) -> tuple[Backbone, Any]:
     )
     transform = ImageTransform(resize=16, crop=16)
     made = Backbone(Clip(config), tokenizer, transform, weights_id=f"tiny@{seed}")
+    return made, jax.device_get(jax.jit(made.init)(jax.random.key(seed)))
+
+
+def blip(context_length: int = 16, seed: int = 0) -> tuple[Backbone, Any]:
+    """A random BLIP of 16 x 16 images, dim 24, and its parameters (numpy)."""
+    tokenizer = word_tokenizer(WORDS, context_length, blip=True)
+    shared = {"num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    text = BertConfig(
+        hidden_size=32,
+        vocab_size=tokenizer.vocab_size,
+        encoder_hidden_size=48,
+        max_position_embeddings=context_length,
+        bos_token_id=tokenizer.vocab_size - 2,
+        sep_token_id=tokenizer.eos_id,
+        **shared,
+    )
+    vision = BlipVisionConfig(hidden_size=48, image_size=16, patch_size=8, **shared)
+    transform = ImageTransform(resize=16, crop=16)
+    made = Backbone(
+        Blip(BlipConfig(text, vision, 24)), tokenizer, transform, weights_id=f"tiny_blip@{seed}"
+    )
     return made, jax.device_get(jax.jit(made.init)(jax.random.key(seed)))
 
 

@@ -12,12 +12,14 @@ from cir_jax.models.backbone import Backbone
 
 COMPOSERS = {
     "artemis": "Artemis",
+    "blip_pretraining": "BlipPretraining",
     "clip4cir": "Clip4Cir",
     "clip_pretraining": "ClipPretraining",
     "combiner": "Combiner",
     "compodiff": "CompoDiff",
     "image_only": "ImageOnly",
     "image_text": "ImageText",
+    "isa": "Isa",
     "lincir": "LinCir",
     "magiclens": "MagicLens",
     "palavra": "Palavra",

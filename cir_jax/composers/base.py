@@ -34,6 +34,29 @@ def normalise(x: jax.Array) -> jax.Array:
     return x * jax.lax.rsqrt(jnp.maximum(square, 1e-24))
 
 
+def in_parts(function: Callable[..., Params], rows: tuple[Any, ...], parts: int) -> Params:
+    """function(*rows), trees of arrays [rows, ...], so many parts one after the other.
+
+    parts > 1 holds the activations of one part alone: each is computed again in the backward pass.
+    """
+
+    def run(rows: tuple[Any, ...]) -> Params:
+        return split_rows(function(*split_rows(rows)))
+
+    if parts == 1:
+        return run(rows)
+
+    def split(x: jax.Array) -> jax.Array:
+        # part i takes every n-th row: each part lies on all devices, nothing moves
+        return x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1)
+
+    def merge(x: jax.Array) -> jax.Array:
+        return x.swapaxes(0, 1).reshape(-1, *x.shape[2:])
+
+    found = jax.lax.map(jax.checkpoint(run), jax.tree.map(split, rows))
+    return split_rows(jax.tree.map(merge, found))
+
+
 class Composer:
     """One method. Subclasses are final; what the gallery becomes (`embed_features` of features, or
     `embed_gallery` of images) and `score` have defaults to replace. A method whose score is no dot
@@ -45,6 +68,10 @@ class Composer:
     tunes_backbone: bool = False
     """Whether `encoders` are others than the frozen ones, so that no features can be stored or
     shared: queries, galleries and training rows come as images."""
+
+    reads_images: bool = False
+    """Whether queries come as images although the backbone's features could be stored: the method
+    sees them with an encoder of its own, or sees more than those."""
 
     word_rows: Callable[[Sequence[str]], np.ndarray] | None = None
     """Names of the reference images -> int32[batch], for composers that know images by their names;
@@ -142,24 +169,28 @@ class Composer:
         so that only one part's activations are held; the objective still sees all negatives, and
         loss and gradients are those of the whole batch (GradCache, arXiv 2101.06983).
         """
+        return self.objective(params, self.rows(params, frozen, batch, rng, microbatches))
+
+    def rows(
+        self,
+        params: Params,
+        frozen: Params,
+        batch: dict[str, jax.Array],
+        rng: jax.Array,
+        microbatches: int,
+    ) -> Params:
+        """`encode` of a global batch, a key for each row."""
         rngs = jax.random.split(rng, len(next(iter(batch.values()))))
+        return in_parts(
+            lambda batch, rngs: self.encode(params, frozen, batch, rngs),
+            (batch, rngs),
+            microbatches,
+        )
 
-        def encode(batch: dict[str, jax.Array], rngs: jax.Array) -> Params:
-            return split_rows(self.encode(params, frozen, split_rows(batch), split_rows(rngs)))
-
-        if microbatches == 1:
-            return self.objective(params, encode(batch, rngs))
-
-        def split(x: jax.Array) -> jax.Array:
-            # part i takes every n-th row: each part lies on all devices, nothing moves
-            return x.reshape(-1, microbatches, *x.shape[1:]).swapaxes(0, 1)
-
-        def merge(x: jax.Array) -> jax.Array:
-            return x.swapaxes(0, 1).reshape(-1, *x.shape[2:])
-
-        parts = jax.tree.map(split, (batch, rngs))
-        rows = jax.lax.map(jax.checkpoint(lambda part: encode(*part)), parts)
-        return self.objective(params, split_rows(jax.tree.map(merge, rows)))
+    def settled(self, params: Params, metrics: Params) -> tuple[Params, Params]:
+        """After an update: parameters with what a step leaves in them beside the optimizer (running
+        statistics), which came with the metrics; and the metrics, scalars alone."""
+        return params, metrics
 
     def compose(self, params: Params, frozen: Params, query: Query, rng: jax.Array) -> jax.Array:
         """What `score` compares with the gallery: float32[batch, dim] of unit norm by default."""

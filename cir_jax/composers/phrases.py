@@ -95,20 +95,22 @@ class Phrases:
         every: bool = False,
         suffix: bool = True,
         names: str | Path = "",
+        words: int = 1,
     ) -> "Phrases":
         """From a phrase book (`input.phrases.read`).
 
         every: as SEARLE's phi, not OTI: each occurrence of the concept in a phrase becomes a
             placeholder, not the first alone; a concept is as near as often as `names` lists it, not
             once. suffix: False = phrases are "a photo of {concept}".
-        names: file of the concepts to associate images with; "" = all of the book.
+        names: file of the concepts to associate images with; "" = all of the book. words:
+        placeholders that take the concept's place (`PseudoWord.words_per_image`).
         Raises DataError, ConfigError when top_k is not in 1..concepts.
         """
         path, names = _resolve(path), _resolve(names) if names else None
         stamps = [
             path.stat().st_mtime_ns if path.is_file() else 0 for path in (path, names) if path
         ]
-        return _read(path, names, tuple(stamps), backbone, top_k, every, suffix)
+        return _read(path, names, tuple(stamps), backbone, top_k, every, suffix, words)
 
     @classmethod
     def tokenise(
@@ -118,6 +120,7 @@ class Phrases:
         top_k: int,
         *,
         every: bool = False,
+        words: int = 1,
         source: str = "phrases",
     ) -> "Phrases":
         """See `read`."""
@@ -138,7 +141,8 @@ class Phrases:
         ]
         original = _ids(tokenizer, [phrase for phrase, _ in pairs])
         replaced = _ids(
-            tokenizer, [files.with_placeholder(phrase, name, every) for phrase, name in pairs]
+            tokenizer,
+            [files.with_placeholder(phrase, name, every, words) for phrase, name in pairs],
         )
         # truncation may have cut the placeholder off: nothing would be trained there
         lost = ~(replaced == placeholder).any(axis=1)
@@ -161,7 +165,7 @@ class Phrases:
         usual = np.quantile(lengths, 1 - LONG_TAIL, axis=0, method="higher").astype(int)
         if (longest - usual < BUCKET).all():
             usual = longest  # not worth a branch of its own
-        texts = [text.format(f" {files.PLACEHOLDER} ") for text in book.templates]
+        texts = [text.format(files.placeholders(words)) for text in book.templates]
         templates = Split.of(tokenizer(texts), placeholder, eos, causal)
         templates = templates.replace(ids=templates.ids[:, : templates.lengths.max()])
         tables = Tables(
@@ -326,6 +330,7 @@ def _read(
     top_k: int,
     every: bool,
     suffix: bool,
+    words: int,
 ) -> Phrases:
     """See `Phrases.read`. stamps: times of the files, so that a changed one is read again."""
     del stamps
@@ -333,7 +338,7 @@ def _read(
     if names:
         book = book.only(files.read_names(names), str(names))
     book = book if suffix else book.without_suffix()
-    return Phrases.tokenise(book, backbone, top_k, every=every, source=str(path))
+    return Phrases.tokenise(book, backbone, top_k, every=every, words=words, source=str(path))
 
 
 def _resolve(path: str | Path) -> Path:

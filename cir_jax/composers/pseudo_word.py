@@ -28,33 +28,45 @@ class PseudoWord(Composer):
     every: bool = False
     """Whether each placeholder of a text is replaced (LinCIR, RTD), or only the first one."""
 
-    def __init__(self, backbone: Backbone):
+    def __init__(self, backbone: Backbone, words: int = 1):
+        """words: that an image becomes (ISA's sentence has several)."""
         super().__init__(backbone)
         self.placeholder_id = backbone.tokenizer.id_of(self.placeholder)
+        self.words_per_image = words
 
-        self.template = f"a photo of {self.placeholder} that {{}}"
+        self.template = f"a photo of {self.named} that {{}}"
         """The prompt of a query, {} where its text comes."""
+
+    @property
+    def named(self) -> str:
+        """What stands for the image in a text."""
+        return " ".join([self.placeholder] * self.words_per_image)
 
     def prompt(self, text: str) -> str:
         """`template` with the text in it; without one, the prompt that names the image alone."""
         plain = self.backbone.tokenizer.plain(text)
-        return self.template.replace("{}", plain) if text else f"a photo of {self.placeholder}"
+        return self.template.replace("{}", plain) if text else f"a photo of {self.named}"
 
     def invert(self, params: Params, frozen: Params, query: Query, rng: jax.Array) -> jax.Array:
-        """Pseudo-word tokens of the reference images: float32[batch, token_dim]."""
+        """Pseudo-word tokens of the reference images: float32[batch, token_dim], of several words
+        [batch, words, token_dim]."""
         raise TypeError(f"{type(self).__name__} does not say how to invert an image")
 
     def text_features(self, backbone: Params, token_ids: jax.Array, words: jax.Array) -> jax.Array:
         """Un-normalised features float32[batch, dim] of texts with the pseudo-words put in.
 
         backbone: parameters of the text tower, not necessarily the frozen ones (RTD).
-        token_ids: int32[batch, length], each row with a placeholder; words: [batch, token_dim].
+        token_ids: int32[batch, length], each row with a placeholder; words: of `invert`.
         """
+        embeddings = self.embed_words(backbone, token_ids, words)
+        return self.backbone.encode_text(backbone, token_ids, embeddings)
+
+    def embed_words(self, backbone: Params, token_ids: jax.Array, words: jax.Array) -> jax.Array:
+        """Likewise their token embeddings, float[batch, length, token_dim]."""
         where = token_ids == self.placeholder_id
         positions = where if self.every else where.argmax(axis=-1)
         embeddings = self.backbone.embed_tokens(backbone, token_ids)
-        embeddings = split_rows(overwrite_tokens(embeddings, positions, split_rows(words)))
-        return self.backbone.encode_text(backbone, token_ids, embeddings)
+        return split_rows(overwrite_tokens(embeddings, positions, split_rows(words)))
 
     def read(
         self,

@@ -162,7 +162,7 @@ def _queries(
         transform = dataclasses.replace(transform, pad="none", resize=transform.crop, squash=True)
     references: dict = {}
     # a method that reads more of the reference than its pooled feature says so
-    if composer.tunes_backbone or "backbone" not in frozen:
+    if composer.reads_images or composer.tunes_backbone or "backbone" not in frozen:
         references["reference_images"] = lambda row: features.read_image(
             images, int(rows[row]), "image", transform
         )

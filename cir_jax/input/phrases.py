@@ -82,9 +82,15 @@ class PhraseBook:
         return PhraseBook(self.templates, {name: self.concepts[name] for name in chosen}, rows)
 
 
-def with_placeholder(phrase: str, concept: str, every: bool = False) -> str:
-    """The phrase with " $ " in place of the first occurrence of the concept, or of every one."""
-    return phrase.replace(concept, f" {PLACEHOLDER} ", -1 if every else 1)
+def with_placeholder(phrase: str, concept: str, every: bool = False, words: int = 1) -> str:
+    """The phrase with `placeholders` in place of the first occurrence of the concept, or of every
+    one."""
+    return phrase.replace(concept, placeholders(words), -1 if every else 1)
+
+
+def placeholders(words: int) -> str:
+    """ " $ ", and so on: what the words of an image replace."""
+    return f" {' '.join([PLACEHOLDER] * words)} "
 
 
 def read(path: str | Path) -> PhraseBook:

@@ -208,6 +208,24 @@ class CroppedImages(grain.transforms.RandomMap):
         return {"reference_images": self.crop(element["image"], rng)}
 
 
+@dataclasses.dataclass(frozen=True)
+class Views(grain.transforms.RandomMap):
+    """A random crop of an image that was read whole, reference_images, and the image itself: as
+    target_images, or what is stored of it, target_features and target_tokens."""
+
+    crop: RandomResizedCrop
+    transform: ImageTransform
+
+    def random_map(self, element: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
+        example = {"reference_images": self.crop(element["image"], rng)}
+        stored = {name: element[name] for name in STORED_VIEW if name in element}
+        return example | (stored or {"target_images": self.transform(element["image"])})
+
+
+STORED_VIEW = ("target_features", "target_tokens")
+"""What takes the place of the image itself in `Views`."""
+
+
 def _tokenise(tokenizer: Tokenizer, text: str) -> np.ndarray:
     return tokenizer([tokenizer.plain(text)], length=tokenizer.context_length)[0]
 

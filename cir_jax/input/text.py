@@ -429,20 +429,28 @@ def read_merges(path: Path) -> list[tuple[str, str]]:
         ) from error
 
 
-def word_tokenizer(words: Sequence[str], context_length: int) -> Tokenizer:
+def word_tokenizer(words: Sequence[str], context_length: int, blip: bool = False) -> Tokenizer:
     """A tokenizer with one token per word, for worlds with a closed vocabulary.
 
-    Ids: end (also padding) 0, start 1, unknown 2, the placeholders `$` and `*`, then `words`.
+    Ids of a CLIP's: end (also padding) 0, start 1, unknown 2, the placeholders `$` and `*`, then
+    `words`. blip: padding 0, start 1, end 2, unknown 3, the placeholders, `words`, and behind them
+    [DEC] and [ENC], which no text has.
     """
-    special = ["<|endoftext|>", "<|startoftext|>", "<unk>", "$", "*"]
-    vocabulary = {word: i for i, word in enumerate([*special, *words])}
-    model = tokenizers.models.WordLevel(vocabulary, unk_token="<unk>")
+    if blip:
+        special = ["[PAD]", "[CLS]", "[SEP]", "[UNK]"]
+        (pad, start, end, unknown), last = special, ["[DEC]", "[ENC]"]
+    else:
+        start, end, unknown = "<|startoftext|>", "<|endoftext|>", "<unk>"
+        special, pad, last = [end, start, unknown], end, []
+    vocabulary = {word: i for i, word in enumerate([*special, "$", "*", *words, *last])}
+    model = tokenizers.models.WordLevel(vocabulary, unk_token=unknown)
     tokenizer = tokenizers.Tokenizer(model)
     tokenizer.normalizer = tokenizers.normalizers.Lowercase()
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
-        single="<|startoftext|> $A <|endoftext|>",
-        special_tokens=[("<|startoftext|>", 1), ("<|endoftext|>", 0)],
+        single=f"{start} $A {end}",
+        special_tokens=[(start, vocabulary[start]), (end, vocabulary[end])],
     )
-    tokenizer.add_special_tokens(["<|endoftext|>", "<|startoftext|>"])
-    return Tokenizer(tokenizer, context_length=context_length, bos_id=1, eos_id=0, pad_id=0)
+    tokenizer.add_special_tokens([*dict.fromkeys((end, start, pad)), *last])
+    ids = {"bos_id": vocabulary[start], "eos_id": vocabulary[end], "pad_id": vocabulary[pad]}
+    return Tokenizer(tokenizer, context_length=context_length, cleaned=not blip, **ids)

@@ -141,6 +141,18 @@ class Backbone:
         """uint8 or normalised float images -> float[batch, tokens, vision width]."""
         return self._see(params, images, "visual_tokens")
 
+    @property
+    def visual_shape(self) -> tuple[int, int]:
+        """Tokens and width of `visual_tokens` of one image, of a ViT."""
+        vision = self.config.vision
+        patches = (vision.image_size // vision.patch_size) ** 2
+        return patches + (self.family != "siglip"), vision.hidden_size
+
+    def project_image(self, params: Any, visual_tokens: jax.Array) -> jax.Array:
+        """A BLIP's float[batch, tokens, vision width] -> float32[batch, dim], un-normalised: what
+        `encode_image` gives, where both are wanted of one pass."""
+        return self._apply(params, visual_tokens, method="project_image").astype(jnp.float32)
+
     def embed_tokens(self, params: Any, token_ids: jax.Array) -> jax.Array:
         """int32[batch, length] -> float[batch, length, token_dim]."""
         return self._apply(params, token_ids, method="embed_tokens")

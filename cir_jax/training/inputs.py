@@ -14,7 +14,7 @@ from cir_jax.experiment import Experiment
 from cir_jax.input import images, keywords, objects, records, text
 from cir_jax.input.pipeline import Part, Pipeline, Source
 from cir_jax.input.tables import Table
-from cir_jax.retrieval.features import image_features
+from cir_jax.retrieval.features import image_features, visual_tokens
 from cir_jax.storage.places import default_cache_dir
 from cir_jax.training import inversion
 
@@ -36,12 +36,14 @@ class Example:
     make(experiment, data, source): data is the stage's config.data, source what an epoch goes
     through: the records, or what `items` makes of them.
     whole: images come as they are (PIL), for a transform that crops them at random.
+    beside: features stand beside the images, of which they are, not in their place.
     uncropped: they come resized, but not cropped, for one that crops these.
     """
 
     fields: tuple[str, ...]
     make: Callable[[Experiment, Any, Any], grain.transforms.RandomMap]
     whole: bool = False
+    beside: bool = False
     uncropped: bool = False
     items: Callable[[Experiment, records.Records], Source] | None = None
 
@@ -59,6 +61,11 @@ def _pairs(experiment: Experiment, data: Any, source: records.Records) -> record
 def _cropped(experiment: Experiment, data: Any, source: records.Records) -> records.CroppedImages:
     size = experiment.backbone.image_transform.crop
     return records.CroppedImages(images.RandomResizedCrop(size, tuple(data.crop)))
+
+
+def _views(experiment: Experiment, data: Any, source: records.Records) -> records.Views:
+    transform = experiment.backbone.image_transform
+    return records.Views(images.RandomResizedCrop(transform.crop, tuple(data.crop)), transform)
 
 
 def _augmented(
@@ -116,6 +123,7 @@ EXAMPLES = {
     "augmented_triplets": Example(("reference", "target"), _augmented, uncropped=True),
     "images": Example(("image",), lambda experiment, data, source: records.Images(_suffix(data))),
     "cropped_images": Example(("image",), _cropped, whole=True),
+    "views": Example(("image",), _views, whole=True, beside=True),
     "masked_captions": Example((), _masked),
     "text_triplets": Example((), _text_triplets),
     "object_sets": Example(("image",), _object_sets, items=_labels),
@@ -143,7 +151,7 @@ def make_pipeline(
         table = Table(experiment.data_dir, data.dataset, table_name, data.split)
         example = EXAMPLES[data.example or TABLES[table_name]]
         features, columns = {}, {}
-        if data.features and (example.whole or example.uncropped):
+        if data.features and (example.whole or example.uncropped) and not example.beside:
             raise ConfigError(
                 f"stage.{name}.data: example={data.example!r} crops images, so it needs "
                 "features=False."
@@ -154,7 +162,9 @@ def make_pipeline(
                 "backbone as it is set, whose features change. Set "
                 f"--config.stage.{name}.data.features=False."
             )
-        if data.features:
+        if data.features and example.beside:
+            columns |= _view(experiment, table, *example.fields, shapes_only)
+        elif data.features:
             make = _no_features if shapes_only else _features
             features = {field: make(experiment, table, field) for field in example.fields}
         if data.tokens:
@@ -195,6 +205,37 @@ def _features(experiment: Experiment, table: Table, field: str) -> Any:
         cache_dir=default_cache_dir(),
         skip_unreadable=True,
     )
+
+
+def _view(
+    experiment: Experiment, table: Table, field: str, shapes_only: bool
+) -> dict[str, np.ndarray]:
+    """What the backbone sees in the images: columns of `records.STORED_VIEW`."""
+    makers = (_no_features, _no_tokens) if shapes_only else (_features, _tokens)
+    if not getattr(experiment.composer, "reads_tokens", False):
+        makers = makers[:1]
+    return {
+        name: make(experiment, table, field)
+        for name, make in zip(records.STORED_VIEW, makers, strict=False)
+    }
+
+
+def _tokens(experiment: Experiment, table: Table, field: str) -> np.ndarray:
+    return visual_tokens(
+        experiment.backbone,
+        experiment.frozen["backbone"],
+        table,
+        field,
+        mesh=experiment.mesh,
+        batch_size=experiment.config.evaluation.batch_size,
+        cache_dir=default_cache_dir(),
+        skip_unreadable=True,
+    )
+
+
+def _no_tokens(experiment: Experiment, table: Table, field: str) -> np.ndarray:
+    shape = experiment.backbone.visual_shape
+    return np.broadcast_to(np.zeros((1, *shape), np.float32), (len(table), *shape))
 
 
 def _no_features(experiment: Experiment, table: Table, field: str) -> Any:

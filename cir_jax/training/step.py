@@ -59,7 +59,7 @@ def train_step(
     with chunks.whole(), constraints.rows_over(mesh):
         (loss, metrics), grads = jax.value_and_grad(loss_of, has_aux=True)(state.params)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
+    params, metrics = composer.settled(optax.apply_updates(state.params, updates), metrics)
     ema = (
         jax.tree.map(lambda e, p: ema_decay * e + (1 - ema_decay) * p, state.ema, params)
         if jax.tree.leaves(state.ema)

@@ -6,6 +6,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from cir_jax.errors import WeightsError
+from cir_jax.input.images import ImageTransform
 from cir_jax.input.text import Tokenizer
 from cir_jax.models import light
 from cir_jax.models.encoders import ImageEncoder, TextEncoder
@@ -48,6 +49,16 @@ def load_encoder(
     )
 
 
+def untrained(name: str, dtype: Any = jnp.float32) -> ImageEncoder:
+    """The light encoder `name` (timm's, or ours) without weights: `model.init` makes some.
+
+    Raises ConfigError for an unknown name.
+    """
+    transform = timm.image_transform(name, {})
+    model = light.create(name, dtype, **_sizes(name, transform))
+    return ImageEncoder(model, transform, f"{name}@untrained")
+
+
 def _t5(source: files.Source, dtype: Any, params_dtype: Any) -> tuple[TextEncoder, dict[str, Any]]:
     configs.check(source.config, t5.FIELDS, source.directory / source.kind)
     config = T5Config.from_dict(source.config)
@@ -80,8 +91,12 @@ def _light(
     # a tag ("mobilenetv2_100.ra_in1k") says what it was trained on
     name = (architecture or config["architecture"]).partition(".")[0]
     transform = timm.image_transform(name, config.get("pretrained_cfg", {}))
-    fields = {"image_size": transform.crop} if name.startswith("efficientvit") else {}
-    model = light.create(name, dtype, **fields)
+    model = light.create(name, dtype, **_sizes(name, transform))
     variables = timm.to_variables(source.tensors(), model, source.what(), params_dtype)
     weights_id = files.content_id(source.name, variables, name)
     return ImageEncoder(model, transform, weights_id), variables
+
+
+def _sizes(name: str, transform: ImageTransform) -> dict[str, int]:
+    """Fields of the config that depend on the images."""
+    return {"image_size": transform.crop} if name.startswith("efficientvit") else {}

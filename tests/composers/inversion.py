@@ -38,10 +38,15 @@ def assert_independent_of_devices_and_parts(composer, params, frozen, batch, rto
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(expected))
     assert max(np.abs(x).max() for x in jax.tree.leaves(expected[1])) > 0
     assert_same(loss_and_gradient(composer, params, frozen, batch, 2), expected, rtol, least)
+    assert_same(on_devices(composer, params, frozen, batch), expected, rtol, least)
+
+
+def on_devices(composer, params, frozen, batch):
+    """`loss_and_gradient` on eight."""
     mesh = meshes.make_mesh({"data": 4, "fsdp": 2, "tensor": 1})
     placed = (placement.place(mesh, params), placement.place(mesh, frozen))
     batch = placement.global_batch(mesh, jax.tree.map(np.asarray, batch))
-    assert_same(loss_and_gradient(composer, *placed, batch), expected, rtol, least)
+    return loss_and_gradient(composer, *placed, batch)
 
 
 def with_tail(ids, length, pad=0):

@@ -29,6 +29,7 @@ STAGES = {
     "clip4cir": "tune",
     "magiclens": "fuse",
     "artemis": "match",
+    "isa": "distil",
 }
 TRIPLETS = ("combiner", "magiclens", "clip4cir", "artemis")
 STEPS, LAST = 5, 3  # a checkpoint every 2, the end after LAST
@@ -66,7 +67,7 @@ def text_triplet_table(count):
 
 
 @pytest.mark.parametrize("name", STAGES)
-def test_a_killed_run_goes_on_to_the_same_numbers(name, tiny, tmp_path, monkeypatch):
+def test_a_killed_run_goes_on_to_the_same_numbers(name, tiny, tiny_blip, tmp_path, monkeypatch):
     config, stage = read_experiment(f"experiments/{name}.py:smoke"), STAGES[name]
     config.log_every, config.checkpoint.every = 1, "2 steps"
     small = {
@@ -75,6 +76,7 @@ def test_a_killed_run_goes_on_to_the_same_numbers(name, tiny, tmp_path, monkeypa
         "lincir": {},
         "clip4cir": {},
         "artemis": {},
+        "isa": {"width": 8, "hidden": (8, 8), "dropout": 0.1},
     }
     config.composer.update_from_flattened_dict(small.get(name, {"hidden_dim": 8}))
     recipe = config.stage[stage]
@@ -97,7 +99,7 @@ def test_a_killed_run_goes_on_to_the_same_numbers(name, tiny, tmp_path, monkeypa
     table = tables.get(name, factory.caption_table)
     monkeypatch.setattr(inputs, "Table", lambda *_: table(40))
     monkeypatch.setenv("CIR_JAX_CACHE", str(tmp_path / "cache"))
-    backbone, params = tiny
+    backbone, params = tiny_blip if name == "isa" else tiny
     settings = config.composer.to_dict()
     composer = composers.build(settings.pop("name"), backbone, **settings)
     mesh = make_mesh({"data": 1}, jax.devices()[:1])

@@ -16,7 +16,13 @@ import jax
 import jax.numpy as jnp
 
 from cir_jax.errors import ConfigError, unknown
-from cir_jax.models.light.efficientnet import EfficientNet, efficientnet, mobilenetv2
+from cir_jax.models.light.efficientnet import (
+    EfficientNet,
+    EfficientNetConfig,
+    Stage,
+    efficientnet,
+    mobilenetv2,
+)
 from cir_jax.models.light.efficientvit import EfficientVit, EfficientVitConfig
 from cir_jax.models.light.mobilevit import MobileVitV2, MobileVitV2Config
 
@@ -74,7 +80,20 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     },
 }
 
+OWN: dict[str, dict[str, Any]] = {
+    "shapes": {
+        "arch": "inverted_residuals",
+        "stages": (Stage(1, 3, 2, 1, 24), Stage(2, 3, 2, 4, 64)),
+        "stem": 16,
+        "head": 128,
+        "activation": "relu6",
+        "squeeze_ratio": 0.0,
+    }
+}
+"""Names that are not timm's: for the 32 x 32 pixels of the embedded world, a map of 4 x 4."""
+
 _ARCHS = {
+    "inverted_residuals": lambda fields: EfficientNet(EfficientNetConfig(**fields)),
     "efficientnet": lambda fields: EfficientNet(efficientnet(**fields)),
     "mobilenetv2": lambda fields: EfficientNet(mobilenetv2(**fields)),
     "mobilevitv2": lambda fields: MobileVitV2(MobileVitV2Config(**fields)),
@@ -83,13 +102,15 @@ _ARCHS = {
 
 
 def create(name: str, dtype: Any = jnp.float32, **fields: Any) -> LightEncoder:
-    """The encoder timm calls `name`; `fields` change its config (`image_size` for EfficientViT).
+    """The encoder timm calls `name`, or one of OWN; `fields` change its config (`image_size` for
+    EfficientViT).
 
     Raises ConfigError for an unknown name, listing the known ones.
     """
-    if name not in PUBLISHED:
-        raise ConfigError(unknown("light encoder", name, PUBLISHED))
-    return from_dict({**PUBLISHED[name], **fields}, dtype)
+    known = PUBLISHED | OWN
+    if name not in known:
+        raise ConfigError(unknown("light encoder", name, known))
+    return from_dict({**known[name], **fields}, dtype)
 
 
 def from_dict(config: Mapping[str, Any], dtype: Any = jnp.float32) -> LightEncoder:

@@ -11,6 +11,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from cir_jax.sharding.constraints import split_rows
+
 Activation = Callable[[jax.Array], jax.Array]
 
 EPSILON = 1e-5
@@ -34,7 +36,7 @@ class BatchNorm(nn.Module):
         var = self.variable("batch_stats", "var", jnp.ones, shape)
         scale = self.param("scale", nn.initializers.ones, shape)
         bias = self.param("bias", nn.initializers.zeros, shape)
-        x = x.astype(jnp.float32)
+        x = split_rows(x.astype(jnp.float32))  # behind every convolution
         used_mean, used_var = mean.value, var.value
         if train:
             axes = tuple(range(x.ndim - 1))

@@ -1,0 +1,95 @@
+"""ISA: a light encoder makes a sentence of the reference image (ICLR 2024).
+
+    python launch/main.py --config=experiments/isa.py
+
+The large model must be a BLIP, whose matching encoder reads the sentence: on the embedded world a
+small one that ships (data/shapes/blip), with another light encoder's place taken by one for 32
+pixels.
+
+Presets: shapes (embedded world), symmetric (the map is BLIP's own), smoke (seconds, for tests), and
+the paper's recipe on BLIP ViT-B/16 at 224 with EfficientNet-B2 (paper), other light encoders
+(efficientnet_b0, efficientvit_m2, mobilenetv2, mobilevitv2) or BLIP's own tower (paper_symmetric).
+These need `model_base.pth`, the BLIP of 129 million pairs, from salesforce/BLIP (README: Real
+weights), and CC3M as a prepared dataset with a table `images`, named with
+--config.stage.distil.data.dataset. There v and F^v are computed in the step: stored,
+as in the paper (--config.stage.distil.data.features=True), they are 605 kB an image.
+
+    python launch/eval.py --config=experiments/isa.py --workdir=DIR
+
+"""
+
+from ml_collections import ConfigDict
+
+from experiments import base
+
+PAPER = {
+    "backbone": "model_base.pth",
+    "composer.query_encoder": "efficientnet_b2",
+    "composer.pretrained": True,
+    "stage.distil.data.dataset": "",
+    "stage.distil.data.tables.captions": 0.0,
+    "stage.distil.data.tables.images": 1.0,
+    "stage.distil.data.features": False,
+    "stage.distil.data.crop": (0.5, 1.0),
+    "stage.distil.batch_size": 320,
+    "stage.distil.duration": "20 epochs",
+    "stage.distil.optimizer.learning_rate": 3e-4,
+    "stage.distil.optimizer.warmup": "5 epochs",
+    "checkpoint.every": "5k steps",
+}
+PRESETS = {
+    "shapes": {},
+    "symmetric": {"composer.query_encoder": ""},
+    "smoke": {
+        "composer.width": 16,
+        "composer.hidden": (16, 16),
+        "stage.distil.data.dataset": "shapes_tiny",
+        "stage.distil.batch_size": 32,
+        "stage.distil.duration": "8 steps",
+        "evaluation.benchmarks": base.benchmarks("shapes_tiny"),
+        "log_every": 2,
+        "checkpoint.every": "4 steps",
+    },
+    "paper": PAPER,
+    "efficientnet_b0": {**PAPER, "composer.query_encoder": "efficientnet_b0"},
+    "efficientvit_m2": {**PAPER, "composer.query_encoder": "efficientvit_m2"},
+    "mobilenetv2": {**PAPER, "composer.query_encoder": "mobilenetv2_100"},
+    "mobilevitv2": {**PAPER, "composer.query_encoder": "mobilevitv2_100"},
+    "paper_symmetric": {**PAPER, "composer.query_encoder": ""},
+}
+
+
+def get_config(preset: str = "shapes") -> ConfigDict:
+    composer = {
+        "name": "isa",
+        "query_encoder": "shapes",
+        "pretrained": False,
+        "train_tower": False,
+        "tokens": 6,
+        "mapping": "tokens",  # | mlp
+        "width": 256,
+        "hidden": (256, 512),
+        "self_attention": True,
+        "cross_attention": True,
+        "dropout": 0.0,
+        "temperature": 0.07,
+        "global_weight": 1.0,
+        "local_weight": 1.0,
+        "negatives": "hard",  # | random
+        "phrase_weight": 0.0,
+        "phrases": "data/shapes/phrases.json",
+        "top_k": 3,
+    }
+    config = base.experiment("isa", composer)
+    config.backbone = "data/shapes/blip"
+    config.stages = ("distil",)
+    config.stage.distil = base.stage(
+        tables={"captions": 1.0, "images": 0.0},
+        example="views",
+        features=True,
+        batch_size=128,
+        duration="600 steps",
+        optimizer={"learning_rate": 1e-3, "schedule": "cosine", "warmup": "25%"},
+    )
+    config.stage.distil.data.crop = (0.8, 1.0)  # of the query's image: share of the area
+    return base.apply(config, PRESETS, preset)

@@ -1,0 +1,464 @@
+"""ISA: its equations, its losses, what a step leaves. No code was released to compare with."""
+
+import functools
+import math
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import scipy.special
+from PIL import Image
+
+from cir_jax import weights
+from cir_jax.composers import isa, matching
+from cir_jax.composers.blip_pretraining import BlipPretraining
+from cir_jax.composers.isa import Isa, TokenLearner
+from cir_jax.errors import ConfigError, WeightsError
+from cir_jax.models import light
+from cir_jax.models.backbone import Backbone
+from cir_jax.retrieval.search import Searcher
+from cir_jax.sharding.mesh import make_mesh
+from cir_jax.training.step import init_state, train_step
+from tests.composers import inversion
+
+ROOT = Path(__file__).resolve().parents[2]
+
+SIZES = {"tokens": 3, "width": 8, "hidden": (6, 10)}
+LIGHT = {"query_encoder": "shapes", "pretrained": False, **SIZES}
+
+
+def pictures(rows=4, seed=0, size=16):
+    return np.random.default_rng(seed).integers(0, 255, (rows, size, size, 3), np.uint8)
+
+
+def drawn(tree, seed=0):
+    """Other numbers than those of the initialisation; variances stay positive."""
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda x: np.asarray(x + 0.1 * rng.random(x.shape), np.float32), tree)
+
+
+@functools.cache
+def compiled(function):
+    return jax.jit(function)
+
+
+@pytest.fixture(scope="module")
+def made(tiny_blip):
+    composer = Isa(tiny_blip[0], **LIGHT)
+    frozen = composer.freeze(tiny_blip[1])
+    return composer, drawn(jax.jit(composer.init)(jax.random.key(0))), frozen
+
+
+@pytest.fixture(scope="module")
+def symmetric(tiny_blip):
+    composer = Isa(tiny_blip[0], query_encoder="", **SIZES)
+    frozen = composer.freeze(tiny_blip[1])
+    return composer, drawn(jax.jit(composer.init)(jax.random.key(0))), frozen
+
+
+@pytest.fixture(scope="module")
+def batch():
+    return {"reference_images": pictures(8), "target_images": pictures(8, seed=1)}
+
+
+def transcribed(params, f, width, parts, axis):
+    """Equations (1) to (4) for one image, token by token; axis 0 = over tokens, 1 = over keys."""
+    erf = np.vectorize(math.erf)
+
+    def dense(x, p):
+        return x @ np.float64(p["kernel"]) + np.float64(p.get("bias", 0))
+
+    def gelu(x):
+        return x * (1 + erf(x / np.sqrt(2))) / 2
+
+    def attention(p, x, context):
+        query, key = dense(x, p["query"]), dense(context, p["key"])
+        logits = np.array([[q @ k / np.sqrt(len(q)) for k in key] for q in query])
+        return scipy.special.softmax(logits, axis=axis) @ dense(context, p["value"])
+
+    f = np.float64(f)
+    f = dense(f, params["reduce"]) if width else f
+    a = np.array([scipy.special.softmax(dense(pixel, params["groups"])) for pixel in f])
+    z = np.array([(a[:, t, None] * f).sum(0) / a[:, t].sum() for t in range(a.shape[1])])
+    if "self" in parts:
+        z = z + attention(params["self"], z, z)
+        z = z + dense(gelu(dense(z, params["refine1"])), params["refine2"])
+    if "cross" in parts:
+        z = z + attention(params["cross"], z, f)
+        z = z + dense(gelu(dense(z, params["select1"])), params["select2"])
+    return dense(z, params["out"]), a.T
+
+
+@pytest.mark.parametrize(
+    ("width", "parts", "softmax"),
+    [
+        (8, ("self", "cross"), "keys"),
+        (0, ("self", "cross"), "tokens"),
+        (8, ("self",), "keys"),
+        (8, ("cross",), "tokens"),
+        (8, (), "keys"),
+    ],
+)
+def test_the_token_learner_is_the_equations(width, parts, softmax):
+    learner = TokenLearner(3, 5, width, (6, 10), "self" in parts, "cross" in parts, softmax)
+    rng = np.random.default_rng(0)
+    maps = np.float32(rng.standard_normal((2, 9, 7)))
+    shapes = jax.eval_shape(learner.init, jax.random.key(0), maps)["params"]
+    params = jax.tree.map(lambda x: np.float32(rng.standard_normal(x.shape) / 2), shapes)
+    words, seen = jax.jit(learner.apply)({"params": params}, maps)
+    for i, f in enumerate(maps):
+        expected, groups = transcribed(params, f, width, parts, {"keys": 1, "tokens": 0}[softmax])
+        np.testing.assert_allclose(words[i], expected, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(seen["groups"][i], groups, rtol=1e-4)
+    assert ("cross" in seen) == ("cross" in parts)
+
+
+@pytest.mark.parametrize(
+    ("name", "printed"),
+    [
+        ("efficientnet_b0", 5.3),
+        ("efficientvit_m2", 5.0),
+        ("mobilenetv2_100", 3.5),
+        ("mobilevitv2_100", 5.5),
+        ("efficientnet_b2", None),  # printed 8.5, here 9.0
+    ],
+)
+def test_parameters_are_those_of_table_1(name, printed):
+    model = light.create(name)
+    images = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
+    encoder = jax.eval_shape(model.init, jax.random.key(0), images)["params"]
+    maps = jax.ShapeDtypeStruct((1, 49, model.config.num_features), jnp.float32)
+    learner = jax.eval_shape(TokenLearner(6, 768).init, jax.random.key(0), maps)["params"]
+    count = sum(math.prod(x.shape) for x in jax.tree.leaves((encoder, learner)))
+    assert f"{count / 1e6:.1f}" == f"{printed or 9.0}"
+
+
+def test_a_sentence_stands_where_its_words_would(made):
+    """U of the embeddings of words gives the feature of the text with these words."""
+    composer, _, frozen = made
+    backbone = frozen["backbone"]
+    tokenizer = composer.backbone.tokenizer
+    assert composer.prompt("is red") == "a photo of $ $ $ that is red"
+    assert composer.prompt("") == "a photo of $ $ $"
+    inside = tokenizer(["two green star"])[0, 1:4]
+    words = composer.backbone.embed_tokens(backbone, inside[None])
+    prompts = tokenizer([composer.prompt("is red")])
+    ours = compiled(composer.text_features)(backbone, prompts, words)
+    plain = tokenizer(["a photo of two green star that is red"])
+    np.testing.assert_allclose(
+        ours, compiled(composer.backbone.encode_text)(backbone, plain), atol=1e-5
+    )
+
+
+def test_the_loss_is_distillation_and_matching(made, batch, monkeypatch):
+    composer, params, frozen = made
+    backbone, rng = composer.backbone, jax.random.key(3)
+    wrong = np.array([3, 0, 1, 7, 2, 4, 5, 6])  # instead of what is drawn
+    given = []
+    monkeypatch.setattr(matching, "wrong_ones", lambda scores, _: given.append(scores) or wrong)
+    loss, metrics = composer.loss(params, frozen, batch, rng)
+    variables = {"params": params["encoder"], "batch_stats": params["statistics"]}
+    maps, statistics = composer.encoder.train_feature_map(variables, batch["reference_images"])
+    words, _ = composer.sentence(params, maps.reshape(8, -1, composer.encoder.dim))
+    ids = np.repeat(backbone.tokenizer([composer.prompt("")]), 8, axis=0)
+    towers = frozen["backbone"]
+    text = np.float64(composer.text_features(towers, ids, words))
+    image = np.float64(backbone.encode_image(towers, batch["target_images"]))
+    cosine = [[t @ v / np.linalg.norm(t) / np.linalg.norm(v) for v in image] for t in text]
+    logits = np.array(cosine) / 0.07
+    expected = -np.mean(
+        [scipy.special.log_softmax(way, axis=1).diagonal() for way in (logits, logits.T)]
+    )
+    np.testing.assert_allclose(metrics["global"], expected, rtol=1e-4)
+    np.testing.assert_allclose(given[0], logits, rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(given[1], logits.T, rtol=1e-3, atol=1e-3)
+    tokens = backbone.visual_tokens(towers, batch["target_images"])
+    sentence = composer.embed_words(towers, ids, words)
+    every = np.arange(8)
+    answers = []
+    for texts, images, label in ((every, every, 1), (every, wrong, 0), (wrong, every, 0)):
+        found = backbone.match(towers, ids, tokens[images], sentence[texts])
+        answers += list(scipy.special.log_softmax(np.float64(found), axis=1)[:, label])
+    np.testing.assert_allclose(metrics["local"], -np.mean(answers), rtol=1e-4)
+    np.testing.assert_allclose(loss, metrics["global"] + metrics["local"], rtol=1e-6)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),
+        metrics["statistics"],
+        statistics,
+    )
+
+
+def test_wrong_ones_look_right_and_never_are():
+    scores = np.zeros((5, 5), np.float32)
+    scores[0, 3] = scores[1, 1] = 9.0
+    draw = jax.jit(jax.vmap(lambda key: matching.wrong_ones(scores, key)))
+    found = np.asarray(draw(jax.random.split(jax.random.key(0), 4000)))
+    assert not (found == np.arange(5)).any()
+    shares = np.stack([(found == column).mean(0) for column in range(5)], axis=1)
+    assert shares[0, 3] > 0.99
+    np.testing.assert_allclose(shares[1, [0, 2, 3, 4]], 0.25, atol=0.04)  # by the floor alone
+    np.testing.assert_allclose(shares[2, [0, 1, 3, 4]], 0.25, atol=0.04)
+
+
+def test_weights_and_negatives_are_heeded(tiny_blip, made, batch, monkeypatch):
+    _, params, frozen = made
+    rng = jax.random.key(0)
+    both = made[0].loss(params, frozen, batch, rng)[1]
+    one = Isa(tiny_blip[0], **LIGHT, local_weight=0.0, global_weight=2.0)
+    loss, metrics = one.loss(params, frozen, batch, rng)
+    assert "local" not in metrics
+    np.testing.assert_allclose(loss, 2 * both["global"], rtol=1e-6)
+    given = []
+    monkeypatch.setattr(
+        matching, "wrong_ones", lambda scores, _: given.append(scores) or jnp.arange(8)[::-1]
+    )
+    Isa(tiny_blip[0], **LIGHT, negatives="random").loss(params, frozen, batch, rng)
+    assert not np.any(given)
+
+
+def test_a_step_leaves_the_running_statistics(made, batch):
+    """As PyTorch's: not the optimizer's, and with what was seen in this batch."""
+    composer, params, frozen = made
+    optimizer = optax.adamw(1e-3, weight_decay=0.1)
+    state = init_state(composer, optimizer, seed=0, ema=False, params=params)
+    step = functools.partial(
+        train_step,
+        mesh=make_mesh({"data": 1}, jax.devices()[:1]),
+        composer=composer,
+        optimizer=optimizer,
+        ema_decay=0.0,
+        microbatches=1,
+    )
+    after, metrics = jax.jit(step)(state, frozen, batch)
+    assert all(np.ndim(x) == 0 for x in metrics.values())
+    variables = {"params": params["encoder"], "batch_stats": params["statistics"]}
+    _, expected = composer.encoder.train_feature_map(variables, batch["reference_images"])
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),
+        after.params["statistics"],
+        expected,
+    )
+    moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), after.params, params)
+    assert min(jax.tree.leaves(moved["encoder"])) > 0
+    # queries are seen by the running ones, one like many
+    query = {"reference_images": batch["reference_images"]}
+    several = compiled(composer.invert)(after.params, frozen, query, rng=jax.random.key(0))
+    first = {"reference_images": batch["reference_images"][:1]}
+    alone = compiled(composer.invert)(after.params, frozen, first, rng=jax.random.key(0))
+    np.testing.assert_allclose(several[:1], alone, atol=1e-5)
+
+
+def test_stored_views_are_what_the_tower_sees(made, batch):
+    composer, params, frozen = made
+    images, towers = batch["target_images"], frozen["backbone"]
+    stored = {
+        "reference_images": batch["reference_images"],
+        "target_features": composer.backbone.encode_image(towers, images),
+        "target_tokens": composer.backbone.visual_tokens(towers, images),
+    }
+    loss = compiled(lambda batch: composer.loss(params, frozen, batch, jax.random.key(1))[0])
+    np.testing.assert_allclose(loss(stored), loss(batch), rtol=1e-5)
+
+
+def test_symmetric_is_independent_of_devices_and_parts(symmetric):
+    composer, params, frozen = symmetric
+    batch = {
+        "reference_images": pictures(inversion.ROWS),
+        "target_images": pictures(inversion.ROWS, seed=1),
+    }
+    inversion.assert_independent_of_devices_and_parts(composer, params, frozen, batch, 2e-4)
+
+
+@pytest.mark.slow
+def test_a_light_encoder_is_trained_on_many_devices(made):
+    """Its batch norms see the global batch; the parts of one would be batches of their own."""
+    composer, params, frozen = made
+    batch = {
+        "reference_images": pictures(inversion.ROWS),
+        "target_images": pictures(inversion.ROWS, seed=1),
+    }
+    expected = inversion.loss_and_gradient(composer, params, frozen, batch)
+    sharded = inversion.on_devices(composer, params, frozen, batch)
+    inversion.assert_same(sharded, expected, 1e-3)
+
+
+def test_a_trained_tower_begins_as_the_backbones_and_the_gallery_keeps_it(tiny_blip, batch):
+    plain = Isa(tiny_blip[0], query_encoder="", **SIZES)
+    composer = Isa(tiny_blip[0], query_encoder="", train_tower=True, **SIZES)
+    frozen = composer.freeze(tiny_blip[1])
+    params = jax.jit(composer.start)(jax.random.key(0), frozen)
+    query = {"reference_images": batch["reference_images"]}
+    jax.tree.map(
+        np.testing.assert_array_equal, params["vision"], {"vision": tiny_blip[1]["vision"]}
+    )
+    invert = compiled(composer.invert)
+    same = compiled(plain.invert)(params, frozen, query, jax.random.key(0))
+    np.testing.assert_allclose(invert(params, frozen, query, jax.random.key(0)), same, atol=1e-6)
+    moved = params | {"vision": jax.tree.map(lambda x: x + 0.1, params["vision"])}
+    assert np.abs(invert(moved, frozen, query, jax.random.key(0)) - same).max() > 1e-3
+    gallery = [
+        composer.embed_gallery(each, frozen, batch["target_images"]) for each in (params, moved)
+    ]
+    np.testing.assert_array_equal(*gallery)
+
+
+def test_attention_lies_on_the_image(made, symmetric):
+    images = pictures(2)
+    maps = made[0].attention(made[1], made[2], images)
+    assert {name: x.shape for name, x in maps.items()} == dict.fromkeys(
+        ("groups", "cross"), (2, 3, 2, 2)
+    )
+    np.testing.assert_allclose(maps["groups"].sum(axis=1), 1, rtol=1e-5)
+    np.testing.assert_allclose(maps["cross"].sum(axis=(2, 3)), 1, rtol=1e-5)
+    # the tower's tokens without the class, row by row
+    composer, params, frozen = symmetric
+    tokens = composer.backbone.visual_tokens(frozen["backbone"], images)[:, 1:]
+    _, seen = composer.sentence(params, tokens)
+    found = composer.attention(params, frozen, images)["cross"]
+    np.testing.assert_allclose(found, seen["cross"].reshape(2, 3, 2, 2), atol=1e-6)
+
+
+def test_search_sees_the_reference_itself(made, tmp_path):
+    composer, params, frozen = made
+    (tmp_path / "images").mkdir()
+    shown = pictures(3)
+    for i, pixels in enumerate(shown):
+        Image.fromarray(pixels).save(tmp_path / "images" / f"{i}.png")
+    search = Searcher(composer, params, frozen, mesh=make_mesh({"data": 1}, jax.devices()[:1]))
+    search.index(tmp_path / "images")
+    found = {path.name: score for path, score in search.search(shown[1], "is red", k=3)}
+    ids = composer.backbone.tokenizer([composer.prompt("is red")])
+    query = {"reference_images": shown[1:2], "token_ids": ids}
+    composed = composer.compose(params, frozen, query, jax.random.key(0))
+    gallery = composer.embed_gallery(params, frozen, shown)
+    for i, score in enumerate((composed @ gallery.T)[0]):
+        np.testing.assert_allclose(found[f"{i}.png"], score, atol=1e-5)
+
+
+def test_text_regularisation_reads_phrases_with_the_sentence(tiny_blip, batch, tmp_path):
+    book = tmp_path / "phrases.json"
+    # far from what the sentence replaces
+    book.write_text('{"templates": ["a photo of {}"], "concepts": {"star": ["star"]}}')
+    composer = Isa(tiny_blip[0], **LIGHT, phrase_weight=0.5, phrases=str(book), top_k=1)
+    frozen = jax.tree.map(jnp.asarray, composer.freeze(tiny_blip[1]))
+    params = drawn(jax.jit(composer.init)(jax.random.key(0)))
+    loss, metrics = jax.jit(composer.loss)(params, frozen, batch, jax.random.key(0))
+    rows = composer.encode(params, frozen, batch, jax.random.split(jax.random.key(0), 8))
+    tokenizer = composer.backbone.tokenizer
+    ids = np.repeat(tokenizer(["$ $ $"]), 8, axis=0)
+    ours = np.asarray(composer.text_features(tiny_blip[1], ids, rows["words"]))
+    plain = np.asarray(composer.backbone.encode_text(tiny_blip[1], tokenizer(["star"])))
+    cosine = ours @ plain[0] / np.linalg.norm(ours, axis=1) / np.linalg.norm(plain)
+    np.testing.assert_allclose(metrics["phrase"], np.mean(1 - cosine), atol=1e-7)
+    expected = metrics["global"] + metrics["local"] + 0.5 * metrics["phrase"]
+    np.testing.assert_allclose(loss, expected, rtol=1e-6)
+
+
+def test_weights_of_a_light_encoder_are_where_training_begins(tiny_blip, tmp_path, monkeypatch):
+    made = light.create("shapes")
+    given = drawn(made.init(jax.random.key(5), jnp.zeros((1, 16, 16, 3))))
+    encoder = isa.encoders.untrained("shapes")
+    asked = []
+    monkeypatch.setattr(isa, "_loaded", lambda name: asked.append(name) or (encoder, given))
+    composer = Isa(tiny_blip[0], query_encoder="timm's", **SIZES)
+    params = jax.jit(composer.start)(jax.random.key(0), composer.freeze(tiny_blip[1]))
+    assert asked == ["timm's"]
+    jax.tree.map(np.testing.assert_array_equal, params["encoder"], given["params"])
+    jax.tree.map(np.testing.assert_array_equal, params["statistics"], given["batch_stats"])
+    assert composer.contents() == {"query_encoder": encoder.weights_id}
+    monkeypatch.undo()
+    with pytest.raises(WeightsError, match="nowhere"):
+        Isa(tiny_blip[0], query_encoder=str(tmp_path / "nowhere"))
+
+
+def test_a_clip_learns_by_distillation_alone(tiny, batch):
+    with pytest.raises(ConfigError, match="LAR needs the matching encoder.*local_weight=0"):
+        Isa(tiny[0], **LIGHT)
+    composer = Isa(tiny[0], **LIGHT, local_weight=0.0)
+    frozen = composer.freeze(tiny[1])
+    params = jax.jit(composer.init)(jax.random.key(0))
+    loss, metrics = jax.jit(composer.loss)(params, frozen, batch, jax.random.key(0))
+    assert np.isfinite(loss) and "local" not in metrics
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"mapping": "token"}, "mapping 'token'. Did you mean 'tokens'"),
+        ({"softmax": "key"}, "softmax 'key'. Did you mean 'keys'"),
+        ({"negatives": "easy"}, "negatives 'easy'"),
+        ({"tokens": 0}, "tokens=0, width=8"),
+        ({"temperature": 0.0}, "temperature=0.0: expected more than 0"),
+        ({"global_weight": 0.0, "local_weight": 0.0}, "all 0, nothing to learn"),
+        ({"local_weight": -1.0}, "local_weight=-1.0: expected 0 or more"),
+        ({"train_tower": True}, "query_encoder='shapes' is another"),
+        ({"phrase_weight": 1.0}, "needs phrases: set --config.composer.phrases"),
+        ({"query_encoder": "efficientnet_b9"}, "'efficientnet_b9'. Did you mean"),
+    ],
+)
+def test_settings_that_cannot_work(tiny_blip, settings, message):
+    with pytest.raises(ConfigError, match=message):
+        Isa(tiny_blip[0], **(LIGHT | settings))
+
+
+# --- the BLIP it stands on
+
+
+def test_pretraining_is_contrastive_and_matching(tiny_blip, monkeypatch):
+    backbone, params = tiny_blip
+    composer = BlipPretraining(backbone, temperature=0.1)
+    texts = ["a red star", "two blue", "green circle", "it is that"]
+    batch = {"target_images": pictures(), "token_ids": backbone.tokenizer(texts)}
+    wrong = np.array([1, 2, 3, 0])
+    monkeypatch.setattr(matching, "wrong_ones", lambda scores, _: wrong)
+    loss, metrics = composer.loss(params, {}, batch, jax.random.key(0))
+    image = np.float64(backbone.encode_image(params, batch["target_images"]))
+    text = np.float64(backbone.encode_text(params, batch["token_ids"]))
+    norms = np.linalg.norm(text, axis=1)[:, None] * np.linalg.norm(image, axis=1)
+    logits = text @ image.T / norms / 0.1
+    expected = -np.mean(
+        [scipy.special.log_softmax(way, axis=1).diagonal() for way in (logits, logits.T)]
+    )
+    np.testing.assert_allclose(metrics["contrastive"], expected, rtol=1e-4)
+    tokens = backbone.visual_tokens(params, batch["target_images"])
+    every, answers = np.arange(4), []
+    for rows, images, label in ((every, every, 1), (every, wrong, 0), (wrong, every, 0)):
+        found = backbone.match(params, batch["token_ids"][rows], tokens[images])
+        answers += list(scipy.special.log_softmax(np.float64(found), axis=1)[:, label])
+    np.testing.assert_allclose(metrics["matching"], -np.mean(answers), rtol=1e-4)
+    np.testing.assert_allclose(loss, metrics["contrastive"] + metrics["matching"], rtol=1e-6)
+
+
+def test_pretraining_wants_a_blip(tiny):
+    with pytest.raises(ConfigError, match="trains a BLIP, and backbone tiny@0 is none"):
+        BlipPretraining(tiny[0])
+
+
+@pytest.mark.peer
+def test_the_worlds_blip_beside_transformers():
+    """What ships is a Hugging Face BLIP: its features and its matching."""
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    path = ROOT / "data" / "shapes" / "blip"
+    backbone, params = weights.load(path)
+    assert isinstance(backbone, Backbone) and backbone.family == "blip"
+    model = transformers.BlipForImageTextRetrieval.from_pretrained(path).float().eval()
+    ids = backbone.tokenizer(["a photo of a red star", "two blue circles on gray"])
+    images = np.float32(np.random.default_rng(0).standard_normal((2, 32, 32, 3)))
+    mask = torch.from_numpy((ids != 0).astype(np.int64))
+    pixels = torch.from_numpy(images).permute(0, 3, 1, 2)
+    given = {"input_ids": torch.from_numpy(ids).long(), "attention_mask": mask}
+    with torch.no_grad():
+        cosine = model(pixel_values=pixels, use_itm_head=False, **given).itm_score
+        logits = model(pixel_values=pixels, **given).itm_score
+    text = backbone.encode_text(params, ids)
+    image = backbone.encode_image(params, images)
+    text, image = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (text, image))
+    np.testing.assert_allclose(image @ text.T, cosine, atol=1e-5)
+    tokens = backbone.visual_tokens(params, images)
+    # transformers leaves [CLS] in front
+    ours = backbone.model.apply({"params": params}, ids, tokens, method="match")
+    np.testing.assert_allclose(ours, logits, atol=1e-4)
