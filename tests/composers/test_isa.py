@@ -12,11 +12,12 @@ import pytest
 import scipy.special
 from PIL import Image
 
-from cir_jax import weights
+from cir_jax import composers, weights
 from cir_jax.composers import isa, matching
 from cir_jax.composers.blip_pretraining import BlipPretraining
 from cir_jax.composers.isa import Isa, TokenLearner
-from cir_jax.errors import ConfigError, WeightsError
+from cir_jax.errors import ConfigError, DataError, WeightsError
+from cir_jax.evaluation import attention_maps
 from cir_jax.models import light
 from cir_jax.models.backbone import Backbone
 from cir_jax.retrieval.search import Searcher
@@ -336,6 +337,39 @@ def test_search_sees_the_reference_itself(made, tmp_path):
     gallery = composer.embed_gallery(params, frozen, shown)
     for i, score in enumerate((composed @ gallery.T)[0]):
         np.testing.assert_allclose(found[f"{i}.png"], score, atol=1e-5)
+
+
+def test_attention_is_drawn_and_exported(made, tiny, tmp_path):
+    composer, params, frozen = made
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for i, pixels in enumerate(pictures(2, size=40)):
+        Image.fromarray(pixels).save(folder / f"{i}.png")
+    mesh = make_mesh({"data": 1}, jax.devices()[:1])
+    search = Searcher(composer, params, frozen, mesh=mesh)
+    paths = attention_maps.images_in(folder)
+    drawn, numbers = attention_maps.write(search, paths, tmp_path / "out")
+    found = np.load(numbers)
+    seen = np.stack([composer.backbone.image_transform(Image.open(path)) for path in paths])
+    for name, expected in composer.attention(params, frozen, seen).items():
+        np.testing.assert_allclose(found[name], expected, rtol=1e-4, atol=1e-6)
+    assert [Path(name).name for name in found["names"]] == ["0.png", "1.png"]
+    # a row of each kind for each image: the image as it is seen, then its tokens
+    picture = np.asarray(Image.open(drawn), np.int32)
+    tile, left, top = attention_maps.TILE, attention_maps.MARGIN, attention_maps.MARGIN
+    shown = Image.fromarray(seen[0]).resize((tile, tile), Image.Resampling.BICUBIC)
+    np.testing.assert_array_equal(picture[top : top + tile, left : left + tile], shown)
+    weights = found["groups"][0, 0]
+    first = picture[top : top + tile, left + tile + attention_maps.GAP :][:, :tile]
+    warm = (first[..., 0] - first[..., 2]) - (np.asarray(shown, int) @ [1, 0, -1]) / 2
+    quarter = warm.reshape(2, tile // 2, 2, tile // 2).mean(axis=(1, 3))
+    assert quarter.argmax() == weights.argmax() and quarter.argmin() == weights.argmin()
+    with pytest.raises(DataError, match="a folder without images"):
+        attention_maps.images_in(tmp_path / "out" / "..")
+    slerp = composers.build("slerp", tiny[0])
+    other = Searcher(slerp, {}, slerp.freeze(tiny[1]), mesh=mesh)
+    with pytest.raises(ConfigError, match="Slerp has no tokens that attend.*experiments/isa.py"):
+        attention_maps.attention_maps(other, paths)
 
 
 def test_text_regularisation_reads_phrases_with_the_sentence(tiny_blip, batch, tmp_path):
