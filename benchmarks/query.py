@@ -8,6 +8,7 @@ turn, so that a machine that slows down slows down all. The text tower, which al
 apart. The paper's latencies are of a GPU. Writes benchmarks/query.json.
 """
 
+import argparse
 import json
 import math
 import os
@@ -24,7 +25,6 @@ sys.path.insert(0, str(ROOT))
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
-from absl import app, flags  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 from cir_jax.composers.isa import TokenLearner  # noqa: E402
@@ -40,11 +40,6 @@ PAPER = {
     "blip": (16.86, 87.0, 6.53),
 }
 """Encoder -> multiply-adds (G), parameters (M), milliseconds of a query: Tables 1 and 17."""
-
-SIZE = flags.DEFINE_integer("size", 224, "Pixels of a side", 32)
-REPEATS = flags.DEFINE_integer("repeats", 30, "Queries that are timed, of each encoder", 1)
-ENCODERS = flags.DEFINE_list("encoders", list(PAPER), "To measure")
-OUTPUT = flags.DEFINE_string("output", str(ROOT / "benchmarks" / "query.json"), "File to write")
 
 
 def query_side(name: str, size: int) -> tuple[Callable[[Any, jax.Array], jax.Array], Any]:
@@ -117,22 +112,24 @@ def table(rows: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
-    if wrong := sorted(set(ENCODERS.value) - set(PAPER)):
-        raise app.UsageError(f"--encoders: no {wrong[0]}; there are {', '.join(PAPER)}")
-    rows = measure(ENCODERS.value, SIZE.value, REPEATS.value)
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--size", type=int, default=224, help="pixels of a side")
+    parser.add_argument("--repeats", type=int, default=30, help="queries that are timed, of each")
+    parser.add_argument("--encoders", nargs="+", choices=PAPER, default=list(PAPER))
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "query.json")
+    args = parser.parse_args()
+    rows = measure(args.encoders, args.size, args.repeats)
     machine = {
         "device": jax.devices()[0].device_kind,
         "cores": os.cpu_count(),
         "jax": jax.__version__,
         "load_average": [round(x, 1) for x in os.getloadavg()],
     }
-    report = {"machine": machine, "size": SIZE.value, "repeats": REPEATS.value, "rows": rows}
-    Path(OUTPUT.value).write_text(json.dumps(report, indent=1) + "\n")
+    report = {"machine": machine, "size": args.size, "repeats": args.repeats, "rows": rows}
+    args.output.write_text(json.dumps(report, indent=1) + "\n")
     print(table(rows))
 
 
 if __name__ == "__main__":
-    app.run(main)
+    main()
