@@ -62,6 +62,7 @@ PRESETS = {
 def get_config(preset: str = "shapes") -> ConfigDict:
     composer = {
         "name": "isa",
+        "image_weight": 0.0,  # of the reference image itself, by Slerp
         "query_encoder": "shapes",
         "pretrained": False,
         "train_tower": False,

@@ -55,7 +55,14 @@ PRESETS = {
 
 def get_config(preset: str = "shapes") -> ConfigDict:
     config = base.experiment(
-        "lincir", {"name": "lincir", "dropout": 0.3, "noise": 1.0, "l2_normalize": False}
+        "lincir",
+        {
+            "name": "lincir",
+            "image_weight": 0.0,
+            "dropout": 0.3,
+            "noise": 1.0,
+            "l2_normalize": False,
+        },
     )
     config.stages = ("smp",)
     config.stage.smp = base.stage(

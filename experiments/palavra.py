@@ -56,6 +56,7 @@ PRESETS = {
 def get_config(preset: str = "shapes") -> ConfigDict:
     composer = {
         "name": "palavra",
+        "image_weight": 0.0,  # of the reference image itself, by Slerp
         "hidden_dim": 256,
         "coarse": "a thing",
         # chosen on val (benchmarks/tune.py): the released 30 steps give mAP@10 9.5, these 13.7

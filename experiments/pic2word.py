@@ -67,6 +67,7 @@ PRESETS = {
 def get_config(preset: str = "shapes") -> ConfigDict:
     composer = {
         "name": "pic2word",
+        "image_weight": 0.0,  # of the reference image itself, by Slerp
         "hidden_dim": 512,
         "dropout": 0.7,
         "scale": 0.0,  # the backbone's own

@@ -89,7 +89,7 @@ PRESETS = {
 
 def get_config(preset: str = "shapes") -> ConfigDict:
     # phrases and losses belong to the stage: a trained phi needs none of them
-    config = base.experiment("searle", {"name": "searle"})
+    config = base.experiment("searle", {"name": "searle", "image_weight": 0.0})
     config.stages = ("oti", "distil")
     # top_k chosen on val: mAP@10 19.3 with 1, 17.8 with 5
     phrases = {

@@ -73,6 +73,7 @@ PRESETS = {
 def get_config(preset: str = "shapes") -> ConfigDict:
     composer = {
         "name": "searle_oti",
+        "image_weight": 0.0,  # of the reference image itself, by Slerp
         "phrases": "data/shapes/phrases.json",
         "names": "",  # file of the concepts; "" = all that have phrases
         "cached_phrases": 1 << 16,  # features of so many are kept, of more computed when drawn

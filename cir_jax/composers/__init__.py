@@ -49,20 +49,24 @@ def shaping(settings: Mapping[str, Any]) -> dict[str, Any]:
     `speed_settings` are left out.
     """
     cls = composer_class(settings["name"])
-    parameters = inspect.signature(cls).parameters
+    parameters = inspect.signature(cls).parameters | inspect.signature(cls.share).parameters
     defaults = {k: p.default for k, p in parameters.items() if p.default is not p.empty}
     found = {k: v for k, v in (defaults | dict(settings)).items() if k not in cls.speed_settings}
     return json.loads(json.dumps(found, default=str))
 
 
 def build(name: str, backbone: Backbone, **kwargs: Any) -> Composer:
-    """The composer `name` on `backbone`; `kwargs` are its constructor's arguments.
+    """The composer `name` on `backbone`; `kwargs` are its constructor's arguments and those of
+    `Composer.share`.
 
     Raises ConfigError for an unknown name or argument, naming the closest valid one.
     """
     cls = composer_class(name)
-    valid = set(inspect.signature(cls).parameters) - {"backbone"}
+    shared = set(inspect.signature(cls.share).parameters) - {"self"}
+    valid = (set(inspect.signature(cls).parameters) - {"backbone"}) | shared
     for key in kwargs:
         if key not in valid:
             raise ConfigError(unknown(f"setting of composer {name}:", key, valid))
-    return cls(backbone, **kwargs)
+    composer = cls(backbone, **{k: v for k, v in kwargs.items() if k not in shared})
+    composer.share(**{k: v for k, v in kwargs.items() if k in shared})
+    return composer

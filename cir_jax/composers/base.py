@@ -96,6 +96,9 @@ class Composer:
     def __init__(self, backbone: Backbone):
         self.backbone = backbone
 
+    def share(self) -> None:
+        """Settings that all methods of a kind have; `composers.build` gives them."""
+
     def contents(self) -> dict[str, str]:
         """What was read beside the backbone's weights, by name: hashes of it. A run goes on with
         the same."""

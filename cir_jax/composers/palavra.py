@@ -112,7 +112,7 @@ class Palavra(PseudoWord):
 
     trained = True
     placeholder = "*"
-    inference_settings = ("coarse", "refine_steps", "refine_learning_rate")
+    inference_settings = ("image_weight", "coarse", "refine_steps", "refine_learning_rate")
     official_format = "a directory with deep_set_model_first_save_* and txt_vis_model_first_save_*"
 
     def __init__(

@@ -72,7 +72,7 @@ class Pic2Word(LearnedWord):
     """`params` are the network's."""
 
     placeholder = "*"
-    inference_settings = ("link",)
+    inference_settings = ("image_weight", "link")
     official_format = "a file {epoch, name, state_dict, state_dict_img2text}"
 
     def __init__(

@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 
 from cir_jax.composers.base import Composer, Params, Query, normalise
+from cir_jax.composers.slerp import slerp
+from cir_jax.errors import ConfigError
 from cir_jax.models.backbone import Backbone
 from cir_jax.models.clip import overwrite_tokens
 from cir_jax.sharding.constraints import split_rows
@@ -24,6 +26,9 @@ class PseudoWord(Composer):
 
     placeholder: str = "$"
     """The token that the pseudo-word replaces."""
+
+    image_weight: float = 0.0
+    inference_settings = ("image_weight",)
 
     every: bool = False
     """Whether each placeholder of a text is replaced (LinCIR, RTD), or only the first one."""
@@ -36,6 +41,13 @@ class PseudoWord(Composer):
 
         self.template = f"a photo of {self.named} that {{}}"
         """The prompt of a query, {} where its text comes."""
+
+    def share(self, image_weight: float = 0.0) -> None:
+        """image_weight: of the reference image's own feature in a query, by Slerp of both (arXiv
+        2405.00571, equation 1); 0 = none, as published. Raises ConfigError."""
+        if not 0 <= image_weight <= 1:
+            raise ConfigError(f"image_weight={image_weight}: the image's share lies in 0..1")
+        self.image_weight = float(image_weight)
 
     @property
     def named(self) -> str:
@@ -82,7 +94,11 @@ class PseudoWord(Composer):
 
     def compose(self, params: Params, frozen: Params, query: Query, rng: jax.Array) -> jax.Array:
         (features,) = self.read(params, frozen, query, rng, [query["token_ids"]])
-        return normalise(features.astype(jnp.float32))
+        composed = normalise(features.astype(jnp.float32))
+        if not self.image_weight:
+            return composed
+        image = normalise(self.reference_features(frozen, query))
+        return slerp(image, composed, 1 - self.image_weight)
 
 
 def text_noise(share: jax.Array, normal: jax.Array, dim: int) -> jax.Array:
