@@ -7,7 +7,7 @@ trains the method inside (shapes: Pic2Word) as its own experiment does, and eval
 Takes 1 to 2 minutes on two CPU cores. On val of the embedded world: CIRCO-like mAP@10 19.5, where
 Pic2Word alone has 17.8 (benchmarks/tune.json).
 
-Presets: shapes and smoke (Pic2Word inside), searle, lincir, palavra, rtd, and METHOD_vit_b32,
+Presets: shapes and smoke (Pic2Word inside), searle, lincir, palavra, isa, rtd, and METHOD_vit_b32,
 METHOD_vit_l14 for the authors' weights:
 
     python launch/eval.py --config=experiments/pdv.py:searle_vit_l14 \\
@@ -18,16 +18,17 @@ The paper, SEARLE inside, L/14 on CIRCO: mAP@5 12.6, where SEARLE alone has 11.7
 
 from ml_collections import ConfigDict
 
-from experiments import base, lincir, palavra, pic2word, rtd, searle
+from experiments import base, isa, lincir, palavra, pic2word, rtd, searle
 
 METHODS = {
-    "pic2word": pic2word, "searle": searle, "lincir": lincir, "palavra": palavra, "rtd": rtd,
+    "pic2word": pic2word, "searle": searle, "lincir": lincir, "palavra": palavra, "isa": isa,
+    "rtd": rtd,
 }  # fmt: skip
 RELEASED = ("pic2word", "searle", "lincir")
 INSIDE = {
     "shapes": "pic2word",
     "smoke": "pic2word_smoke",
-    **{name: name for name in ("searle", "lincir", "palavra", "rtd")},
+    **{name: name for name in ("searle", "lincir", "palavra", "isa", "rtd")},
     **{name: name for method in RELEASED for name in (f"{method}_vit_b32", f"{method}_vit_l14")},
 }
 """Preset -> the method inside and its preset."""

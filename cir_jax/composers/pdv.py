@@ -4,7 +4,7 @@
     q = (1 - beta) (v + alpha_image d) + beta (T("a photo of $") + alpha_text d)
 
 of a modification text c and a reference image with the feature v, whose pseudo-word $ another
-method makes: Pic2Word, SEARLE, LinCIR, PALAVRA, or RTD around one. Nothing more is trained.
+method makes: Pic2Word, SEARLE, LinCIR, PALAVRA, ISA, or RTD around one. Nothing more is trained.
 beta = alpha_text = 1 is that method; beta = 1 alone is the paper's PDV-T, beta = 0 its PDV-I.
 
 No code was released. The paper does not say whether embeddings are normalised before they are
@@ -52,8 +52,10 @@ class Pdv(Composer):
         if not (isinstance(self.word, PseudoWord | Rtd) and self.word.trained):
             raise ConfigError(
                 f"composer.word.name={word['name']!r}: PDV is put around a trained method whose "
-                "query is a prompt with a pseudo-word: pic2word, searle, lincir, palavra or rtd."
+                "query is a prompt with a pseudo-word: pic2word, searle, lincir, palavra, isa, "
+                "or rtd."
             )
+        self.reads_images = self.word.reads_images
         if not 0 <= beta <= 1:
             raise ConfigError(f"pdv: beta={beta}; the share of the text lies in 0..1.")
         self.alpha_image, self.alpha_text = float(alpha_image), float(alpha_text)

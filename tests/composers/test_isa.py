@@ -13,7 +13,7 @@ import scipy.special
 from PIL import Image
 
 from cir_jax import composers, weights
-from cir_jax.composers import isa, matching
+from cir_jax.composers import base, isa, matching
 from cir_jax.composers.blip_pretraining import BlipPretraining
 from cir_jax.composers.isa import Isa, TokenLearner
 from cir_jax.errors import ConfigError, DataError, WeightsError
@@ -337,6 +337,31 @@ def test_search_sees_the_reference_itself(made, tmp_path):
     gallery = composer.embed_gallery(params, frozen, shown)
     for i, score in enumerate((composed @ gallery.T)[0]):
         np.testing.assert_allclose(found[f"{i}.png"], score, atol=1e-5)
+
+
+def test_pdv_is_put_around_it(made, batch):
+    composer, params, frozen = made
+    word = {"name": "isa", **LIGHT}
+    pdv = composers.build("pdv", composer.backbone, word=word, alpha_image=0.5, beta=0.4)
+    assert pdv.reads_images
+    tokenizer, towers = composer.backbone.tokenizer, frozen["backbone"]
+    query = {"reference_images": batch["reference_images"]}
+    unit = [
+        base.normalise(
+            composer.text_features(
+                towers,
+                np.repeat(tokenizer([composer.prompt(text)]), 8, axis=0),
+                composer.invert(params, frozen, query, jax.random.key(0)),
+            )
+        )
+        for text in ("is red", "")
+    ]
+    image = base.normalise(composer.backbone.encode_image(towers, query["reference_images"]))
+    d = unit[0] - unit[1]
+    expected = base.normalise(0.6 * (image + 0.5 * d) + 0.4 * (unit[1] + d))
+    query["token_ids"] = np.repeat(tokenizer([pdv.prompt("is red")]), 8, axis=0)
+    found = pdv.compose(params, frozen, query, jax.random.key(0))
+    np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
 def test_attention_is_drawn_and_exported(made, tiny, tmp_path):
