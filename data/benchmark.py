@@ -210,14 +210,8 @@ def check(raw: Raw) -> None:
         if picture.key in keys:
             raise DataError(f"{raw.gallery_file}: lists image {picture.key} twice. Get it again.")
         keys.add(picture.key)
-    seen: dict[int, str] = {}
+    check_ids(raw.questions)
     for question in raw.questions:
-        if question.id in seen:
-            raise DataError(
-                f"{question.where}: its id {question.id} is also that of {seen[question.id]}. "
-                "Get the file again."
-            )
-        seen[question.id] = question.where
         for role, names in (
             ("reference", [question.reference]),
             ("target", question.targets),
@@ -229,6 +223,18 @@ def check(raw: Raw) -> None:
                     f"{question.where}: {role} {unknown[0]} is no image of {raw.gallery_file}; "
                     "do the files belong together?"
                 )
+
+
+def check_ids(questions: Sequence[Question]) -> None:
+    """Raises DataError if two queries have one id."""
+    seen: dict[int, str] = {}
+    for question in questions:
+        if question.id in seen:
+            raise DataError(
+                f"{question.where}: its id {question.id} is also that of {seen[question.id]}. "
+                "Get the file again."
+            )
+        seen[question.id] = question.where
 
 
 def resolve(

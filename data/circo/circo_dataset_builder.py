@@ -29,20 +29,30 @@ info) from cocodataset.org. The folder holds
     @classmethod
     def read(cls, source: Path, split: str) -> Raw:
         """See the base class."""
-        file = source / "annotations" / f"{split}.json"
-        if not file.is_file():
-            raise absent([file])
-        coco = source / "COCO2017_unlabeled"
-        info = first_file(coco / "annotations" / INFO, source / "annotations" / INFO)
+        questions = cls.questions(source, split)
+        info, images = cls.image_list(source), source / "COCO2017_unlabeled" / "unlabeled2017"
         pictures = [
-            _picture(coco / "unlabeled2017", entry, f"{info} image {i}")
+            _picture(images, entry, f"{info} image {i}")
             for i, entry in enumerate(field(read_json(info, dict), "images", list, str(info)))
         ]
-        questions = [
+        return Raw(pictures, questions, info)
+
+    @classmethod
+    def image_list(cls, source: Path) -> Path:
+        """The list of the images, or where it should be."""
+        folders = (source / "COCO2017_unlabeled" / "annotations", source / "annotations", source)
+        return first_file(*(folder / INFO for folder in folders))
+
+    @classmethod
+    def questions(cls, source: Path, split: str) -> list[Question]:
+        """The queries alone, for which the list of images is not needed."""
+        file = first_file(source / "annotations" / f"{split}.json", source / f"{split}.json")
+        if not file.is_file():
+            raise absent([file])
+        return [
             _question(entry, f"{file} record {i}", labelled=split == "val")
             for i, entry in enumerate(read_json(file, list))
         ]
-        return Raw(pictures, questions, info)
 
 
 def _picture(folder: Path, entry: Any, where: str) -> Picture:

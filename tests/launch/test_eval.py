@@ -111,7 +111,19 @@ def test_variants_override_and_submissions_from_dummy_data(scratch, tmp_path):
     }
     file = tmp_path / "cirr_partial_test1_recall.json"
     status, text = run("eval", f"--validate_submission={file}", scratch=scratch)
-    assert status == 2 and "the server would reject it" in text
+    assert status == 2 and "as a CIRR recall file of test1 it is wrong" in text
+    image, names = "test1-0-0-img0", [f"test1-{i}-0-img1" for i in range(50)]
+    content = {"version": "rc2", "metric": "recall"} | {str(i): names for i in range(4148)}
+    file.write_text(json.dumps(content))
+    status, text = run("eval", f"--validate_submission={file}", scratch=scratch)
+    assert status == 3 and "form only" in text
+    file.write_text(json.dumps(content | {"0": [image, *names[1:], "x"]}))
+    source = ROOT / "data" / "cirr" / "dummy"
+    flags = [f"--validate_submission={file}", f"--source={source}"]
+    status, text = run("eval", *flags, scratch=scratch)
+    assert status == 2 and "is no query of the split" in text
+    status, text = run("eval", SLERP, f"--source={source}", scratch=scratch)
+    assert status == 2 and "--source goes with --validate_submission only" in text
 
 
 @pytest.mark.parametrize(
