@@ -5,6 +5,7 @@ there, drops what is lost with those that are not, and numbers the rest: a query
 their positions in the gallery.
 
 Table `gallery`: `id` (the position), `name`, `image` (bytes of the file), `categories`.
+Table `names`: the same without the images, for who needs to know what they are called.
 Table `queries`: `id` (the official one, where there is one), `reference`, `texts`, `targets` (the
 single target first; empty where the labels are not public), `candidates`, `category`, `aspects`.
 """
@@ -101,7 +102,8 @@ class BenchmarkBuilder(SourceBuilder, skip_registration=True):
     QUERY_FIELDS, GALLERY_FIELDS: features of further fields.
     """
 
-    BUILDER_CONFIGS = tables("gallery", "queries")  # in this order: no queries without images
+    BUILDER_CONFIGS = tables("gallery", "queries", "names")  # no queries without images
+    OPTIONAL = ("names",)  # tables that were built before there was this one are whole
     VERSION = tfds.core.Version("1.0.0")
     OWN_IDS = ("queries",)
     OFFICIAL: Mapping[str, Mapping[str, int]] = {}
@@ -129,6 +131,8 @@ class BenchmarkBuilder(SourceBuilder, skip_registration=True):
     @classmethod
     def features(cls, table: str) -> dict[str, Any]:
         """See the module's docstring."""
+        if table == "names":
+            return {"name": TEXT, "categories": TEXTS}
         if table == "gallery":
             return {"name": TEXT, "image": TEXT, "categories": TEXTS, **cls.GALLERY_FIELDS}
         return {
@@ -144,7 +148,7 @@ class BenchmarkBuilder(SourceBuilder, skip_registration=True):
     @classmethod
     def survey(cls, source: Path, options: Options) -> Survey:
         """Reads the annotations of all wanted splits and looks for their images."""
-        queries, galleries, reports, skipped = {}, {}, {}, {}
+        queries, galleries, names, reports, skipped = {}, {}, {}, {}, {}
         problem_of: dict[Path, str | None] = {}
         for split, official in cls.OFFICIAL.items():
             if not options.wanted(split):
@@ -174,7 +178,13 @@ class BenchmarkBuilder(SourceBuilder, skip_registration=True):
                 continue  # nothing to build; the report says why
             queries[split] = Split(_from(records), stamp(records), len(records))
             galleries[cls.GALLERY_SPLIT or split] = cls.gallery(kept, options.decode == "build")
-        return Survey({"gallery": galleries, "queries": queries}, reports, skipped)
+            called = [
+                {"id": i, "name": p.name, "categories": list(p.categories)}
+                for i, p in enumerate(kept)
+            ]
+            names[cls.GALLERY_SPLIT or split] = Split(_from(called), stamp(called), len(called))
+        made = {"gallery": galleries, "queries": queries, "names": names}
+        return Survey(made, reports, skipped)
 
     @classmethod
     def counts(cls, records: Sequence[dict], kept: Sequence[Picture]) -> dict[str, int]:

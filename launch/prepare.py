@@ -85,7 +85,7 @@ def _check_tables() -> None:
     counts = build.check(_DATASET.value, _TABLES.value, _DATA_DIR.value, _NAME.value)
     for table, splits in counts.items():
         if not splits:
-            print(f"{table}: left out, because its files were missing")
+            print(f"{table}: not there (it may be left out)")
             continue
         folder = build.table_dir(_DATASET.value, table, _DATA_DIR.value, _NAME.value)
         partial = ", ".join(build.incomplete_splits(folder))

@@ -1,6 +1,6 @@
 """One picture of what a method retrieves: hits, failures, and what it should have found."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from cir_jax.evaluation.queries import Benchmark
+from cir_jax.evaluation.queries import Benchmark, Query
 from cir_jax.evaluation.result import Result
 from cir_jax.input.images import reading, to_rgb
 from cir_jax.retrieval.features import open_image
@@ -54,6 +54,54 @@ def contact_sheet(
     for line, position in enumerate(chosen):
         _row(sheet, draw, result, benchmark, int(position), HEADER + line * ROW)
     if path is not None and jax.process_index() == 0:
+        write_atomically(Path(path), lambda file: sheet.save(file, format="PNG"))
+    return sheet
+
+
+def comparison_sheet(
+    benchmark: Benchmark,
+    title: str,
+    footer: str,
+    labels: Sequence[str],
+    rows: Sequence[tuple[Query, Sequence[Sequence[int]], Sequence[str]]],
+    path: Path | None = None,
+) -> Image.Image:
+    """A PNG of queries under several runs: reference and text, then a line of images per run.
+
+    labels: of the runs. rows: query, per run the positions of its best images, per run a note. The
+    first target stands at the right. path: written atomically.
+    """
+    lines = len(labels)
+    width = _columns()[-1] + TILE + MARGIN
+    height = (TILE + 34) * lines + 16
+    sheet = Image.new("RGB", (width, HEADER + height * len(rows) + 34), BACKGROUND)
+    draw = ImageDraw.Draw(sheet)
+    draw.text((MARGIN, 18), title, INK, _font(22))
+    reference, text, shown, missed = _columns()
+    for x0, label in ((reference, "reference"), (text, "modification"), (missed, "ground truth")):
+        draw.text((x0, HEADER - 30), label, FAINT, _font(14))
+    for line, (query, tops, notes) in enumerate(rows):
+        top = HEADER + line * height
+        draw.line((MARGIN, top - 8, width - MARGIN, top - 8), RULE)
+        what = f"reference of query {query.id}"
+        _tile(sheet, benchmark.reference(query), what, reference, top + 24, None)
+        words = _wrap(draw, " / ".join(query.texts), _font(17), TEXT_WIDTH)
+        limit = (lines * (TILE + 34) - 50) // 22
+        words = [*words[: limit - 1], "…"] if len(words) > limit else words
+        for i, one in enumerate(words):
+            draw.text((text, top + 24 + 22 * i), one, INK, _font(17))
+        draw.text((text, top + height - 40), f"query {query.id}", FAINT, _font(13))
+        for i, (label, images, note) in enumerate(zip(labels, tops, notes, strict=True)):
+            y = top + i * (TILE + 34)
+            draw.text((shown[0], y), f"{label}: {note}", INK, _font(14))
+            for x0, image in zip(shown, images, strict=False):
+                colour = HIT if image in query.targets else OTHER
+                what = f"gallery record {image}"
+                _tile(sheet, benchmark.gallery[image], what, x0, y + 24, colour)
+        what = f"gallery record {query.targets[0]}"
+        _tile(sheet, benchmark.gallery[query.targets[0]], what, missed, top + 24, HIT)
+    draw.text((MARGIN, sheet.height - 26), footer, FAINT, _font(13))
+    if path is not None:
         write_atomically(Path(path), lambda file: sheet.save(file, format="PNG"))
     return sheet
 

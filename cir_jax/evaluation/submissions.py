@@ -6,7 +6,7 @@ and "recall_subset" with 3 names. CIRCO (circo.micc.unifi.it): {query id: [50 im
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ def write(result: Result, benchmark: Benchmark, output: Path) -> list[Path]:
     """
     if benchmark.protocol.name not in SERVERS or benchmark.protocol.text == "inversion":
         return []
-    names = gallery_names(benchmark.gallery, [result.top, result.subset_top])
+    names = image_names(benchmark, [result.top, result.subset_top])
     ids = [query.id for query in benchmark.queries]
 
     def lists(top: np.ndarray, length: int) -> dict[str, list[str]]:
@@ -73,13 +73,7 @@ def file_name(benchmark: str) -> str:
     return re.sub(r"[^A-Za-z0-9_]+", "_", benchmark).strip("_")
 
 
-def gallery_names(gallery: Sequence[Mapping[str, Any]], tops: Sequence[np.ndarray]) -> dict:
+def image_names(benchmark: Benchmark, tops: Sequence[np.ndarray]) -> dict[int, str]:
     """Position -> name of the images that occur in `tops`."""
     used = np.unique(np.concatenate([top.reshape(-1) for top in tops]))
-    return {int(i): name_of(gallery[int(i)], int(i)) for i in used if i >= 0}
-
-
-def name_of(record: Mapping[str, Any], position: int) -> str:
-    """What the authors call an image of the gallery; its position where they do not."""
-    name = record.get("name", str(position))
-    return name.decode() if isinstance(name, bytes) else str(name)
+    return {int(i): benchmark.image_name(int(i)) for i in used if i >= 0}

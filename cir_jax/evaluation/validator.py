@@ -19,13 +19,13 @@ from tqdm import tqdm
 
 from cir_jax.errors import DataError
 from cir_jax.evaluation import protocols
-from cir_jax.evaluation.benchmarks import REGISTRY, incomplete
+from cir_jax.evaluation.benchmarks import NAMES, REGISTRY, incomplete
 from cir_jax.evaluation.metrics import Estimate
 from cir_jax.evaluation.protocols import Outcome, Protocol
 from cir_jax.evaluation.queries import pad_rows
-from cir_jax.evaluation.submissions import HEADER, LENGTH, MAX_BYTES, SERVERS, VERSION, name_of
+from cir_jax.evaluation.submissions import HEADER, LENGTH, MAX_BYTES, SERVERS, VERSION
 from cir_jax.input.identity import source_identity
-from cir_jax.input.tables import Table
+from cir_jax.input.tables import Table, is_prepared
 from cir_jax.storage.atomic import write_atomically
 from cir_jax.storage.places import default_cache_dir
 
@@ -194,13 +194,14 @@ def prepared(data_dir: Path) -> dict[str, list[Facts]]:
         for split in (HIDDEN[name], "val"):
             try:
                 table = Table(data_dir, entry.dataset, entry.table, split)
-                gallery = Table(
-                    data_dir, entry.dataset, entry.gallery, entry.gallery_split or split
-                )
+                images = entry.gallery_split or split
+                gallery = Table(data_dir, entry.dataset, entry.gallery, images)
             except DataError:
                 continue  # not prepared here
             if incomplete(entry, table, split, (len(table), len(gallery))):
                 continue  # the server compares with the whole
+            if is_prepared(data_dir, entry.dataset, NAMES):
+                gallery = Table(data_dir, entry.dataset, NAMES, images)
             names = all_names(gallery)
             queries = {}
             for i in range(len(table)):
@@ -216,14 +217,15 @@ def prepared(data_dir: Path) -> dict[str, list[Facts]]:
 
 
 def all_names(gallery: Table) -> list[str]:
-    """Names of all images, stored beside the features: reading them means reading the images."""
-    digest = hashlib.sha256(source_identity(gallery, "image").encode()).hexdigest()[:24]
+    """Names of all images, stored beside the features: tables built before there was the table
+    `names` have them beside the images, and reading a record reads both."""
+    digest = hashlib.sha256(source_identity(gallery, "name").encode()).hexdigest()[:24]
     file = default_cache_dir() / f"names-{digest}.json"
     try:
         names = json.loads(file.read_text())
     except (OSError, ValueError):
         rows = tqdm(range(len(gallery)), desc="names of the images", unit="image", delay=1)
-        names = [name_of(gallery[i], i) for i in rows]
+        names = [gallery[i]["name"].decode() for i in rows]
         write_atomically(file, lambda out: out.write(json.dumps(names).encode()))
     return names
 

@@ -47,6 +47,15 @@ def test_whole_and_readable(data_dir, dataset):
     assert not any(split["complete"] for split in mark["splits"].values())  # dummies are small
 
 
+@pytest.mark.parametrize("dataset", ["circo", "cirr", "fashioniq", "genecis"])
+def test_names_are_those_of_the_gallery(data_dir, dataset):
+    for split in build.check(dataset, ["names"], data_dir)["names"]:
+        fields = ("id", "name", "categories")
+        gallery = rows(data_dir, dataset, "gallery", split)
+        expected = [{field: record[field] for field in fields} for record in gallery]
+        assert rows(data_dir, dataset, "names", split) == expected
+
+
 def test_circo(data_dir):
     gallery = rows(data_dir, "circo", "gallery", "unlabeled")
     names = [record["name"].decode() for record in gallery]

@@ -331,11 +331,15 @@ def test_files_of_val_are_scored_and_never_called_valid_for_a_server(tmp_path):
             }
         )  # fmt: skip
         lists[str(i)] = [int(x) for x in rng.permutation(ids)[:50]]
+    assert any(len(str(x)) < 6 for row in lists.values() for x in row)
     source = tmp_path / "source"
     (source / "annotations").mkdir(parents=True)
     (source / "annotations" / "val.json").write_text(json.dumps(entries))
+    hidden = {"id": 0, "reference_img_id": 1, "relative_caption": "x", "shared_concept": "y"}
+    (source / "annotations" / "test.json").write_text(json.dumps([hidden]))
     path = tmp_path / "val.json"
-    path.write_text(json.dumps(lists))
+    padded = {i: [f"{x:012d}" for x in row] if int(i) % 2 else row for i, row in lists.items()}
+    path.write_text(json.dumps(padded))
     alone = validator.validate(path)
     assert alone.kind == "local" and "never send it" in alone.text and not alone.metrics
     assert f"score it locally: python launch/eval.py --validate_submission={path}" in alone.text
