@@ -3,7 +3,8 @@
 from pathlib import Path
 
 from cir_jax.errors import DataError
-from cir_jax.evaluation.validator import HIDDEN, Asked, Facts
+from cir_jax.evaluation.submissions import HIDDEN
+from cir_jax.evaluation.validator import Asked, Facts
 from data.benchmark import AbsentError, check, check_ids
 from data.circo.circo_dataset_builder import Circo
 from data.cirr.cirr_dataset_builder import Cirr

@@ -63,4 +63,6 @@ def build(name: str, backbone: Backbone, **kwargs: Any) -> Composer:
     for key in kwargs:
         if key not in valid:
             raise ConfigError(unknown(f"setting of composer {name}:", key, valid))
-    return cls(backbone, **kwargs)
+    made = cls(backbone, **kwargs)
+    made.settings = shaping({"name": name, **kwargs})
+    return made

@@ -210,12 +210,14 @@ def format_table(key: tuple[str, str], first: Run, second: Run, rows: Sequence[D
         return "  ".join([head.ljust(widths[0]), *numbers])
 
     counts = len(first.records)
-    weights = " and ".join(dict.fromkeys(run.facts["weights_id"] for run in (first, second)))
+    both = (second.facts, first.facts)
+    weights = " and ".join(dict.fromkeys(facts["weights_id"] for facts in both))
+    settings = " and ".join(dict.fromkeys(facts["setting_id"] for facts in both))
     return "\n".join(
         [
             f"{' '.join(key)}: {second.label} ({second.facts['method']}) minus {first.label} "
             f"({first.facts['method']}), {counts} queries, percent",
-            f"protocol {first.facts['protocol']}; weights {weights}",
+            f"protocol {first.facts['protocol']}; weights {weights}; setting {settings}",
             "",
             line(lines[0]),
             line(["-" * width for width in widths]),

@@ -21,7 +21,8 @@ SHOWN = 5
 TEXT_WIDTH = 176
 MARGIN = 26
 HEADER = 92
-ROW = TILE + 30
+ROW = TILE + 34
+FOOTER = 36
 
 BACKGROUND = (250, 250, 248)
 INK = (33, 37, 41)
@@ -35,7 +36,8 @@ MISSED = (232, 119, 34)
 def contact_sheet(
     result: Result, benchmark: Benchmark, path: Path | None = None, *, rows: int = 8
 ) -> Image.Image:
-    """A PNG, about 1200 pixels wide: per query its reference, text, top 5 and one missed target.
+    """A PNG, about 1200 pixels wide: per query its reference, text, top 5 with their scores and one
+    missed target with its rank; protocol, weights and setting at the foot.
 
     Hits are framed green, other images grey, a ground truth outside the top 5 orange. Half of the
     queries are those with a hit (spread over them, best first), half those without one (spread, the
@@ -48,11 +50,13 @@ def contact_sheet(
         raise ValueError(f"a result of {result.benchmark} {result.split}, not of {benchmark.name}")
     chosen = _choose(result.best_rank, rows)
     width = _columns()[-1] + TILE + MARGIN
-    sheet = Image.new("RGB", (width, HEADER + ROW * len(chosen) + 8), BACKGROUND)
+    sheet = Image.new("RGB", (width, HEADER + ROW * len(chosen) + FOOTER), BACKGROUND)
     draw = ImageDraw.Draw(sheet)
     _title(draw, result, sheet.width)
     for line, position in enumerate(chosen):
         _row(sheet, draw, result, benchmark, int(position), HEADER + line * ROW)
+    footer = f"{result.protocol.id}; {result.weights_id}; setting {result.setting_id or '-'}"
+    draw.text((MARGIN, sheet.height - 28), footer, FAINT, _font(13))
     if path is not None and jax.process_index() == 0:
         write_atomically(Path(path), lambda file: sheet.save(file, format="PNG"))
     return sheet
@@ -74,7 +78,7 @@ def comparison_sheet(
     lines = len(labels)
     width = _columns()[-1] + TILE + MARGIN
     height = (TILE + 34) * lines + 16
-    sheet = Image.new("RGB", (width, HEADER + height * len(rows) + 34), BACKGROUND)
+    sheet = Image.new("RGB", (width, HEADER + height * len(rows) + FOOTER), BACKGROUND)
     draw = ImageDraw.Draw(sheet)
     draw.text((MARGIN, 18), title, INK, _font(22))
     reference, text, shown, missed = _columns()
@@ -100,7 +104,7 @@ def comparison_sheet(
                 _tile(sheet, benchmark.gallery[image], what, x0, y + 24, colour)
         what = f"gallery record {query.targets[0]}"
         _tile(sheet, benchmark.gallery[query.targets[0]], what, missed, top + 24, HIT)
-    draw.text((MARGIN, sheet.height - 26), footer, FAINT, _font(13))
+    draw.text((MARGIN, sheet.height - 28), footer, FAINT, _font(13))
     if path is not None:
         write_atomically(Path(path), lambda file: sheet.save(file, format="PNG"))
     return sheet
@@ -175,13 +179,17 @@ def _row(
         draw.text((text, top + 22 * i), line, INK, _font(17))
     draw.text((text, top + TILE - 16), note, FAINT, _font(13))
     found = [int(image) for image in result.top[position][:SHOWN] if image >= 0]
-    for x0, image in zip(shown, found, strict=False):
+    below = top + TILE + FRAME + 1
+    for x0, image, score in zip(shown, found, result.scores[position], strict=False):
         colour = HIT if image in query.targets else OTHER
         _tile(sheet, benchmark.gallery[image], f"gallery record {image}", x0, top, colour)
+        draw.text((x0, below), f"{score:.3f}", FAINT, _font(12))
     rest = [target for target in query.targets if target not in found]
     if rest:
         what = f"gallery record {rest[0]}"
         _tile(sheet, benchmark.gallery[rest[0]], what, missed, top, MISSED)
+        where = result.outcome.target_ranks[position][query.targets.index(rest[0])]
+        draw.text((missed, below), f"rank {where + 1}", FAINT, _font(12))
 
 
 def _tile(

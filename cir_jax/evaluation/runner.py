@@ -92,6 +92,9 @@ def run(
         identity = content_id(name, jax.tree.map(to_host, params))
         backbone = dataclasses.replace(experiment.backbone, weights_id=identity)
         experiment.composer.backbone = backbone
+    trained = ""
+    if experiment.composer.trained:
+        trained = content_id(method, jax.tree.map(to_host, params))
     everything: list[Result] = []
     sections: list[Section] = []
     asked: list[tuple[Benchmark, list[Result]]] = []
@@ -108,6 +111,9 @@ def run(
             method=method,
             alone=alone,
         )
+        if trained:
+            last = results[-1]
+            results[-1] = dataclasses.replace(last, setting={**last.setting, "trained": trained})
         papers = report.published_rows(results)
         _say("")
         report.print_table(results, papers)

@@ -29,6 +29,8 @@ SERVERS = {
     "circo": "https://circo.micc.unifi.it",
 }
 HEADER = ("version", "metric")
+HIDDEN = {"circo": "test", "cirr": "test1"}
+"""Benchmark -> the split whose labels only the server has."""
 
 
 def write(result: Result, benchmark: Benchmark, output: Path) -> list[Path]:

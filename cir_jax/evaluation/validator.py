@@ -23,16 +23,20 @@ from cir_jax.evaluation.benchmarks import NAMES, REGISTRY, incomplete
 from cir_jax.evaluation.metrics import Estimate
 from cir_jax.evaluation.protocols import Outcome, Protocol
 from cir_jax.evaluation.queries import pad_rows
-from cir_jax.evaluation.submissions import HEADER, LENGTH, MAX_BYTES, SERVERS, VERSION
+from cir_jax.evaluation.submissions import (
+    HEADER,
+    HIDDEN,
+    LENGTH,
+    MAX_BYTES,
+    SERVERS,
+    VERSION,
+)
 from cir_jax.input.identity import source_identity
 from cir_jax.input.tables import Table, is_prepared
 from cir_jax.storage.atomic import write_atomically
 from cir_jax.storage.places import default_cache_dir
 
 MAX_LISTED = 10
-HIDDEN = {"circo": "test", "cirr": "test1"}
-"""Benchmark -> the split whose labels only the server has."""
-
 PREFIXES = {"test1": "test1", "val": "dev", "train": "train"}
 """CIRR's split -> how the names of its images begin."""
 
