@@ -336,7 +336,7 @@ def test_same_queries_and_positions_whatever_is_lost():
         Question("q2", 9, "a", ("x",), ("c",)),
         Question("q3", 5, "d", ("x",)),
     ]
-    records, lost = resolve(questions, ["a", "b", "d"])
+    records, lost = resolve(questions, {"a": 0, "b": 1, "d": 2})
     assert [record["id"] for record in records] == [7, 5]
     assert records[0]["targets"] == [1] and records[0]["candidates"] == [0, 1, 2]
     assert records[0]["soft_targets"] == [1] and records[0]["soft_weights"] == [1.0]

@@ -43,7 +43,9 @@ def tables(monkeypatch, image, tmp_path):
                 {"name": p.name.encode(), "image": image, "categories": list(p.categories)}
                 for p in raw.pictures
             ]
-            records, lost = builders.resolve(raw.questions, [p.key for p in raw.pictures])
+            records, lost = builders.resolve(
+                raw.questions, {p.key: i for i, p in enumerate(raw.pictures)}
+            )
             assert not any(lost.values())
             made[key] = {"queries": records, "gallery": pictures}
         found = factory.MemoryTable(made[key][name], f"{dataset} {name} {split}")
