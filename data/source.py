@@ -116,8 +116,10 @@ class Report:
 
     def whole(self) -> dict[str, Any]:
         """All of it, as JSON: what people send each other to complete a dataset."""
+        files = {one["file"] for one in self.damaged}
+        others = [text for text in self.problems if text.rpartition(": is ")[0] not in files]
         return self.mark() | {
-            "problems": list(self.problems),
+            "problems": others,
             "remarks": list(self.remarks),
             "damaged": [dict(one) for one in self.damaged],
             "lost_queries": list(self.lost_queries),

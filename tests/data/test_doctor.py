@@ -84,6 +84,7 @@ def test_the_report_has_every_missing_image_and_lost_query(tmp_path):
     content = json.loads((tmp_path / "x" / "report.json").read_text())
     assert content["dataset"] == "circo" and content["source"] == str(source)
     val = content["splits"]["val"]
+    assert val["problems"] == []  # all are in `damaged`
     assert not val["complete"] and val["lost_queries"] == [1, 2]
     damaged = {one["image"]: one for one in val["damaged"]}
     assert set(damaged) == {"33", "8", "120"}
