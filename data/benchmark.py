@@ -5,6 +5,7 @@ there, drops what is lost with those that are not, and numbers the rest: a query
 their positions in the gallery.
 
 Table `gallery`: `id` (the position), `name`, `image` (bytes of the file), `categories`.
+Table `names`: the same without the images, for who needs to know what they are called.
 Table `queries`: `id` (the official one, where there is one), `reference`, `texts`, `targets` (the
 single target first; empty where the labels are not public), `candidates`, `category`, `aspects`.
 """
@@ -19,6 +20,8 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from cir_jax.errors import DataError
+from cir_jax.input import links
+from data.lookup import first_image
 from data.source import (
     Options,
     Report,
@@ -47,6 +50,7 @@ class Picture:
 
     key: what queries call it; unique. name: what the authors call it.
     box: left, top, width, height, where only a part of the image is meant.
+    renamed: whether its file is called otherwise than the authors say (`data.lookup`).
     """
 
     key: str
@@ -54,6 +58,13 @@ class Picture:
     path: Path
     categories: tuple[str, ...] = ()
     box: tuple[float, ...] | None = None
+    renamed: bool = False
+
+
+def located(key: str, name: str, paths: Sequence[Path], *more: Any, **fields: Any) -> Picture:
+    """A picture whose file is one of the paths, or is called nearly so."""
+    path = first_image(*paths)
+    return Picture(key, name, path, *more, renamed=path not in paths, **fields)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +73,7 @@ class Question:
 
     where: file and record, for messages.
     fields: further fields of its record. soft: {key: weight} of graded answers.
+    remarks: what is odd in its entry, and yet no error.
     """
 
     where: str
@@ -74,6 +86,7 @@ class Question:
     aspects: tuple[str, ...] = ()
     fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     soft: Mapping[str, float] | None = None
+    remarks: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,10 +114,12 @@ class BenchmarkBuilder(SourceBuilder, skip_registration=True):
     QUERY_FIELDS, GALLERY_FIELDS: features of further fields.
     """
 
-    BUILDER_CONFIGS = tables("gallery", "queries")  # in this order: no queries without images
+    BUILDER_CONFIGS = tables("gallery", "queries", "names")  # no queries without images
+    OPTIONAL = ("names",)  # tables that were built before there was this one are whole
     VERSION = tfds.core.Version("1.0.0")
     OWN_IDS = ("queries",)
     OFFICIAL: Mapping[str, Mapping[str, int]] = {}
+    LINKS = True
     GALLERY_SPLIT: str | None = None
     COUNTED = False
     QUERY_FIELDS: Mapping[str, Any] = {}
@@ -129,6 +144,8 @@ class BenchmarkBuilder(SourceBuilder, skip_registration=True):
     @classmethod
     def features(cls, table: str) -> dict[str, Any]:
         """See the module's docstring."""
+        if table == "names":
+            return {"name": TEXT, "categories": TEXTS}
         if table == "gallery":
             return {"name": TEXT, "image": TEXT, "categories": TEXTS, **cls.GALLERY_FIELDS}
         return {
@@ -144,7 +161,7 @@ class BenchmarkBuilder(SourceBuilder, skip_registration=True):
     @classmethod
     def survey(cls, source: Path, options: Options) -> Survey:
         """Reads the annotations of all wanted splits and looks for their images."""
-        queries, galleries, reports, skipped = {}, {}, {}, {}
+        queries, galleries, names, reports, skipped = {}, {}, {}, {}, {}
         problem_of: dict[Path, str | None] = {}
         for split, official in cls.OFFICIAL.items():
             if not options.wanted(split):
@@ -160,7 +177,8 @@ class BenchmarkBuilder(SourceBuilder, skip_registration=True):
             found = image_problems(new, options.decode == "survey", label)
             problem_of |= dict(zip(new, found, strict=True))
             kept = [picture for picture in raw.pictures if problem_of[picture.path] is None]
-            records, lost = resolve(raw.questions, [picture.key for picture in kept])
+            there = {picture.key: i for i, picture in enumerate(kept)}
+            records, lost = resolve(raw.questions, there)
             lost["gallery"] = len(raw.pictures) - len(kept)
             problems = [f"{path}: is missing" for path in raw.missing]
             problems += [
@@ -169,12 +187,26 @@ class BenchmarkBuilder(SourceBuilder, skip_registration=True):
                 if problem_of[path]
             ]
             counts = cls.counts(records, kept) | dict(raw.notes)
-            reports[split] = Report(counts, official, lost, problems)
+            reports[split] = Report(
+                counts,
+                official,
+                lost,
+                problems,
+                remarks(raw),
+                damaged(raw, problem_of),
+                [q.id for q in raw.questions if is_lost(q, there)],
+            )
             if not records or not kept:
                 continue  # nothing to build; the report says why
             queries[split] = Split(_from(records), stamp(records), len(records))
-            galleries[cls.GALLERY_SPLIT or split] = cls.gallery(kept, options.decode == "build")
-        return Survey({"gallery": galleries, "queries": queries}, reports, skipped)
+            galleries[cls.GALLERY_SPLIT or split] = cls.gallery(kept, options)
+            called = [
+                {"id": i, "name": p.name, "categories": list(p.categories)}
+                for i, p in enumerate(kept)
+            ]
+            names[cls.GALLERY_SPLIT or split] = Split(_from(called), stamp(called), len(called))
+        made = {"gallery": galleries, "queries": queries, "names": names}
+        return Survey(made, reports, skipped)
 
     @classmethod
     def counts(cls, records: Sequence[dict], kept: Sequence[Picture]) -> dict[str, int]:
@@ -188,19 +220,22 @@ class BenchmarkBuilder(SourceBuilder, skip_registration=True):
         return counts
 
     @classmethod
-    def gallery(cls, pictures: Sequence[Picture], decode: bool) -> Split:
+    def gallery(cls, pictures: Sequence[Picture], options: Options) -> Split:
         """The records of a gallery of images that are all there."""
+        link = options.images == "link"
 
         def records(start: int) -> Iterator[dict[str, Any]]:
             rest = pictures[start:]
-            images = read_images((picture.path for picture in rest), decode)
+            images = read_images((picture.path for picture in rest), options.decode == "build")
             for i, (picture, image) in enumerate(zip(rest, images, strict=True), start):
-                record = {"id": i, "name": picture.name, "image": image}
+                held = links.make(picture.path, len(image)) if link else image
+                record = {"id": i, "name": picture.name, "image": held}
                 record["categories"] = list(picture.categories)
                 yield record | cls.of_bytes(picture, image)
 
         parts = ([p.key, p.name, p.categories, p.box, p.path] for p in pictures)
-        return Split(records, stamp(*parts), len(pictures))
+        how = ["linked", *(str(p.path.absolute()) for p in pictures)] if link else []
+        return Split(records, stamp(*parts, *how), len(pictures))
 
 
 def check(raw: Raw) -> None:
@@ -210,14 +245,8 @@ def check(raw: Raw) -> None:
         if picture.key in keys:
             raise DataError(f"{raw.gallery_file}: lists image {picture.key} twice. Get it again.")
         keys.add(picture.key)
-    seen: dict[int, str] = {}
+    check_ids(raw.questions)
     for question in raw.questions:
-        if question.id in seen:
-            raise DataError(
-                f"{question.where}: its id {question.id} is also that of {seen[question.id]}. "
-                "Get the file again."
-            )
-        seen[question.id] = question.where
         for role, names in (
             ("reference", [question.reference]),
             ("target", question.targets),
@@ -231,14 +260,26 @@ def check(raw: Raw) -> None:
                 )
 
 
+def check_ids(questions: Sequence[Question]) -> None:
+    """Raises DataError if two queries have one id."""
+    seen: dict[int, str] = {}
+    for question in questions:
+        if question.id in seen:
+            raise DataError(
+                f"{question.where}: its id {question.id} is also that of {seen[question.id]}. "
+                "Get the file again."
+            )
+        seen[question.id] = question.where
+
+
 def resolve(
-    questions: Sequence[Question], keys: Sequence[str]
+    questions: Sequence[Question], position: Mapping[str, int]
 ) -> tuple[list[dict[str, Any]], dict[str, int]]:
     """Query records on a gallery of these images, and how much is lost for want of others.
 
-    A query is lost with its reference or its (first) target. Other images it names are left out.
+    position: of the images that are there, by key. A query is lost with its reference or (first)
+    target (`is_lost`). Other images it names are left out.
     """
-    position = {key: i for i, key in enumerate(keys)}
     records, lost = [], Counter({"queries": 0})
 
     def there(names: Sequence[str], what: str) -> list[int]:
@@ -248,7 +289,7 @@ def resolve(
         return found
 
     for question in questions:
-        if any(name not in position for name in (question.reference, *question.targets[:1])):
+        if is_lost(question, position):
             lost["queries"] += 1
             continue
         record = {
@@ -266,6 +307,48 @@ def resolve(
             record |= {"soft_targets": list(soft), "soft_weights": list(soft.values())}
         records.append(record)
     return records, dict(lost)
+
+
+def is_lost(question: Question, there: Mapping[str, Any]) -> bool:
+    """Whether the query cannot be asked of these images."""
+    return any(name not in there for name in (question.reference, *question.targets[:1]))
+
+
+def remarks(raw: Raw) -> list[str]:
+    """What is odd in the annotations and the names of the files, and yet no error."""
+    found = []
+    if renamed := [picture for picture in raw.pictures if picture.renamed]:
+        example = f"such as {renamed[0].path.name} of image {renamed[0].name}"
+        found.append(
+            f"{len(renamed):,} image(s) have files of another case, suffix or prefix, {example}"
+        )
+    for question in raw.questions:
+        odd = list(question.remarks)
+        if question.reference in question.targets:
+            odd.append(f"its reference {question.reference} is a ground truth")
+        if empty := sum(not text.strip() for text in question.texts):
+            odd.append(f"{empty} of its {len(question.texts)} caption(s) are empty")
+        found += [f"{question.where}: {one}" for one in odd]
+    return found
+
+
+def damaged(raw: Raw, problem_of: Mapping[Path, str | None]) -> list[dict[str, Any]]:
+    """The images that are missing or unreadable, and the queries that are lost with each."""
+    bad = {p.key: p for p in raw.pictures if problem_of[p.path] is not None}
+    asked: dict[str, list[int]] = {key: [] for key in bad}
+    for question in raw.questions:
+        for key in dict.fromkeys((question.reference, *question.targets[:1])):
+            if key in bad:
+                asked[key].append(question.id)
+    return [
+        {
+            "image": picture.name,
+            "file": str(picture.path),
+            "problem": problem_of[picture.path],
+            "queries": asked[key],
+        }
+        for key, picture in bad.items()
+    ]
 
 
 def _from(records: Sequence[dict[str, Any]]) -> Callable[[int], Sequence[dict[str, Any]]]:

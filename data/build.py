@@ -34,14 +34,15 @@ import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import tensorflow_datasets as tfds
 from absl import logging
 
 from cir_jax.errors import DataError, unknown
-from cir_jax.input import images
+from cir_jax.input import images, links
 from cir_jax.storage import faults
+from cir_jax.storage.atomic import write_atomically
 from cir_jax.storage.places import default_data_dir
 from data import apart, progress, shards
 from data.source import MAX_LISTED, Options, SourceBuilder, Split, Survey
@@ -152,7 +153,8 @@ def survey(
             raise DataError(
                 f"split {split!r} of {dataset}: {found.skipped[split]}\n{cls.HELP.strip()}"
             )
-    if not any(found.splits.values()):
+    nothing = not any(found.splits.values())
+    if nothing and not any(report.damaged for report in found.reports.values()):
         why = "\n".join(f"  {split}: {reason}" for split, reason in found.skipped.items())
         raise DataError(f"{root} holds nothing of {dataset} to build.\n{why}\n{cls.HELP.strip()}")
     return found
@@ -187,6 +189,8 @@ def prepare(
     allow_partial: bool = False,
     decode: bool = True,
     columns: Mapping[str, str] | None = None,
+    link: bool = False,
+    report: Path | None = None,
 ) -> dict[str, Path]:
     """Builds those tables that are not there yet; returns the folders of all wanted ones.
 
@@ -196,6 +200,8 @@ def prepare(
     allow_partial: build from incomplete files too; the tables are marked.
     decode: make sure that each image can be decoded.
     columns: {field: its name in the files}, for corpora whose columns vary.
+    link: the tables name the image files instead of holding them.
+    report: file for all that was found (`write_report`), also where that is refused.
     Raises DataError when files are missing or wrong, when a table is there but made of other files,
     and when the disk is full.
     """
@@ -207,9 +213,15 @@ def prepare(
     cls, found = _builder_class(dataset), None
     if issubclass(cls, SourceBuilder) or source is not None:
         how = ("survey" if allow_partial else "build") if decode else "never"
-        options = Options(tuple(splits) if splits else None, how, columns or {})
+        _refuse_links(dataset, link)
+        kind: Literal["copy", "link"] = "link" if link else "copy"
+        options = Options(tuple(splits) if splits else None, how, kind, columns or {})
         found = survey(dataset, source, options)
+        if report is not None and source is not None:
+            write_report(report, dataset, source, found)
         _refuse_partial(dataset, found, allow_partial)
+        if not any(found.splits.values()):
+            raise DataError(f"{source} has no image of {dataset}.\n{describe(found)}")
         print(describe(found), file=sys.stderr, flush=True)
         for table in tables_of(dataset):  # all of them: queries count in their gallery
             _refuse_other(table_dir(dataset, table, data_dir, name), found.splits.get(table, {}))
@@ -231,6 +243,14 @@ def prepare(
                 "Free some space, or name another folder with --data_dir or $CIR_JAX_DATA."
             ) from error
     return folders
+
+
+def _refuse_links(dataset: str, link: bool) -> None:
+    can = [name for name in DATASETS if getattr(_builder_class(name), "LINKS", False)]
+    if link and dataset not in can:
+        raise DataError(
+            f"--images=link: {dataset} copies its images; those of {', '.join(can)} can be linked."
+        )
 
 
 def _refuse_partial(dataset: str, found: Survey, allow_partial: bool) -> None:
@@ -273,9 +293,24 @@ def _stamp(splits: Mapping[str, Split]) -> dict[str, str]:
 
 def describe(found: Survey) -> str:
     """The reports of a survey as text, split by split."""
-    lines = [f"{split}:\n{textwrap.indent(str(r), '  ')}" for split, r in found.reports.items()]
+    lines, shown = [], set()
+    for split, report in found.reports.items():
+        lines.append(f"{split}:\n{textwrap.indent(report.text(shown), '  ')}")
+        shown |= set(report.problems)  # splits may share images: each problem once
     lines += [f"{split}: left out: {why}" for split, why in found.skipped.items()]
     return "\n".join(lines)
+
+
+def write_report(path: Path, dataset: str, source: str | os.PathLike, found: Survey) -> None:
+    """Writes all that a survey found as JSON: every missing id, damaged file and lost query."""
+    content = {
+        "dataset": dataset,
+        "source": str(Path(source).expanduser().absolute()),
+        "splits": {split: report.whole() for split, report in found.reports.items()},
+        "left out": dict(found.skipped),
+    }
+    text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+    write_atomically(path, lambda file: file.write(text.encode()))
 
 
 def _build(
@@ -428,7 +463,8 @@ def _check_split(
                 yield f"{label} record {i}: has the id {number}"
             seen.add(number)
             for field in IMAGE_FIELDS:
-                if isinstance(record.get(field), bytes):
-                    images.decode(record[field], field)
+                image = links.followed(record.get(field), f"{label} record {i}")
+                if isinstance(image, bytes):
+                    images.decode(image, field)
         except Exception as error:  # as above; PIL raises a dozen types for bad files
             yield f"{label} record {i}: {error}"

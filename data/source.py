@@ -24,7 +24,7 @@ import hashlib
 import itertools
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -47,11 +47,13 @@ class Options:
     decode: images are decoded in full to find damaged ones: in the survey, so that they can be
         counted and left out; only while they are written, when the first bad one is an error; or
         never.
+    images: "copy" them into the tables, or "link": the tables name the files, which must stay.
     columns: {field of the table: its name in the files}, for corpora whose columns vary.
     """
 
     splits: tuple[str, ...] | None = None
     decode: Literal["survey", "build", "never"] = "survey"
+    images: Literal["copy", "link"] = "copy"
     columns: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def wanted(self, split: str) -> bool:
@@ -83,12 +85,18 @@ class Report:
     official: the same counts in the authors' files, where known.
     lost: what is missing of each, for want of files.
     problems: one line per missing or unreadable file, and per further loss, naming it.
+    remarks: what is odd and yet no error.
+    damaged: {"image", "file", "problem", "queries"} of each image that is missing or unreadable;
+        lost_queries: ids. Both are empty where only the counts are known.
     """
 
     counts: Mapping[str, int]
     official: Mapping[str, int] = dataclasses.field(default_factory=dict)
     lost: Mapping[str, int] = dataclasses.field(default_factory=dict)
     problems: Sequence[str] = ()
+    remarks: Sequence[str] = ()
+    damaged: Sequence[Mapping[str, Any]] = ()
+    lost_queries: Sequence[int] = ()
 
     @property
     def complete(self) -> bool:
@@ -106,8 +114,34 @@ class Report:
             "problems": list(self.problems[:MAX_KEPT]),
         }
 
+    def whole(self) -> dict[str, Any]:
+        """All of it, as JSON: what people send each other to complete a dataset."""
+        files = {one["file"] for one in self.damaged}
+        others = [text for text in self.problems if text.rpartition(": is ")[0] not in files]
+        return self.mark() | {
+            "problems": others,
+            "remarks": list(self.remarks),
+            "damaged": [dict(one) for one in self.damaged],
+            "lost_queries": list(self.lost_queries),
+        }
+
+    @property
+    def summary(self) -> str:
+        """ "617 image(s) missing, 3 unreadable, 477 queries lost"; "" = nothing is."""
+        missing = sum(one["problem"] == "is missing" for one in self.damaged)
+        parts = {
+            "image(s) missing": missing,
+            "unreadable": len(self.damaged) - missing,
+            "queries lost": len(self.lost_queries),
+        }
+        return ", ".join(f"{n:,} {what}" for what, n in parts.items()) if self.damaged else ""
+
     def __str__(self) -> str:
-        lines = []
+        return self.text()
+
+    def text(self, shown: Collection[str] = ()) -> str:
+        """For people, several lines. shown: problems that were listed before, only counted here."""
+        lines = [self.summary] if self.summary else []
         for name, count in self.counts.items():
             parts = [f"{name}: {count:,}"]
             if lost := self.lost.get(name):
@@ -119,11 +153,15 @@ class Report:
         lines += [f"{k}: {n:,} lost" for k, n in self.lost.items() if n and k not in self.counts]
         none = [(k, n) for k, n in self.official.items() if k not in self.counts]
         lines += [f"{k}: none, official {n:,}" for k, n in none]
+        new = [problem for problem in self.problems if problem not in shown]
         if self.problems:
-            lines.append(f"{len(self.problems):,} problem(s):")
-        lines += [f"  {problem}" for problem in self.problems[:MAX_LISTED]]
-        if len(self.problems) > MAX_LISTED:
-            lines.append(f"  and {len(self.problems) - MAX_LISTED:,} more")
+            before = len(self.problems) - len(new)
+            known = f", {before:,} of them above" if before else ""
+            lines.append(f"{len(self.problems):,} problem(s){known}{':' if new else ''}")
+        for what, found in (("", new), ("note: ", self.remarks)):
+            lines += [f"  {what}{one}" for one in found[:MAX_LISTED]]
+            if len(found) > MAX_LISTED:
+                lines.append(f"  {what}and {len(found) - MAX_LISTED:,} more")
         return "\n".join(lines)
 
 
@@ -148,6 +186,7 @@ class SourceBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     LICENSE = ""
     OWN_IDS: tuple[str, ...] = ()  # tables whose `id` is an official one, not the record's number
     OPTIONAL: tuple[str, ...] = ()  # tables that are left out where their files are missing
+    LINKS = False  # whether its tables can name the images instead of holding them
     url_infos = None  # nothing is downloaded; looking for checksums needs a package TFDS omits
 
     def __init__(self, *, splits: Mapping[str, Split] | None = None, **kwargs: Any):
@@ -309,7 +348,7 @@ def check_image(data: bytes) -> None:
 
 def parallel(function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
     """Like `map`, some items ahead; PIL and file reads release Python's lock."""
-    workers, items = min(16, os.cpu_count() or 1), iter(items)
+    workers, items = os.cpu_count() or 1, iter(items)
     with concurrent.futures.ThreadPoolExecutor(workers) as pool:
         waiting: collections.deque = collections.deque()
         try:

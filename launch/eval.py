@@ -6,18 +6,23 @@
 Writes results.json, report.html, a contact sheet per benchmark, and with --split=test the files for
 the test servers. Benchmarks may name variants of their protocol: fashioniq:small_gallery.
 
-    python launch/eval.py --validate_submission=FILE
+    python launch/eval.py --validate_submission=FILE [--source=DIR]
 
-checks such a file, whoever wrote it, as the server would; no --config is needed.
+checks such a file, whoever wrote it, as the server would; no --config is needed. It is compared
+with the authors' annotation files in DIR, else with prepared tables. Exit status: 0 = the server
+will take it, 1 = right, but of a split with public labels: it is scored here, 2 = wrong, 3 = right
+in its form, but there was nothing to compare it with.
 """
 
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from absl import flags  # noqa: E402
 
+from cir_jax.errors import ConfigError  # noqa: E402
 from launch import common, pixel_limit  # noqa: E402
 
 BENCHMARKS = flags.DEFINE_list(
@@ -33,18 +38,17 @@ ALLOW_PARTIAL = flags.DEFINE_bool(
 VALIDATE = flags.DEFINE_string(
     "validate_submission", None, "File for a test server to check, instead of an evaluation"
 )
+SOURCE = flags.DEFINE_string(
+    "source", None, "Folder of CIRCO's or CIRR's annotation files, for --validate_submission"
+)
 
 
 def main() -> None:
     config = common.CONFIG.value
     if VALIDATE.value is not None:
-        from cir_jax.evaluation import submissions
-        from cir_jax.storage.places import default_data_dir
-
-        given = config.data_dir if config is not None else ""
-        data_dir = Path(given).expanduser() if given else default_data_dir()
-        print(submissions.validate(Path(VALIDATE.value), data_dir))
-        return
+        _validate(Path(VALIDATE.value).expanduser(), config.data_dir if config is not None else "")
+    if SOURCE.value is not None:
+        raise ConfigError("--source goes with --validate_submission only.")
     from cir_jax.sharding import joining
 
     pixel_limit.apply()
@@ -66,6 +70,23 @@ def main() -> None:
     output = Path(OUTPUT.value).expanduser().absolute() if OUTPUT.value else common.workdir()
     common.evaluating(output)
     runner.run(experiment, params, output, common.command())
+
+
+def _validate(file: Path, data_dir: str) -> NoReturn:
+    from cir_jax.evaluation import validator
+    from cir_jax.storage.places import default_data_dir
+
+    if SOURCE.value is not None:
+        from data import official
+
+        where = Path(SOURCE.value).expanduser()
+        known = official.facts(where)
+    else:
+        where = Path(data_dir).expanduser() if data_dir else default_data_dir()
+        known = validator.prepared(where)
+    verdict = validator.validate(file, known, str(where))
+    print(verdict.text)
+    sys.exit(validator.STATUS[verdict.kind])
 
 
 if __name__ == "__main__":

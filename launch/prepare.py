@@ -5,7 +5,8 @@ says what has to lie there. Killed builds are continued by the same command.
 
 With --check and --source, says what is missing in DIR and whether the counts are the official ones,
 and builds nothing. With --check alone, reads every record of the built tables and decodes every
-image. Exit status: 0 = good and complete, 1 = checked and not complete, 2 = error.
+image. --report=FILE.json writes all that was found: every missing id, damaged file, lost query.
+Exit status: 0 = good and complete, 1 = checked and not complete, 2 = error.
 """
 
 import sys
@@ -31,6 +32,13 @@ _CHECK = flags.DEFINE_bool("check", False, "Check the files or tables instead of
 _ALLOW_PARTIAL = flags.DEFINE_bool(
     "allow_partial", False, "Build from incomplete files; results will be marked as partial."
 )
+_IMAGES = flags.DEFINE_enum(
+    "images",
+    "copy",
+    ["copy", "link"],
+    "copy: into the tables; link: the tables name your files, which must then stay where they are.",
+)
+_REPORT = flags.DEFINE_string("report", None, "File for all that was found in --source, as JSON.")
 _DECODE = flags.DEFINE_bool(
     "decode", True, "Decode each image to find damaged ones; --nodecode only looks for the files."
 )
@@ -45,10 +53,12 @@ _COLUMNS = flags.DEFINE_list(
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
-    from cir_jax.errors import CirError
+    from cir_jax.errors import CirError, DataError
 
     try:
         pixel_limit.apply()
+        if _REPORT.value and _SOURCE.value is None:
+            raise DataError("--report says what is in --source=DIR: give both.")
         if not _CHECK.value:
             _build()
         elif _SOURCE.value is None:
@@ -74,6 +84,8 @@ def _build() -> None:
         allow_partial=_ALLOW_PARTIAL.value,
         decode=_DECODE.value,
         columns=corpus.parse_columns(_COLUMNS.value or ()),
+        link=_IMAGES.value == "link",
+        report=Path(_REPORT.value).expanduser() if _REPORT.value else None,
     )
     for table, folder in folders.items():
         print(f"{table}: {folder}")
@@ -85,7 +97,7 @@ def _check_tables() -> None:
     counts = build.check(_DATASET.value, _TABLES.value, _DATA_DIR.value, _NAME.value)
     for table, splits in counts.items():
         if not splits:
-            print(f"{table}: left out, because its files were missing")
+            print(f"{table}: not there (it may be left out)")
             continue
         folder = build.table_dir(_DATASET.value, table, _DATA_DIR.value, _NAME.value)
         partial = ", ".join(build.incomplete_splits(folder))
@@ -102,6 +114,10 @@ def _check_source() -> None:
     options = build.Options(splits, how, columns=columns)
     found = build.survey(_DATASET.value, _SOURCE.value, options)
     print(build.describe(found))
+    if _REPORT.value:
+        path = Path(_REPORT.value).expanduser()
+        build.write_report(path, _DATASET.value, _SOURCE.value, found)
+        print(f"report: {path}")
     complete = all(report.complete for report in found.reports.values())
     but = ", but for what is left out" if found.skipped else ""
     print(f"complete{but}" if complete else "not complete: --allow_partial builds what there is")

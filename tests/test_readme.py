@@ -96,7 +96,7 @@ def test_from_raw_files_to_a_submission(scratch):
     status = [code for code, _ in output]
     assert status[:3] == [1, 0, 0], output
     assert "partial" in output[2][1]
-    assert status[3] == 2 and "the server would reject it" in output[3][1], output[3]
+    assert status[3] == 2 and "as a CIRCO file of val it is wrong" in output[3][1], output[3]
 
 
 @pytest.mark.slow

@@ -67,6 +67,7 @@ def build(name: str, backbone: Backbone, **kwargs: Any) -> Composer:
     for key in kwargs:
         if key not in valid:
             raise ConfigError(unknown(f"setting of composer {name}:", key, valid))
-    composer = cls(backbone, **{k: v for k, v in kwargs.items() if k not in shared})
-    composer.share(**{k: v for k, v in kwargs.items() if k in shared})
-    return composer
+    made = cls(backbone, **{k: v for k, v in kwargs.items() if k not in shared})
+    made.share(**{k: v for k, v in kwargs.items() if k in shared})
+    made.settings = shaping({"name": name, **kwargs})
+    return made

@@ -4,7 +4,8 @@ A composer holds no parameters: `params` (trainable, from `init`) and `frozen` (
 in the optimiser) are arguments of every function. Training and evaluation call the same `compose`.
 """
 
-from collections.abc import Callable, Sequence
+import types
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,9 @@ class Composer:
 
     speed_settings: tuple[str, ...] = ()
     """Arguments of the constructor that trade memory for speed: no result depends on them."""
+
+    settings: Mapping[str, Any] = types.MappingProxyType({})
+    """Its name and arguments of the constructor, as `composers.build` was given them."""
 
     official_format: str = ""
     """What checkpoints of the method's authors look like, for messages; "" = there are none."""

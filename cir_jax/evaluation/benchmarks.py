@@ -23,6 +23,9 @@ __all__ = [
     "load", "pad_rows", "register", "required",
 ]  # fmt: skip
 
+NAMES = "names"
+"""The table with what a gallery's images are called, for who does not need the images."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
@@ -204,8 +207,12 @@ def load(
     references = None
     if entry.references:
         references = Table(directory, entry.dataset, entry.references, split)
-    categories = _categories(entry.protocol, gallery, queries)
-    benchmark = Benchmark(queries=queries, categories=categories, references=references, **shared)
+    labels = None
+    if is_prepared(directory, entry.dataset, NAMES):
+        labels = Table(directory, entry.dataset, NAMES, entry.gallery_split or split)
+    categories = _categories(entry.protocol, gallery if labels is None else labels, queries)
+    shared |= {"categories": categories, "references": references, "labels": labels}
+    benchmark = Benchmark(queries=queries, **shared)
     for (kind, where, group), count in entry.groups.items():
         here = benchmark.counts.get(f"gallery {group}")
         if (kind, where) == (entry.protocol.gallery, split) and here != count and not problem:

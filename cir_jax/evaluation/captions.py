@@ -79,11 +79,10 @@ def evaluate(
     found, headline, ranked = measured(benchmark, queries, gallery, owner)
     ended = time.perf_counter()
     return Result(
-        **Result.what(composer, benchmark),
+        **Result.what(composer, benchmark, seed),
         method=method or type(composer).__name__,
         metrics=found,
         headline=headline,
-        seed=seed,
         seconds=ended - began,
         queries_per_second=len(texts) / (ended - encoded),
         top=ranked.top,

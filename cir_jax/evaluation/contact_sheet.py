@@ -1,6 +1,6 @@
 """One picture of what a method retrieves: hits, failures, and what it should have found."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from cir_jax.evaluation.queries import Benchmark
+from cir_jax.evaluation.queries import Benchmark, Query
 from cir_jax.evaluation.result import Result
 from cir_jax.input.images import reading, to_rgb
 from cir_jax.retrieval.features import open_image
@@ -21,7 +21,8 @@ SHOWN = 5
 TEXT_WIDTH = 176
 MARGIN = 26
 HEADER = 92
-ROW = TILE + 30
+ROW = TILE + 34
+FOOTER = 36
 
 BACKGROUND = (250, 250, 248)
 INK = (33, 37, 41)
@@ -35,7 +36,8 @@ MISSED = (232, 119, 34)
 def contact_sheet(
     result: Result, benchmark: Benchmark, path: Path | None = None, *, rows: int = 8
 ) -> Image.Image:
-    """A PNG, about 1200 pixels wide: per query its reference, text, top 5 and one missed target.
+    """A PNG, about 1200 pixels wide: per query its reference, text, top 5 with their scores and one
+    missed target with its rank; protocol, weights and setting at the foot.
 
     Hits are framed green, other images grey, a ground truth outside the top 5 orange. Half of the
     queries are those with a hit (spread over them, best first), half those without one (spread, the
@@ -48,12 +50,62 @@ def contact_sheet(
         raise ValueError(f"a result of {result.benchmark} {result.split}, not of {benchmark.name}")
     chosen = _choose(result.best_rank, rows)
     width = _columns()[-1] + TILE + MARGIN
-    sheet = Image.new("RGB", (width, HEADER + ROW * len(chosen) + 8), BACKGROUND)
+    sheet = Image.new("RGB", (width, HEADER + ROW * len(chosen) + FOOTER), BACKGROUND)
     draw = ImageDraw.Draw(sheet)
     _title(draw, result, sheet.width)
     for line, position in enumerate(chosen):
         _row(sheet, draw, result, benchmark, int(position), HEADER + line * ROW)
+    footer = f"{result.protocol.id}; {result.weights_id}; setting {result.setting_id or '-'}"
+    draw.text((MARGIN, sheet.height - 28), footer, FAINT, _font(13))
     if path is not None and jax.process_index() == 0:
+        write_atomically(Path(path), lambda file: sheet.save(file, format="PNG"))
+    return sheet
+
+
+def comparison_sheet(
+    benchmark: Benchmark,
+    title: str,
+    footer: str,
+    labels: Sequence[str],
+    rows: Sequence[tuple[Query, Sequence[Sequence[int]], Sequence[str]]],
+    path: Path | None = None,
+) -> Image.Image:
+    """A PNG of queries under several runs: reference and text, then a line of images per run.
+
+    labels: of the runs. rows: query, per run the positions of its best images, per run a note. The
+    first target stands at the right. path: written atomically.
+    """
+    lines = len(labels)
+    width = _columns()[-1] + TILE + MARGIN
+    height = (TILE + 34) * lines + 16
+    sheet = Image.new("RGB", (width, HEADER + height * len(rows) + FOOTER), BACKGROUND)
+    draw = ImageDraw.Draw(sheet)
+    draw.text((MARGIN, 18), title, INK, _font(22))
+    reference, text, shown, missed = _columns()
+    for x0, label in ((reference, "reference"), (text, "modification"), (missed, "ground truth")):
+        draw.text((x0, HEADER - 30), label, FAINT, _font(14))
+    for line, (query, tops, notes) in enumerate(rows):
+        top = HEADER + line * height
+        draw.line((MARGIN, top - 8, width - MARGIN, top - 8), RULE)
+        what = f"reference of query {query.id}"
+        _tile(sheet, benchmark.reference(query), what, reference, top + 24, None)
+        words = _wrap(draw, " / ".join(query.texts), _font(17), TEXT_WIDTH)
+        limit = (lines * (TILE + 34) - 50) // 22
+        words = [*words[: limit - 1], "…"] if len(words) > limit else words
+        for i, one in enumerate(words):
+            draw.text((text, top + 24 + 22 * i), one, INK, _font(17))
+        draw.text((text, top + height - 40), f"query {query.id}", FAINT, _font(13))
+        for i, (label, images, note) in enumerate(zip(labels, tops, notes, strict=True)):
+            y = top + i * (TILE + 34)
+            draw.text((shown[0], y), f"{label}: {note}", INK, _font(14))
+            for x0, image in zip(shown, images, strict=False):
+                colour = HIT if image in query.targets else OTHER
+                what = f"gallery record {image}"
+                _tile(sheet, benchmark.gallery[image], what, x0, y + 24, colour)
+        what = f"gallery record {query.targets[0]}"
+        _tile(sheet, benchmark.gallery[query.targets[0]], what, missed, top + 24, HIT)
+    draw.text((MARGIN, sheet.height - 28), footer, FAINT, _font(13))
+    if path is not None:
         write_atomically(Path(path), lambda file: sheet.save(file, format="PNG"))
     return sheet
 
@@ -127,13 +179,17 @@ def _row(
         draw.text((text, top + 22 * i), line, INK, _font(17))
     draw.text((text, top + TILE - 16), note, FAINT, _font(13))
     found = [int(image) for image in result.top[position][:SHOWN] if image >= 0]
-    for x0, image in zip(shown, found, strict=False):
+    below = top + TILE + FRAME + 1
+    for x0, image, score in zip(shown, found, result.scores[position], strict=False):
         colour = HIT if image in query.targets else OTHER
         _tile(sheet, benchmark.gallery[image], f"gallery record {image}", x0, top, colour)
+        draw.text((x0, below), f"{score:.3f}", FAINT, _font(12))
     rest = [target for target in query.targets if target not in found]
     if rest:
         what = f"gallery record {rest[0]}"
         _tile(sheet, benchmark.gallery[rest[0]], what, missed, top, MISSED)
+        where = result.outcome.target_ranks[position][query.targets.index(rest[0])]
+        draw.text((missed, below), f"rank {where + 1}", FAINT, _font(12))
 
 
 def _tile(

@@ -88,11 +88,10 @@ def evaluate(
         )
     protocol = benchmark.protocol
     return Result(
-        **Result.what(composer, benchmark),
+        **Result.what(composer, benchmark, seed),
         method=method,
         metrics=protocols.measure(protocol, outcome) if outcome else {},
         headline=protocol.headline,
-        seed=seed,
         seconds=ended - began,
         queries_per_second=len(queries) / (ended - encoded),
         top=ranked.top,

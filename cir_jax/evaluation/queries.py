@@ -39,6 +39,7 @@ class Benchmark:
     categories: of each gallery image; needed by protocols that rank within a category only.
     source: what error messages call the query file.
     references: records with the reference images, where they are not those of the gallery.
+    labels: `name` and `categories` of each gallery image, where they can be read without the image.
     data: name and version of the data. partial: made of incomplete data, so not comparable.
     Raises DataError naming source and record when a query does not fit the gallery or protocol.
     """
@@ -51,10 +52,16 @@ class Benchmark:
     categories: tuple[frozenset[str], ...] = ()
     source: str = "queries"
     references: Sequence[Mapping[str, Any]] | None = None
+    labels: Sequence[Mapping[str, Any]] | None = None
     data: str = ""
     partial: bool = False
 
     def __post_init__(self) -> None:
+        if self.labels is not None and len(self.labels) != len(self.gallery):
+            raise DataError(
+                f"{self.source}: the names of {len(self.labels)} images for a gallery of "
+                f"{len(self.gallery)}. Prepare the dataset again."
+            )
         if not self.queries or not len(self.gallery):
             raise DataError(
                 f"{self.source}: {len(self.queries)} queries and {len(self.gallery)} gallery "
@@ -97,6 +104,12 @@ class Benchmark:
     def reference(self, query: Query) -> Mapping[str, Any]:
         """The record of a query's reference image."""
         return (self.gallery if self.references is None else self.references)[query.reference]
+
+    def image_name(self, position: int) -> str:
+        """What the authors call an image of the gallery; its position where they do not."""
+        records = self.gallery if self.labels is None else self.labels
+        name = records[position].get("name", str(position))
+        return name.decode() if isinstance(name, bytes) else str(name)
 
     def target_table(self) -> np.ndarray:
         """int32[queries, targets] padded with -1."""

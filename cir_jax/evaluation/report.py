@@ -23,22 +23,26 @@ PACKAGES = ("cir_jax", "jax", "jaxlib", "flax", "numpy", "pillow")
 def format_table(results: Sequence[Result], papers: Sequence[Row] = ()) -> str:
     """Aligned text of one benchmark: rows = methods, columns = headline metrics, value +- se.
 
-    papers: published rows of the same benchmark, split and protocol; they stand apart, below ours.
+    papers: published rows of the same benchmark and protocol; they stand apart, below ours, and say
+        so where they are of another split.
     Raises ValueError when the results are of different benchmarks, splits or protocols.
     """
     first = results[0]
     kinds = {(result.benchmark, result.split, result.protocol.id) for result in results}
     if len(kinds) != 1:
         raise ValueError(f"one table per benchmark, split and protocol, got {sorted(kinds)}")
-    key = (first.benchmark, first.split)
-    if other := [row for row in papers if (row.benchmark, row.split) != key]:
-        raise ValueError(f"a published row of {other[0].benchmark} {other[0].split}")
-    header = ["method", *first.headline]
-    ours = [[r.method, *(_cell(r, name) for name in first.headline)] for r in results]
+    if other := [row for row in papers if row.benchmark != first.benchmark]:
+        raise ValueError(f"a published row of {other[0].benchmark}")
+    header = ["method", *first.headline, "setting"]
+    ours = [
+        [r.method, *(_cell(r, name) for name in first.headline), r.setting_id or "-"]
+        for r in results
+    ]
     theirs = [
         [
-            f"{row.method} ({row.source}; {row.backbone})",
+            f"{row.method} ({row.source}; {row.backbone}{_elsewhere(row, first)})",
             *(f"{row.metrics[n]:.2f}" if n in row.metrics else "-" for n in first.headline),
+            "",
         ]
         for row in papers
     ]
@@ -71,6 +75,11 @@ def format_table(results: Sequence[Result], papers: Sequence[Row] = ()) -> str:
     return "\n".join(out)
 
 
+def _elsewhere(row: Row, first: Result) -> str:
+    """What marks a published number of another split."""
+    return "" if row.split == first.split else f"; paper, {row.split.rstrip('1')}"
+
+
 def _counts(counts: Mapping[str, int]) -> str:
     groups = [f"{name.partition(' ')[2]} {n}" for name, n in counts.items() if " " in name]
     per_group = f" ({', '.join(groups)})" if groups else ""
@@ -80,10 +89,16 @@ def _counts(counts: Mapping[str, int]) -> str:
 def published_rows(results: Sequence[Result]) -> list[Row]:
     """What the papers print of these methods on this benchmark and split, under this protocol.
 
-    Nothing for partial data: no published number is comparable with theirs.
+    Below them what they print of the split whose labels only a server has: of CIRCO and CIRR most
+    print nothing else. Nothing for partial data: no published number is comparable with theirs.
     """
     first, methods = results[0], [result.method for result in results]
-    return published.rows(first.benchmark, first.split, methods, first.weights_id)
+    hidden = submissions.HIDDEN.get(first.benchmark.partition(":")[0], first.split)
+    return [
+        row
+        for split in dict.fromkeys((first.split, hidden))
+        for row in published.rows(first.benchmark, split, methods, first.weights_id)
+    ]
 
 
 def print_table(
@@ -154,9 +169,9 @@ def _result(result: Result) -> dict[str, Any]:
         "partial": result.partial,
         "data": result.data,
         "weights_id": result.weights_id,
-        "preprocessing": result.preprocessing,
-        "dtype": result.dtype,
         "seed": result.seed,
+        "setting_id": result.setting_id,
+        "setting": dict(result.setting),
         "counts": dict(sorted(result.counts.items())),
         "headline": list(result.headline),
         "metrics": {name: _estimate(value) for name, value in result.metrics.items()},

@@ -1,13 +1,14 @@
 """What an evaluation gives: numbers with their protocol, and what happened to each query."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from cir_jax.composers.base import Composer
 from cir_jax.evaluation import protocols
+from cir_jax.evaluation import setting as settings
 from cir_jax.evaluation.metrics import Estimate, best_rank
 from cir_jax.evaluation.protocols import Outcome, Protocol
 from cir_jax.evaluation.queries import Benchmark, CaptionBenchmark
@@ -23,7 +24,7 @@ class Result:
     scores: float32[queries, k].
     subset_top: int32[queries, candidates] the ranked candidates (CIRR), or of width 0.
     outcome: ranks of all ground truths; None without public ground truth.
-    preprocessing: of the images. dtype: of the backbone's computation.
+    setting: all that was chosen and moves the numbers; see `evaluation.setting`.
     data: name and version of the data. partial: they are incomplete, the numbers not comparable.
     seconds: gallery features, queries and ranking together, compilation included.
     queries_per_second: of composing and ranking alone, compilation included.
@@ -44,13 +45,14 @@ class Result:
     scores: np.ndarray
     subset_top: np.ndarray
     outcome: Outcome | None
-    preprocessing: str = ""
-    dtype: str = ""
+    setting: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     data: str = ""
     partial: bool = False
 
     @staticmethod
-    def what(composer: Composer, benchmark: Benchmark | CaptionBenchmark) -> dict[str, Any]:
+    def what(
+        composer: Composer, benchmark: Benchmark | CaptionBenchmark, seed: int
+    ) -> dict[str, Any]:
         """The fields that say what was measured on what, as keyword arguments."""
         return {
             "benchmark": benchmark.name,
@@ -58,11 +60,16 @@ class Result:
             "protocol": benchmark.protocol,
             "counts": benchmark.counts,
             "weights_id": composer.backbone.weights_id,
-            "preprocessing": repr(composer.backbone.image_transform),
-            "dtype": composer.backbone.dtype.name,
+            "seed": seed,
+            "setting": settings.of(composer, benchmark, seed),
             "data": benchmark.data,
             "partial": benchmark.partial,
         }
+
+    @property
+    def setting_id(self) -> str:
+        """The short id that stands beside the numbers; "" where the setting is not known."""
+        return settings.short_id(self.setting) if self.setting else ""
 
     @property
     def best_rank(self) -> np.ndarray:

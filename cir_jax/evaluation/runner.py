@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from cir_jax.errors import CheckpointError, DataError
-from cir_jax.evaluation import benchmarks, report, submissions
+from cir_jax.evaluation import benchmarks, per_query, report, submissions
 from cir_jax.evaluation.contact_sheet import contact_sheet
 from cir_jax.evaluation.evaluate import evaluate_with_baselines
 from cir_jax.evaluation.page import Section, write_page
@@ -67,9 +67,10 @@ def run(
     """Evaluates on all of config.evaluation.benchmarks, in config.evaluation.dtype; the baselines
     beside the method, unless `alone`.
 
-    Prints a table per benchmark, with published numbers of the same protocol; writes `results.json`
-    and `report.html` into `output`, per benchmark a contact sheet `<benchmark>.png`, and the files
-    for the test server where the labels are not public. Returns all results.
+    Prints a table per benchmark, with published numbers of the same protocol; writes into `output`
+    `results.json`, `queries.jsonl` (see `per_query`), `report.html`, per benchmark a contact sheet
+    `<benchmark>.png`, and the files for the test servers where the labels are not public. Returns
+    all results.
     Raises DataError before anything is evaluated when a benchmark or `output` cannot be used.
     """
     config = experiment.config
@@ -91,8 +92,12 @@ def run(
         identity = content_id(name, jax.tree.map(to_host, params))
         backbone = dataclasses.replace(experiment.backbone, weights_id=identity)
         experiment.composer.backbone = backbone
+    trained = ""
+    if experiment.composer.trained:
+        trained = content_id(method, jax.tree.map(to_host, params))
     everything: list[Result] = []
     sections: list[Section] = []
+    asked: list[tuple[Benchmark, list[Result]]] = []
     for benchmark in loaded:
         results = evaluate_with_baselines(
             experiment.composer,
@@ -106,6 +111,9 @@ def run(
             method=method,
             alone=alone,
         )
+        if trained:
+            last = results[-1]
+            results[-1] = dataclasses.replace(last, setting={**last.setting, "trained": trained})
         papers = report.published_rows(results)
         _say("")
         report.print_table(results, papers)
@@ -118,10 +126,13 @@ def run(
         everything += results
         if isinstance(benchmark, Benchmark):
             _retrieved(results[-1], benchmark, output)
+            asked.append((benchmark, results))
             sections.append(Section(benchmark, results[-1], report.format_table(results, papers)))
     if sections:
         write_page(output / "report.html", f"{config.name}: what was retrieved", sections)
         _say(f"\npage: {output / 'report.html'}")
+        per_query.write(output / per_query.FILE, asked)
+        _say(f"queries: {output / per_query.FILE}")
     settings = config.composer.to_dict()
     report.write_results(output / "results.json", everything, command, settings)
     _say(f"results: {output / 'results.json'}")

@@ -11,6 +11,7 @@ from typing import Any, SupportsIndex
 import numpy as np
 
 from cir_jax.errors import DataError, unknown
+from cir_jax.input import links
 
 OWN_DATA = {  # table of a training corpus: the --dataset of launch/prepare.py that makes it
     "images": "images",
@@ -76,12 +77,15 @@ class Table:
 
     def __getitem__(self, index: SupportsIndex) -> dict[str, Any]:
         try:
-            return self._source[index]
+            record = self._source[index]
         except Exception as error:  # array_record and protobuf raise many types
             raise DataError(
                 f"{self!r}, record {int(index)}: unreadable ({type(error).__name__}: {error}). "
                 f"Delete {self.data_dir / self.dataset / self.table} and prepare it again."
             ) from error
+        if "image" in record:
+            record["image"] = links.followed(record["image"], f"{self!r}, record {int(index)}")
+        return record
 
     def mark(self) -> dict[str, Any]:
         """What `source.json` says of the files the table was made of (see `data.build`).

@@ -7,8 +7,8 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from cir_jax.errors import DataError
-from data.benchmark import POSITIONS, BenchmarkBuilder, Picture, Question, Raw, absent
-from data.source import field, first_file, read_json, strings
+from data.benchmark import POSITIONS, BenchmarkBuilder, Question, Raw, absent, located
+from data.source import field, read_json, strings
 
 FOLDERS = {"train": "train", "val": "dev", "test1": "test1"}  # of the images of a split
 
@@ -43,7 +43,7 @@ NLVR2 (lil.nlp.cornell.edu/nlvr), or from CIRR's authors by e-mail. The folder h
         if missing := [file for file in (captions, names) if not file.is_file()]:
             raise absent(missing)
         pictures = [
-            Picture(name, name, _path(source, split, name, path, names))
+            located(name, name, _paths(source, split, name, path, names))
             for name, path in read_json(names, dict).items()
         ]
         questions = [
@@ -53,13 +53,13 @@ NLVR2 (lil.nlp.cornell.edu/nlvr), or from CIRR's authors by e-mail. The folder h
         return Raw(pictures, questions, names)
 
 
-def _path(source: Path, split: str, name: str, path: Any, file: Path) -> Path:
-    """Where the image is: as the split file says, or flat in the folder of its split."""
+def _paths(source: Path, split: str, name: str, path: Any, file: Path) -> list[Path]:
+    """Where the image may be: as the split file says, or flat in the folder of its split."""
     if not isinstance(path, str):
         raise DataError(f"{file}: the path of {name} is {path!r:.80}, expected a text.")
     flat = f"{FOLDERS[split]}/{Path(path).name}"
     roots = (source, source / "cirr" / "img_raw", source / "img_raw", source / "images")
-    return first_file(*(root / p for p in (path, flat, Path(path).name) for root in roots))
+    return [root / p for p in (path, flat, Path(path).name) for root in roots]
 
 
 def _question(entry: Any, where: str, labelled: bool) -> Question:

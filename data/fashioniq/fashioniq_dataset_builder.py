@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from cir_jax.errors import DataError
-from data.benchmark import BenchmarkBuilder, Picture, Question, Raw, absent
-from data.source import field, first_file, read_json, strings
+from data.benchmark import BenchmarkBuilder, Question, Raw, absent, located
+from data.source import field, read_json, strings
 
 CATEGORIES = ("dress", "shirt", "toptee")
 
@@ -64,7 +64,7 @@ folder holds
                 _check_category(question, own, names)
                 questions.append(question)
         pictures = [
-            Picture(name, name, _path(source, name), tuple(categories))
+            located(name, name, _paths(source, name), tuple(categories))
             for name, categories in listed.items()
         ]
         return Raw(pictures, questions, source / "image_splits", missing)
@@ -79,8 +79,8 @@ def _names(file: Path) -> list[str]:
     return names
 
 
-def _path(source: Path, name: str) -> Path:
-    return first_file(*(source / "images" / f"{name}{suffix}" for suffix in (".jpg", ".png")))
+def _paths(source: Path, name: str) -> list[Path]:
+    return [source / "images" / f"{name}{suffix}" for suffix in (".jpg", ".png")]
 
 
 def _question(entry: Any, where: str, number: int, category: str, labelled: bool) -> Question:

@@ -9,8 +9,8 @@ import tensorflow_datasets as tfds
 
 from cir_jax.errors import DataError
 from cir_jax.input import images
-from data.benchmark import BenchmarkBuilder, Picture, Question, Raw, absent
-from data.source import field, first_file, read_json
+from data.benchmark import BenchmarkBuilder, Picture, Question, Raw, absent, located
+from data.source import field, read_json
 
 TASKS = ("focus_attribute", "change_attribute", "focus_object", "change_object")
 DILATION = 0.7  # DILATION of the released datasets/vaw_dataset.py
@@ -121,11 +121,10 @@ def _picture(source: Path, value: Any, attribute: bool, where: str) -> Picture:
     if not attribute:
         name = f"{field(value, 'val_image_id', int, where):012d}"
         folders = (source / "val2017", source / "coco" / "val2017")
-        return Picture(name, name, first_file(*(f / f"{name}.jpg" for f in folders)))
+        return located(name, name, [f / f"{name}.jpg" for f in folders])
     name = str(field(value, "image_id", int, where))
     box = field(value, "instance_bbox", list, where)
     if len(box) != 4 or not all(isinstance(v, (int, float)) for v in box):
         raise DataError(f"{where}: instance_bbox is {box!r:.80}, expected [x, y, width, height].")
     folders = (source / "VG_100K_all", source / "VG_100K", source / "VG_100K_2")
-    path = first_file(*(f / f"{name}.jpg" for f in folders))
-    return Picture(f"{name} {box}", name, path, box=tuple(box))
+    return located(f"{name} {box}", name, [f / f"{name}.jpg" for f in folders], box=tuple(box))

@@ -47,6 +47,15 @@ def test_whole_and_readable(data_dir, dataset):
     assert not any(split["complete"] for split in mark["splits"].values())  # dummies are small
 
 
+@pytest.mark.parametrize("dataset", ["circo", "cirr", "fashioniq", "genecis"])
+def test_names_are_those_of_the_gallery(data_dir, dataset):
+    for split in build.check(dataset, ["names"], data_dir)["names"]:
+        fields = ("id", "name", "categories")
+        gallery = rows(data_dir, dataset, "gallery", split)
+        expected = [{field: record[field] for field in fields} for record in gallery]
+        assert rows(data_dir, dataset, "names", split) == expected
+
+
 def test_circo(data_dir):
     gallery = rows(data_dir, "circo", "gallery", "unlabeled")
     names = [record["name"].decode() for record in gallery]
@@ -327,7 +336,7 @@ def test_same_queries_and_positions_whatever_is_lost():
         Question("q2", 9, "a", ("x",), ("c",)),
         Question("q3", 5, "d", ("x",)),
     ]
-    records, lost = resolve(questions, ["a", "b", "d"])
+    records, lost = resolve(questions, {"a": 0, "b": 1, "d": 2})
     assert [record["id"] for record in records] == [7, 5]
     assert records[0]["targets"] == [1] and records[0]["candidates"] == [0, 1, 2]
     assert records[0]["soft_targets"] == [1] and records[0]["soft_weights"] == [1.0]

@@ -148,7 +148,7 @@ def test_one_split_of_several(tmp_path, monkeypatch):
     kwargs = {"source": source, "splits": ["val"], "allow_partial": True}
     build.prepare("cirr", None, tmp_path / "data", **kwargs)
     assert build.check("cirr", None, tmp_path / "data") == {
-        "gallery": {"val": 8}, "queries": {"val": 2}
+        "gallery": {"val": 8}, "queries": {"val": 2}, "names": {"val": 8}
     }  # fmt: skip
 
 

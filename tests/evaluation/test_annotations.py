@@ -6,12 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cir_jax.evaluation import benchmarks, evaluate, submissions
+from cir_jax.evaluation import benchmarks, evaluate, submissions, validator
 from data import benchmark as builders
 from data.circo import circo_dataset_builder as circo
 from data.cirr.cirr_dataset_builder import Cirr
 from data.fashioniq.fashioniq_dataset_builder import Fashioniq
 from data.genecis.genecis_dataset_builder import Genecis
+from data.official import facts
 from tests import tiny as factory
 from tests.evaluation import worlds
 
@@ -42,7 +43,9 @@ def tables(monkeypatch, image, tmp_path):
                 {"name": p.name.encode(), "image": image, "categories": list(p.categories)}
                 for p in raw.pictures
             ]
-            records, lost = builders.resolve(raw.questions, [p.key for p in raw.pictures])
+            records, lost = builders.resolve(
+                raw.questions, {p.key: i for i, p in enumerate(raw.pictures)}
+            )
             assert not any(lost.values())
             made[key] = {"queries": records, "gallery": pictures}
         found = factory.MemoryTable(made[key][name], f"{dataset} {name} {split}")
@@ -50,7 +53,7 @@ def tables(monkeypatch, image, tmp_path):
         return found
 
     monkeypatch.setattr(benchmarks, "Table", table)
-    monkeypatch.setattr(submissions, "Table", table)
+    monkeypatch.setattr(validator, "Table", table)
     monkeypatch.setenv("CIR_JAX_CACHE", str(tmp_path / "cache"))
     return tmp_path
 
@@ -118,16 +121,29 @@ def test_official_annotations_of_test_give_valid_submissions(name, files, tables
     paths = submissions.write(result, benchmark, tables)
     assert len(paths) == files
     for path in paths:
-        line = submissions.validate(path, tables)
+        line = validator.validate(path, validator.prepared(tables)).text
         assert f"compared with the prepared {benchmark.split} split" in line, line
 
 
 def test_official_examples_of_submissions_are_valid_annotations(tables):
+    """With the annotations alone, and with tables; the lists of images of CIRCO are not here."""
     cirr, circo = ANNOTATIONS / "cirr", ANNOTATIONS / "circo"
     for kind in ("recall", "recall_subset"):
-        line = submissions.validate(cirr / f"submission_example_{kind}.json", tables)
-        assert "compared with the prepared test1 split" in line
-    for split, queries in (("val", 220), ("test", 800)):
-        # without the list of images: ours is made up
-        line = submissions.validate(circo / f"submission_example_{split}.json")
-        assert f"{queries} queries" in line
+        file = cirr / f"submission_example_{kind}.json"
+        for known in (validator.prepared(tables), facts(cirr)):
+            assert validator.validate(file, known).kind == "accepted"
+    for split, kind in (("val", "local"), ("test", "accepted")):
+        file = circo / f"submission_example_{split}.json"
+        verdict = validator.validate(file, facts(circo))
+        assert verdict.kind == kind and ("mAP@5" in verdict.metrics) == (split == "val")
+
+
+def test_what_the_official_script_retrieves_on_val_scores_as_it_says(tmp_path):
+    golden = np.load(ANNOTATIONS / "golden_real" / "metrics_circo_val.npz")
+    path = tmp_path / "searle.json"
+    lists = {str(i): [str(x) for x in row] for i, row in enumerate(golden["out/top50_ids"])}
+    path.write_text(json.dumps(lists, sort_keys=True))
+    metrics = validator.validate(path, facts(ANNOTATIONS / "circo")).metrics
+    for name, where in (("mAP", "map_at"), ("R", "recall_at")):
+        ours = [metrics[f"{name}@{k}"].value for k in (5, 10, 25, 50)]
+        np.testing.assert_allclose(ours, 100 * golden[f"out/{where}"], rtol=1e-6)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from cir_jax.errors import DataError
-from cir_jax.evaluation import benchmarks, evaluate, protocols, runner, submissions
+from cir_jax.evaluation import benchmarks, evaluate, protocols, runner, submissions, validator
 from cir_jax.experiment import Experiment
 from cir_jax.input.tables import Table
 from cir_jax.loading import read_experiment
@@ -76,12 +76,12 @@ def test_test_splits_give_submissions_of_the_right_form(prepared, slerp, tmp_pat
         paths = submissions.write(result, benchmark, tmp_path)
         assert len(paths) == files and all("partial" in path.name for path in paths)
         for path in paths:
-            content, _ = submissions._read(path)
+            content, _ = validator.read(path)
             keys = [key for key in content if key not in submissions.HEADER]
             assert keys == [str(query.id) for query in benchmark.queries]
             # shorter than the server wants: there are not enough images
-            with pytest.raises(DataError, match="the server would reject it"):
-                submissions.validate(path, prepared)
+            with pytest.raises(DataError, match="it is wrong"):
+                validator.validate(path, validator.prepared(prepared))
 
 
 def test_names_in_a_submission_are_those_of_the_official_files(prepared, slerp, tmp_path):
@@ -89,11 +89,11 @@ def test_names_in_a_submission_are_those_of_the_official_files(prepared, slerp, 
     result = evaluate.evaluate(*slerp, benchmark, mesh=worlds.mesh(1))
     recall, subset = submissions.write(result, benchmark, tmp_path)
     names = [benchmark.gallery[i]["name"].decode() for i in range(len(benchmark.gallery))]
-    content, _ = submissions._read(recall)
+    content, _ = validator.read(recall)
     for query, top in zip(benchmark.queries, result.top, strict=True):
         assert content[str(query.id)] == [names[i] for i in top if i >= 0]
         assert names[query.reference] not in content[str(query.id)]
-    content, _ = submissions._read(subset)
+    content, _ = validator.read(subset)
     for query in benchmark.queries:
         assert {names.index(x) for x in content[str(query.id)]} <= set(query.candidates)
 

@@ -213,7 +213,10 @@ def test_table_and_json(oracle, tmp_path):
     # never in a row of ours
     assert lines[8:] == ["published:", lines[9]]
     assert lines[9].split()[:5] == ["a", "(paper;", "clip_l14)", "12.30", "-"]
-    with pytest.raises(ValueError, match="a published row of circo val"):
+    assert lines[3].split()[-1] == "setting" and lines[5].split()[-1] == results[0].setting_id
+    hidden = report.format_table(results, [row, dataclasses.replace(row, split="test1")])
+    assert hidden.splitlines()[10].startswith("a (paper; clip_l14; paper, test)  ")
+    with pytest.raises(ValueError, match="a published row of circo"):
         report.format_table(results, [dataclasses.replace(row, benchmark="circo")])
     paths = [tmp_path / "x" / "results.json", tmp_path / "y.json"]
     for path, result in zip(paths, results, strict=True):
@@ -225,7 +228,9 @@ def test_table_and_json(oracle, tmp_path):
     assert not list(tmp_path.glob("**/.*"))  # no temporary files are left
     whole = json.loads(paths[0].read_text())
     assert whole["versions"]["jax"] == jax.__version__ and whole["command"] == ["eval", "--seed=0"]
-    assert first["dtype"] == "float32" and "resize=16" in first["preprocessing"]
+    setting = first["setting"]
+    assert setting["dtype"] == "float32" and "resize=16" in setting["preprocessing"]
+    assert first["setting_id"] == results[0].setting_id
     assert whole["published"] == [] and first["partial"] is False and first["seed"] == 0
 
 
@@ -242,6 +247,11 @@ def test_partial_data_are_marked_in_table_json_picture_and_page(oracle, tmp_path
     whole = dataclasses.replace(result, benchmark="circo", partial=False)
     rows = report.to_dict([whole])["published"]
     assert {row["method"] for row in rows} == {"searle"} and rows[0]["source"]
+    # most papers print CIRCO's test split alone; it stands below, under its own name
+    assert [row["split"] for row in rows] == sorted((r["split"] for r in rows), reverse=True)
+    assert {row["split"] for row in rows} == {"val", "test"}
+    text = report.format_table([whole], report.published_rows([whole]))
+    assert "paper, test)" in text.splitlines()[-1] and "paper, val)" not in text
 
 
 def test_a_table_holds_one_benchmark_only(oracle):

@@ -41,7 +41,8 @@ def one(scratch, tmp_path_factory):
 def test_all_that_is_promised_is_there(one):
     output, text = one
     assert {path.name for path in output.iterdir()} == {
-        "results.json", "report.html", "shapes_tiny_circo.png", "shapes_tiny_fashioniq.png",
+        "results.json", "queries.jsonl", "report.html", "shapes_tiny_circo.png",
+        "shapes_tiny_fashioniq.png",
     }  # fmt: skip
     assert "protocol circo(gallery=all" in text and "published" not in text
     for method in ("image_only", "text_only", "image_text", "slerp"):
@@ -90,6 +91,30 @@ def test_two_processes_of_three_and_eight_devices_give_the_same_metrics(one, scr
     assert metrics(fresh) == metrics(one[0])
 
 
+def test_runs_are_compared(one, scratch, tmp_path):
+    """Slerp and its neighbour: a table and a sheet per benchmark; a run with itself is no run."""
+    other, output = tmp_path / "near", tmp_path / "compare"
+    changed = "--config.composer.alpha=0.5"
+    status, text = run("eval", SLERP, TWO, changed, f"--output={other}", scratch=scratch)
+    assert status == 0, text
+    status, text = run("compare", str(one[0]), str(other), f"--output={output}", scratch=scratch)
+    assert status == 0, text
+    assert "shapes_tiny/circo test_0: near (slerp) minus" in text and "interval" in text
+    compared = json.loads((output / "compare.json").read_text())
+    assert [one["benchmark"] for one in compared] == ["shapes_tiny/circo", "shapes_tiny/fashioniq"]
+    ours, theirs = metrics(one[0]), metrics(other)
+    for pair in compared:
+        for row in pair["differences"]:
+            key = (pair["benchmark"], "slerp")
+            values = [found[key][row["metric"]]["value"] for found in (ours, theirs)]
+            assert [row["first"], row["second"]] == pytest.approx(values, abs=1e-9)
+    assert (output / "shapes_tiny_circo_test_0_near.png").exists()
+    status, text = run("compare", str(one[0]), scratch=scratch)
+    assert status == 2 and "give two folders" in text and "Traceback" not in text
+    status, text = run("compare", str(one[0]), str(one[0]), scratch=scratch)
+    assert status == 2 and "a folder is given twice" in text
+
+
 def test_variants_override_and_submissions_from_dummy_data(scratch, tmp_path):
     source = ROOT / "data" / "cirr" / "dummy"
     status, text = run(
@@ -111,7 +136,19 @@ def test_variants_override_and_submissions_from_dummy_data(scratch, tmp_path):
     }
     file = tmp_path / "cirr_partial_test1_recall.json"
     status, text = run("eval", f"--validate_submission={file}", scratch=scratch)
-    assert status == 2 and "the server would reject it" in text
+    assert status == 2 and "as a CIRR recall file of test1 it is wrong" in text
+    image, names = "test1-0-0-img0", [f"test1-{i}-0-img1" for i in range(50)]
+    content = {"version": "rc2", "metric": "recall"} | {str(i): names for i in range(4148)}
+    file.write_text(json.dumps(content))
+    status, text = run("eval", f"--validate_submission={file}", scratch=scratch)
+    assert status == 3 and "form only" in text
+    file.write_text(json.dumps(content | {"0": [image, *names[1:], "x"]}))
+    source = ROOT / "data" / "cirr" / "dummy"
+    flags = [f"--validate_submission={file}", f"--source={source}"]
+    status, text = run("eval", *flags, scratch=scratch)
+    assert status == 2 and "is no query of the split" in text
+    status, text = run("eval", SLERP, f"--source={source}", scratch=scratch)
+    assert status == 2 and "--source goes with --validate_submission only" in text
 
 
 @pytest.mark.parametrize(
