@@ -58,6 +58,7 @@ DATASETS = {  # name: module and class of its TFDS builder, whose configs are th
     "coco_captions": ("data.coco_captions.coco_captions_dataset_builder", "CocoCaptions"),
     "images": ("data.images.images_dataset_builder", "Images"),
     "pairs": ("data.pairs.pairs_dataset_builder", "Pairs"),
+    "masked_pairs": ("data.masked_pairs.masked_pairs_dataset_builder", "MaskedPairs"),
     "texts": ("data.texts.texts_dataset_builder", "Texts"),
     "text_triplets": ("data.text_triplets.text_triplets_dataset_builder", "TextTriplets"),
     "image_triplets": ("data.image_triplets.image_triplets_dataset_builder", "ImageTriplets"),
@@ -187,6 +188,8 @@ def prepare(
     allow_partial: bool = False,
     decode: bool = True,
     columns: Mapping[str, str] | None = None,
+    segmenter: str = "",
+    keywords: str = "spacy",
 ) -> dict[str, Path]:
     """Builds those tables that are not there yet; returns the folders of all wanted ones.
 
@@ -196,6 +199,7 @@ def prepare(
     allow_partial: build from incomplete files too; the tables are marked.
     decode: make sure that each image can be decoded.
     columns: {field: its name in the files}, for corpora whose columns vary.
+    segmenter, keywords: as `data.source.Options`.
     Raises DataError when files are missing or wrong, when a table is there but made of other files,
     and when the disk is full.
     """
@@ -207,7 +211,8 @@ def prepare(
     cls, found = _builder_class(dataset), None
     if issubclass(cls, SourceBuilder) or source is not None:
         how = ("survey" if allow_partial else "build") if decode else "never"
-        options = Options(tuple(splits) if splits else None, how, columns or {})
+        chosen = tuple(splits) if splits else None
+        options = Options(chosen, how, columns or {}, segmenter, keywords)
         found = survey(dataset, source, options)
         _refuse_partial(dataset, found, allow_partial)
         print(describe(found), file=sys.stderr, flush=True)

@@ -48,11 +48,14 @@ class Options:
         counted and left out; only while they are written, when the first bad one is an error; or
         never.
     columns: {field of the table: its name in the files}, for corpora whose columns vary.
+    segmenter, keywords: what finds regions and nouns, for `masked_pairs`; "" = its own.
     """
 
     splits: tuple[str, ...] | None = None
     decode: Literal["survey", "build", "never"] = "survey"
     columns: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    segmenter: str = ""
+    keywords: str = "spacy"
 
     def wanted(self, split: str) -> bool:
         """Whether the split is asked for."""

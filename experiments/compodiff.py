@@ -47,7 +47,7 @@ PRESETS = {
         "composer.steps": 10,
         "composer.feature_scale": "none",
         "composer.source_mixing": 0.1,
-        # no corpus ships: a prepared dataset with tables `captions` and `triplets`
+        # no corpus ships: a prepared dataset with tables `captions`, `masked` and `triplets`
         "stage.stage1.data.dataset": "",
         "stage.stage2.data.dataset": "",
         "stage.stage1.batch_size": 4096,
@@ -97,8 +97,7 @@ def get_config(preset: str = "shapes") -> ConfigDict:
         ema=0.98,
     )
     config.stage.stage2 = base.stage(
-        # the paper mixes 30 % text to image, 30 % masked, 40 % triplets; masks are not trained here
-        tables={"captions": 0.4, "triplets": 0.6},
+        tables={"captions": 0.3, "masked": 0.3, "triplets": 0.4},
         features=True,
         batch_size=128,
         duration="1600 steps",

@@ -38,7 +38,18 @@ _COLUMNS = flags.DEFINE_list(
     "columns",
     None,
     "FIELD=COLUMN,... or MAPPING.json: what the columns of your files are called; for pairs, "
-    "texts, text_triplets and image_triplets, see the README of each.",
+    "masked_pairs, texts, text_triplets and image_triplets, see the README of each.",
+)
+_SEGMENTER = flags.DEFINE_string(
+    "segmenter",
+    "",
+    "CLIPSeg that makes the masks of masked_pairs: a directory or hub id; default "
+    "CIDAS/clipseg-rd64-refined (extra `clipseg`).",
+)
+_KEYWORDS = flags.DEFINE_string(
+    "keywords",
+    "spacy",
+    "What finds the nouns of masked_pairs: spacy, or a JSON file of parts of speech.",
 )
 
 
@@ -74,6 +85,8 @@ def _build() -> None:
         allow_partial=_ALLOW_PARTIAL.value,
         decode=_DECODE.value,
         columns=corpus.parse_columns(_COLUMNS.value or ()),
+        segmenter=_SEGMENTER.value,
+        keywords=_KEYWORDS.value,
     )
     for table, folder in folders.items():
         print(f"{table}: {folder}")

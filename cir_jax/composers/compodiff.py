@@ -230,7 +230,7 @@ class CompoDiff(Composer):
         """
         target = self.scaled(self.target_features(frozen, batch))
         image, has_image = self.image_condition(frozen, batch)
-        mask = batch.get("mask", self.no_mask())
+        mask = batch.get("mask", self.no_mask()).astype(jnp.float32)
         masked = has_image & (mask > 0).any(axis=(1, 2))
         time, noise, no_text, no_image = jax.vmap(self.draw)(rngs)
         text = self.hidden_states(frozen, batch["token_ids"])

@@ -4,6 +4,8 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from cir_jax.input import masks
+
 CROP = "crop"
 """Field of records of which only a part is meant; see `retrieval.features.open_image`."""
 
@@ -15,7 +17,8 @@ def source_identity(source: Sequence[Mapping[str, Any]], field: str) -> str:
     themselves, and of the part of the image that is meant.
     """
     if hasattr(source, "identity"):
-        return str(source.identity())
+        made = f" {masks.NOISE}" if field == masks.FIELD else ""
+        return f"{source.identity()}{made}"
     digest = hashlib.sha256()
     for i in range(len(source)):
         record = source[i]

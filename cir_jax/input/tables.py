@@ -15,6 +15,7 @@ from cir_jax.errors import DataError, unknown
 OWN_DATA = {  # table of a training corpus: the --dataset of launch/prepare.py that makes it
     "images": "images",
     "captions": "pairs",
+    "masked": "masked_pairs",
     "texts": "texts",
     "text_triplets": "text_triplets",
     "triplets": "image_triplets",

@@ -17,7 +17,7 @@ from PIL import Image
 
 from cir_jax.composers.base import Composer, Params
 from cir_jax.errors import DataError
-from cir_jax.input import images
+from cir_jax.input import images, masks
 from cir_jax.input.identity import CROP, source_identity
 from cir_jax.input.images import ImageTransform
 from cir_jax.models.backbone import Backbone
@@ -235,10 +235,17 @@ def query_features(
 
 
 def read_image(source: Records, row: int, field: str, transform: Any) -> np.ndarray:
-    """Decoded and transformed: uint8[height, width, 3]. Raises DataError naming the record."""
+    """Decoded and transformed: uint8[height, width, 3]. Raises DataError naming the record.
+
+    field "masked": the record's image with noise in its mask.
+    """
     record = source[row]
     what = _what(source, row, record)
     with images.reading(what):
+        if field == masks.FIELD:
+            mask = masks.unpack(record["mask"], what)
+            image = open_image(record, "image", what)
+            return masks.noised(image, mask, transform, int(record["id"]))
         return transform(open_image(record, field, what))
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from cir_jax.errors import ConfigError, unknown
 from cir_jax.experiment import Experiment
-from cir_jax.input import images, keywords, objects, records, text
+from cir_jax.input import images, keywords, masks, objects, records, text
 from cir_jax.input.pipeline import Part, Pipeline, Source
 from cir_jax.input.tables import Table
 from cir_jax.retrieval.features import image_features
@@ -21,6 +21,7 @@ from cir_jax.training import inversion
 TABLES = {
     "captions": "pairs",
     "pretrain": "pairs",
+    "masked": "masked_pairs",
     "triplets": "triplets",
     "images": "images",
     "texts": "masked_captions",
@@ -52,8 +53,15 @@ def _suffix(data: Any) -> str:
 
 
 def _pairs(experiment: Experiment, data: Any, source: records.Records) -> records.CaptionPairs:
-    mixed = "triplets" in data.tables or data.with_reference
-    return records.CaptionPairs(experiment.backbone.tokenizer, _suffix(data), mixed)
+    mixed = any(name in data.tables for name in ("triplets", "masked")) or data.with_reference
+    return records.CaptionPairs(
+        experiment.backbone.tokenizer, _suffix(data), mixed, _with_mask(data)
+    )
+
+
+def _with_mask(data: Any) -> bool:
+    """Whether some rows of a batch have masks, so that all need one."""
+    return bool(data.tables.get("masked"))
 
 
 def _cropped(experiment: Experiment, data: Any, source: records.Records) -> records.CroppedImages:
@@ -68,7 +76,7 @@ def _augmented(
     # what stands between two captions is a word of its own in ARTEMIS' vocabulary
     word = "<and>" if backbone.tokenizer.token_id("<and>") is not None else "and"
     size = backbone.image_transform.crop
-    return records.AugmentedTriplets(backbone.tokenizer, _suffix(data), size, word)
+    return records.AugmentedTriplets(backbone.tokenizer, _suffix(data), size=size, word=word)
 
 
 def _masked(experiment: Experiment, data: Any, source: records.Records) -> Any:
@@ -104,12 +112,18 @@ EXAMPLES = {
     "triplets": Example(
         ("reference", "target"),
         lambda experiment, data, source: records.Triplets(
-            experiment.backbone.tokenizer, _suffix(data)
+            experiment.backbone.tokenizer, _suffix(data), _with_mask(data)
         ),
     ),
     "joined_triplets": Example(
         ("reference", "target"),
         lambda experiment, data, source: records.JoinedTriplets(
+            experiment.backbone.tokenizer, _suffix(data), _with_mask(data)
+        ),
+    ),
+    "masked_pairs": Example(
+        ("image", masks.FIELD),
+        lambda experiment, data, source: records.MaskedPairs(
             experiment.backbone.tokenizer, _suffix(data)
         ),
     ),
