@@ -10,6 +10,7 @@ import jax
 
 from cir_jax.errors import CheckpointError, DataError
 from cir_jax.evaluation import benchmarks, report, submissions
+from cir_jax.evaluation.asked import Asked
 from cir_jax.evaluation.contact_sheet import contact_sheet
 from cir_jax.evaluation.evaluate import evaluate_with_baselines
 from cir_jax.evaluation.page import Section, write_page
@@ -63,9 +64,10 @@ def run(
     output: Path,
     command: Sequence[str] = (),
     alone: bool = False,
+    asked: Asked | None = None,
 ) -> list[Result]:
     """Evaluates on all of config.evaluation.benchmarks, in config.evaluation.dtype; the baselines
-    beside the method, unless `alone`.
+    beside the method, unless `alone`. asked: of every query, beside what the benchmarks say.
 
     Prints a table per benchmark, with published numbers of the same protocol; writes `results.json`
     and `report.html` into `output`, per benchmark a contact sheet `<benchmark>.png`, and the files
@@ -105,6 +107,7 @@ def run(
             cache_dir=default_cache_dir(),
             method=method,
             alone=alone,
+            asked=asked,
         )
         papers = report.published_rows(results)
         _say("")
@@ -122,7 +125,7 @@ def run(
     if sections:
         write_page(output / "report.html", f"{config.name}: what was retrieved", sections)
         _say(f"\npage: {output / 'report.html'}")
-    settings = config.composer.to_dict()
+    settings = config.composer.to_dict() | ({"asked": asked.said} if asked else {})
     report.write_results(output / "results.json", everything, command, settings)
     _say(f"results: {output / 'results.json'}")
     return everything

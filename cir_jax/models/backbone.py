@@ -68,6 +68,11 @@ class Backbone:
         return self.config.text.hidden_size
 
     @property
+    def text_widths(self) -> tuple[int, ...]:
+        """Widths of `text_conditions`."""
+        return (self.token_dim,)
+
+    @property
     def context_length(self) -> int:
         """Tokens of the longest text: CLIP 77, BLIP 35 (as it was trained; its tower takes 512),
         SigLIP 64."""
@@ -184,8 +189,29 @@ class Backbone:
         self._check_length(token_ids)
         if attention_mask is None and self.family == "blip":
             attention_mask = token_ids != self.config.text.pad_token_id
-        embeddings = self.embed_tokens(params, token_ids)
+        embeddings = self._apply(params, token_ids, method="embed_tokens")
         return self._read(params, embeddings, attention_mask, method="text_hidden_states")
+
+    def text_conditions(self, params: Any, token_ids: jax.Array) -> tuple[jax.Array, ...]:
+        """int32[batch, length] -> float[batch, context_length, width] of each text encoder there
+        is: hidden states of all positions, padding too, which no position sees (unless the tower
+        was trained to)."""
+        return (self.states_of(params, token_ids, self.tokenizer),)
+
+    def states_of(self, params: Any, token_ids: jax.Array, tokenizer: Tokenizer) -> jax.Array:
+        """The one of the backbone's own text tower."""
+        token_ids = self.padded(token_ids, tokenizer)
+        if self.reads_padding:
+            return Backbone.text_hidden_states(self, params, token_ids)
+        end = jnp.argmax(token_ids == tokenizer.eos_id, axis=-1)
+        visible = jnp.arange(token_ids.shape[1])[None] <= end[:, None]
+        return Backbone.text_hidden_states(self, params, token_ids, visible)
+
+    @staticmethod
+    def padded(token_ids: jax.Array, tokenizer: Tokenizer) -> jax.Array:
+        """int32[batch, length] -> [batch, context_length]."""
+        missing = max(tokenizer.context_length - token_ids.shape[1], 0)
+        return jnp.pad(token_ids, ((0, 0), (0, missing)), constant_values=tokenizer.pad_id)
 
     def match(
         self,

@@ -187,9 +187,10 @@ def query_features(
     query_index: np.ndarray,
     *,
     reference_features: np.ndarray | None = None,
-    reference_images: Callable[[int], np.ndarray] | None = None,
+    reference_images: Callable[[int], Any] | None = None,
     has_reference: bool = True,
     word_row: np.ndarray | None = None,
+    fields: Mapping[str, np.ndarray] | None = None,
     mesh: Mesh,
     batch_size: int = 256,
     seed: int = 0,
@@ -199,9 +200,10 @@ def query_features(
 
     token_ids: int32[n, length]. query_index: int32[n], passed on, so that a method that draws noise
         can draw the same for a query whatever the batch size.
-    reference_features: float32[n, dim] un-normalised, or reference_images: row -> uint8[h, w, 3].
+    reference_features: float32[n, dim] un-normalised, or reference_images: row -> uint8[h, w, 3],
+        or this and the row's mask.
     has_reference: False = the queries are texts, and the reference is a placeholder.
-    word_row: int32[n], for composers with `word_rows`.
+    word_row: int32[n], for composers with `word_rows`. fields: what else `compose` reads, [n, ...].
     Raises WeightsError naming weights, dtype and queries for features that are not finite.
     """
     params, frozen = on_mesh(mesh, params), on_mesh(mesh, frozen)
@@ -215,8 +217,12 @@ def query_features(
             query["has_reference"] = np.bool_(False)
         if word_row is not None:
             query["word_row"] = np.int32(word_row[row])
+        query |= {name: values[row] for name, values in (fields or {}).items()}
         if reference_images is not None:
-            return query | {"reference_images": reference_images(row)}
+            given = reference_images(row)
+            if isinstance(given, tuple):
+                return query | dict(zip(("reference_images", "mask"), given, strict=True))
+            return query | {"reference_images": given}
         assert reference_features is not None
         return query | {"reference_features": reference_features[row]}
 

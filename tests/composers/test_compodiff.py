@@ -242,7 +242,7 @@ def test_samples_are_averaged_and_mixed_with_the_source(tiny, made, query, monke
     backbone, _ = tiny
     _, params, frozen = made
     samples = np.random.default_rng(0).normal(size=(6, 3, 24)).astype(np.float32)
-    monkeypatch.setattr(compodiff, "ddim", lambda *_: (samples, None))
+    monkeypatch.setattr(compodiff, "ddim", lambda *_, **__: (samples, None))
     monkeypatch.setattr(CompoDiff, "branches", lambda *_: None)
     reference = query["reference_features"]
     for weight in (0.0, 0.1, 1.0):
