@@ -3,6 +3,9 @@
 Real datasets are made of files that you have: `--dataset=circo --source=DIR`; data/circo/README.md
 says what has to lie there. Killed builds are continued by the same command.
 
+With --features=BACKBONE and --name, writes a prepared dataset again with features in the place of
+its images: a fraction of the bytes for methods that train on features (data/features.py).
+
 With --check and --source, says what is missing in DIR and whether the counts are the official ones,
 and builds nothing. With --check alone, reads every record of the built tables and decodes every
 image. Exit status: 0 = good and complete, 1 = checked and not complete, 2 = error.
@@ -40,6 +43,15 @@ _COLUMNS = flags.DEFINE_list(
     "FIELD=COLUMN,... or MAPPING.json: what the columns of your files are called; for pairs, "
     "masked_pairs, texts, text_triplets and image_triplets, see the README of each.",
 )
+_FEATURES = flags.DEFINE_string(
+    "features",
+    "",
+    "Backbone: the dataset, which is prepared already, is written again with its image features in "
+    "the place of the images, as --name.",
+)
+_PREPROCESSING = flags.DEFINE_string(
+    "preprocessing", "", "With --features: config.preprocessing of the experiments that read them."
+)
 _SEGMENTER = flags.DEFINE_string(
     "segmenter",
     "",
@@ -60,7 +72,9 @@ def main(argv: list[str]) -> None:
 
     try:
         pixel_limit.apply()
-        if not _CHECK.value:
+        if _FEATURES.value:
+            _build_features()
+        elif not _CHECK.value:
             _build()
         elif _SOURCE.value is None:
             _check_tables()
@@ -87,6 +101,26 @@ def _build() -> None:
         columns=corpus.parse_columns(_COLUMNS.value or ()),
         segmenter=_SEGMENTER.value,
         keywords=_KEYWORDS.value,
+    )
+    for table, folder in folders.items():
+        print(f"{table}: {folder}")
+
+
+def _build_features() -> None:
+    from data import features
+
+    if _CHECK.value or _SOURCE.value is not None:
+        from cir_jax.errors import ConfigError
+
+        raise ConfigError("--features are made of prepared tables: leave out --source and --check.")
+    ending.phase("computing features", "finished shards are kept")
+    folders = features.prepare(
+        _DATASET.value,
+        _FEATURES.value,
+        _NAME.value,
+        _TABLES.value,
+        _DATA_DIR.value,
+        preprocessing=_PREPROCESSING.value,
     )
     for table, folder in folders.items():
         print(f"{table}: {folder}")

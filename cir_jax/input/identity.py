@@ -10,6 +10,13 @@ CROP = "crop"
 """Field of records of which only a part is meant; see `retrieval.features.open_image`."""
 
 
+def features_of(backbone: Any) -> dict[str, str]:
+    """What image features of a backbone depend on, for corpora of them; of two models in one, on
+    the images' alone."""
+    own = backbone.weights_id if backbone.joint else backbone.weights_id.partition("+")[0]
+    return {"weights": own, "preprocessing": repr(backbone.image_transform)}
+
+
 def source_identity(source: Sequence[Mapping[str, Any]], field: str) -> str:
     """What tells one list of images from another.
 

@@ -29,7 +29,8 @@ class Records:
     """Random access to a table, image fields decoded or replaced by precomputed features.
 
     images: fields to decode to uint8[height, width, 3].
-    features: {field: float32[n, dim]} takes the place of decoding that field.
+    features: {field: float32[n, dim]} takes the place of decoding that field. A field that is an
+        array is of a corpus of features, and stays as it is.
     columns: {field: array[n, ...]} is joined to the records (stored pseudo-words).
     max_corrupt: unreadable records (counted, logged, the next one is taken) before it is an error;
         in large tables 1 %.
@@ -71,6 +72,9 @@ class Records:
             what = f"{self.table!r}, record {index}, field {field!r}"
             if field in self.features:
                 record[field] = self.features[field][index]
+            if field in self.features or isinstance(
+                record.get(field), np.ndarray
+            ):  # stored features
                 if np.isnan(record[field][0]):  # what image_features gives for unreadable images
                     raise DataError(f"{what}: not a readable image.")
             else:

@@ -64,13 +64,14 @@ def image_features(
     normalise: bool = False,
     skip_unreadable: bool = False,
     transform: ImageTransform | None = None,
+    label: str = "image features",
 ) -> np.ndarray:
     """The backbone's image features of all records: float32[n, dim], un-normalised by default.
 
     params: of the backbone, on the host or sharded over the mesh. batch_size: global, rounded up to
         what the mesh needs. cache_dir: None = not stored; else see `places.default_cache_dir`.
     skip_unreadable: rows of NaN for images that do not decode, instead of DataError naming them.
-    transform: None = the backbone's.
+    transform: None = the backbone's. label: of the progress bar, "" = none.
     Raises WeightsError naming weights, dtype and images for features that are not finite.
     """
     description = {
@@ -90,6 +91,7 @@ def image_features(
         batch_size=batch_size,
         cache_dir=cache_dir,
         skip_unreadable=skip_unreadable,
+        label=label,
     )
     return unit(features) if normalise else features
 
@@ -291,6 +293,7 @@ def _embed(
     batch_size: int,
     cache_dir: Path | None,
     skip_unreadable: bool,
+    label: str = "image features",
 ) -> np.ndarray:
     n = len(source)
     if not n:
@@ -317,7 +320,7 @@ def _embed(
             first=done,
             mesh=mesh,
             batch_size=batch_size,
-            description="image features",
+            description=label,
         )
         pieces = finite.checked(
             pieces,

@@ -1,7 +1,7 @@
 """From the config of a stage to its Grain pipeline."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import numpy as np
 
 from cir_jax.errors import ConfigError, unknown
 from cir_jax.experiment import Experiment
-from cir_jax.input import images, keywords, masks, objects, records, text
+from cir_jax.input import identity, images, keywords, masks, objects, records, text
 from cir_jax.input.pipeline import Part, Pipeline, Source
 from cir_jax.input.tables import Table
 from cir_jax.retrieval.features import image_features
@@ -168,7 +168,10 @@ def make_pipeline(
                 "backbone as it is set, whose features change. Set "
                 f"--config.stage.{name}.data.features=False."
             )
-        if data.features:
+        stored = table.mark().get("features")
+        if stored is not None:
+            _check_stored(experiment, name, table, stored)
+        elif data.features:
             make = _no_features if shapes_only else _features
             features = {field: make(experiment, table, field) for field in example.fields}
         if data.tokens:
@@ -193,6 +196,23 @@ def make_pipeline(
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
+
+
+def _check_stored(
+    experiment: Experiment, name: str, table: Table, stored: Mapping[str, Any]
+) -> None:
+    """Raises ConfigError where a corpus of features is not what the experiment would compute."""
+    if not experiment.config.stage[name].data.features:
+        raise ConfigError(
+            f"{table!r} holds features and no images: set --config.stage.{name}.data.features=True."
+        )
+    for field, ours in identity.features_of(experiment.backbone).items():
+        if stored[field] != ours:
+            raise ConfigError(
+                f"{table!r} holds image features of other {field}, {stored[field]}, than "
+                f"config.backbone={experiment.config.backbone!r} has, {ours}. Prepare them again: "
+                f"launch/prepare.py --features={experiment.config.backbone}."
+            )
 
 
 def _features(experiment: Experiment, table: Table, field: str) -> Any:
