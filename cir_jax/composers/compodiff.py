@@ -25,7 +25,8 @@ Paper and released code (navervision/CompoDiff; its training code was never rele
   the network; its demo adds the one, and so does `steps` here (Table 4 starts at 1).
 * The result is the mean over `samples_per_query` noises, then (1 - w) x + w z_R with w =
   `source_mixing`; the paper mentions neither. The code's default is 4 samples, its README's 2.
-* All `context_length` text positions are conditions, padding too. In the text tower no position
+* All `context_length` text positions are conditions, padding too (`padding` "hidden" leaves it
+  out: other numbers, but texts need be no longer than they are). In the text tower no position
   sees padding (the release passes the attention mask). The release encodes a negative text under
   the positive text's mask, a slip that is not copied: each text has its own mask here.
 * The released weights take image embeddings of CLIP L/14 and hidden states of OpenCLIP bigG, so
@@ -62,12 +63,13 @@ from cir_jax.diffusion.sampling import ddim, guided, stack_branches
 from cir_jax.diffusion.schedule import cosine, q_sample
 from cir_jax.errors import ConfigError, DataError, unknown
 from cir_jax.input import masks
-from cir_jax.models.backbone import Backbone
+from cir_jax.models.backbone import Backbone, visible
 from cir_jax.models.denoiser import CONDITIONING, Conditions, Denoiser, DenoiserConfig, TextStates
 from cir_jax.weights import compodiff as released
 from cir_jax.weights import files, official
 
 FEATURE_SCALES = ("none", "unit_variance")
+PADDING = ("read", "hidden")
 
 
 def check_fractions(**values: float) -> None:
@@ -112,12 +114,14 @@ class CompoDiff(Composer):
         mask_fill: str = "noise",
         feature_scale: str = "none",
         conditioning: str = "cross_attention",
+        padding: str = "read",
     ):
         super().__init__(backbone)
         for name, value, known in (
             ("feature_scale", feature_scale, FEATURE_SCALES),
             ("mask_fill", mask_fill, masks.FILLS),
             ("conditioning", conditioning, CONDITIONING),
+            ("padding", padding, PADDING),
         ):
             if value not in known:
                 raise ConfigError(unknown(name, value, known))
@@ -126,6 +130,13 @@ class CompoDiff(Composer):
                 f"dim_head={dim_head} and the backbone's dim={backbone.dim} must be even: rotary "
                 "and time embeddings work on pairs"
             )
+        hides = padding == "hidden"
+        if hides and (conditioning == "tokens" or len(backbone.text_widths) > 1):
+            raise ConfigError(
+                "padding='hidden' is for one text encoder and conditioning='cross_attention': set "
+                "--config.composer.padding=read."
+            )
+        self.pools_text = hides
         check_fractions(drop_text=drop_text, drop_image=drop_image)
         widths = backbone.text_widths
         self.config = DenoiserConfig(
@@ -145,7 +156,7 @@ class CompoDiff(Composer):
         self.schedule = cosine(timesteps)
         self.drop_text, self.drop_image = float(drop_text), float(drop_image)
         self.feature_scale, self.mask_fill = feature_scale, mask_fill
-        self.null_token_ids = backbone.tokenizer([""], backbone.context_length)
+        self.null_token_ids = backbone.tokenizer([""], None if hides else backbone.context_length)
         self._sample_with(guidance, steps, samples_per_query, source_mixing, noised_reference)
 
     def _sample_with(
@@ -220,8 +231,9 @@ class CompoDiff(Composer):
         mask = self.checked_mask(batch.get("mask", self.no_mask()))
         masked = has_image & (mask > 0).any(axis=(1, 2))
         time, noise, no_text, no_image = jax.vmap(self.draw)(rngs)
-        text = self.hidden_states(frozen, batch["token_ids"])
-        null_text = self.hidden_states(frozen, self.null_token_ids)
+        ids, null_ids = self.of_one_length(batch["token_ids"], self.null_token_ids)
+        text, null_text = self.hidden_states(frozen, ids), self.hidden_states(frozen, null_ids)
+        seen, null_seen = self.visible(ids), self.visible(null_ids)
         error = self.errors(
             params,
             target,
@@ -232,6 +244,7 @@ class CompoDiff(Composer):
             ),
             jnp.where(no_image[:, None], 0.0, image),
             mask,
+            None if seen is None else jnp.where(no_text[:, None], null_seen, seen),
         )
         rows = {"error": error, "has_image": has_image}
         return rows | {"masked": masked} if "mask" in batch else rows
@@ -272,13 +285,14 @@ class CompoDiff(Composer):
         text: TextStates,
         image: jax.Array,
         mask: jax.Array,
+        visible: jax.Array | None = None,
     ) -> jax.Array:
         """Mean squared error per row, float32[batch].
 
         target, noisy: float32[batch, dim]; time: int32[batch]; the rest as `Denoiser.condition`.
         """
         clean = self.denoiser.apply(
-            {"params": params}, noisy[:, None], time[:, None], text, image, mask
+            {"params": params}, noisy[:, None], time[:, None], text, image, mask, visible
         )[:, 0]
         return jnp.mean(jnp.square(clean - target), axis=-1)
 
@@ -333,22 +347,40 @@ class CompoDiff(Composer):
     ) -> Conditions:
         """Conditions of the three passes of equation (4), as `guided` wants them."""
         mask = self.checked_mask(query.get("mask", self.no_mask()))
-        text = self.hidden_states(frozen, query["token_ids"])
-        null_text = self.hidden_states(frozen, query.get("negative_token_ids", self.null_token_ids))
+        negative = query.get("negative_token_ids", self.null_token_ids)
+        both = self.of_one_length(query["token_ids"], negative)
+        text, null_text = (self.hidden_states(frozen, ids) for ids in both)
+        seen, null_seen = map(self.visible, both)
         passes = [
-            self.denoiser.apply({"params": params}, *condition, mask, method="condition")
-            for condition in (
-                (text, image),
-                (null_text, image),
-                (null_text, jnp.zeros_like(image[:1])),
+            self.denoiser.apply({"params": params}, *given, mask, shown, method="condition")
+            for *given, shown in (
+                (text, image, seen),
+                (null_text, image, null_seen),
+                (null_text, jnp.zeros_like(image[:1]), null_seen),
             )
         ]
         return jax.tree.map(stack_branches, *passes)
 
     def hidden_states(self, frozen: Params, token_ids: jax.Array) -> TextStates:
-        """int32[batch, length] -> float[batch, context_length, width]: padded first; of two text
-        encoders, those of each."""
+        """int32[batch, length] -> float[batch, length, width]; of two text encoders, of each."""
         return self._one_of(self.backbone.text_conditions(frozen["backbone"], token_ids))
+
+    def of_one_length(self, *texts: jax.Array) -> tuple[jax.Array, ...]:
+        """Token ids [batch, length], padded: to the context where padding is read, as the towers
+        were, else to the longest."""
+        length = max(ids.shape[1] for ids in texts)
+        if not self.pools_text:
+            length = max(length, self.backbone.context_length)
+        pad_id = self.backbone.tokenizer.pad_id
+        widths = [((0, 0), (0, length - ids.shape[1])) for ids in texts]
+        padded = zip(texts, widths, strict=True)
+        return tuple(jnp.pad(ids, width, constant_values=pad_id) for ids, width in padded)
+
+    def visible(self, token_ids: jax.Array) -> jax.Array | None:
+        """Which positions are conditions, bool[batch, length]; None = all."""
+        if not self.pools_text:
+            return None
+        return visible(token_ids, self.backbone.tokenizer.eos_id)
 
     @staticmethod
     def _one_of(states: Sequence[jax.Array]) -> TextStates:

@@ -80,7 +80,8 @@ def fields(composer: Composer, conditions: Conditions, rows: int) -> dict[str, n
     if conditions.negative_text is not None:
         tokenizer = composer.backbone.tokenizer
         text = composer.prompt(conditions.negative_text)
-        found["negative_token_ids"] = tokenizer([text], tokenizer.context_length)[0]
+        length = None if composer.pools_text else tokenizer.context_length
+        found["negative_token_ids"] = tokenizer([text], length)[0]
     return {name: np.repeat(value[None], rows, axis=0) for name, value in found.items()}
 
 

@@ -193,25 +193,18 @@ class Backbone:
         return self._read(params, embeddings, attention_mask, method="text_hidden_states")
 
     def text_conditions(self, params: Any, token_ids: jax.Array) -> tuple[jax.Array, ...]:
-        """int32[batch, length] -> float[batch, context_length, width] of each text encoder there
-        is: hidden states of all positions, padding too, which no position sees (unless the tower
-        was trained to)."""
+        """int32[batch, length] -> float[batch, length, width] of each text encoder there is: hidden
+        states of all positions, padding too, which no position sees (unless the tower was trained
+        to)."""
         return (self.states_of(params, token_ids, self.tokenizer),)
 
     def states_of(self, params: Any, token_ids: jax.Array, tokenizer: Tokenizer) -> jax.Array:
         """The one of the backbone's own text tower."""
-        token_ids = self.padded(token_ids, tokenizer)
         if self.reads_padding:
             return Backbone.text_hidden_states(self, params, token_ids)
-        end = jnp.argmax(token_ids == tokenizer.eos_id, axis=-1)
-        visible = jnp.arange(token_ids.shape[1])[None] <= end[:, None]
-        return Backbone.text_hidden_states(self, params, token_ids, visible)
-
-    @staticmethod
-    def padded(token_ids: jax.Array, tokenizer: Tokenizer) -> jax.Array:
-        """int32[batch, length] -> [batch, context_length]."""
-        missing = max(tokenizer.context_length - token_ids.shape[1], 0)
-        return jnp.pad(token_ids, ((0, 0), (0, missing)), constant_values=tokenizer.pad_id)
+        return Backbone.text_hidden_states(
+            self, params, token_ids, visible(token_ids, tokenizer.eos_id)
+        )
 
     def match(
         self,
@@ -328,6 +321,12 @@ class Pair(Backbone):
         if method in ("encode_image", "visual_tokens"):
             return self.model.apply({"params": params["image"]}, *args, method=method)
         return self.text_model.apply({"params": params["text"]}, *args, method=method)
+
+
+def visible(token_ids: jax.Array, eos_id: int) -> jax.Array:
+    """bool[batch, length]: the positions of a text, padding left out."""
+    end = jnp.argmax(token_ids == eos_id, axis=-1)
+    return jnp.arange(token_ids.shape[1])[None] <= end[:, None]
 
 
 TOWERS = {

@@ -46,8 +46,9 @@ class DenoiserConfig:
 
 CONDITIONING = ("cross_attention", "tokens")
 
-KeysValues = tuple[jax.Array, jax.Array]
-"""Keys and values, each float[rows, length, heads, dim_head]."""
+KeysValues = tuple[jax.Array, ...]
+"""Keys and values, each float[rows, length, heads, dim_head]; where some are hidden, then which are
+seen: bool[rows, length]."""
 
 Conditions = list[KeysValues] | list[jax.Array]
 """Of each layer its keys and values; for "tokens" one array, float[rows, length, width]."""
@@ -220,7 +221,9 @@ class CrossAttention(nn.Module):
     def __call__(self, x: jax.Array, keys_values: KeysValues) -> jax.Array:
         """x: float[rows, samples, tokens, width]; the samples of a row share keys and values."""
         query = self.query(self.norm(x)).reshape(x.shape[0], -1, self.heads, self.dim_head)
-        mixed = jax.nn.dot_product_attention(query, *keys_values)
+        keys, values, *seen = keys_values
+        mask = seen[0][:, None, None] if seen else None
+        mixed = jax.nn.dot_product_attention(query, keys, values, mask=mask)
         return self.out_norm(self.out(mixed.reshape(*x.shape[:-1], -1)))
 
 
@@ -298,20 +301,33 @@ class Denoiser(nn.Module):
         self.final_norm = norm(dtype=dtype)
         self.out = linear(c.embed_dim, dtype=dtype)
 
-    def condition(self, text: TextStates, image: jax.Array, mask: jax.Array) -> Conditions:
+    def condition(
+        self,
+        text: TextStates,
+        image: jax.Array,
+        mask: jax.Array,
+        visible: jax.Array | None = None,
+    ) -> Conditions:
         """What does not change over the steps: per layer the keys and values of the conditions, or
         their tokens.
 
         text: float[rows, length, text_dim], or this and float[rows, length, more_text_dim];
         image: float[rows, embed_dim], zeros = none; mask: float[rows, mask_size, mask_size],
-        zeros = none. Any of them may have one row for all.
+        zeros = none. Any of them may have one row for all. visible: bool[rows, length], which
+        positions of the text are conditions; None = all.
         """
         text = self.text_tokens(text)
         image = image.astype(self.dtype)[:, None]
         # rows flattened; a mask of zeros is a token too: what the biases make of it
         mask = self.mask_embedding(mask.reshape(mask.shape[0], 1, -1))
         if self.config.conditioning == "cross_attention":
-            return [layer.keys_values(text, image, mask) for layer in self.layers]
+            projected = [layer.keys_values(text, image, mask) for layer in self.layers]
+            if visible is None:
+                return projected
+            # the null key stands before the text, image and mask behind it
+            seen = jnp.pad(visible, ((0, 0), (1, 2)), constant_values=True)
+            seen = jnp.broadcast_to(seen, projected[0][0].shape[:2])
+            return [(*keys_values, seen) for keys_values in projected]
         rows = max(part.shape[0] for part in (text, image, mask))
         parts = (jnp.broadcast_to(p, (rows, *p.shape[1:])) for p in (text, image, mask))
         return [jnp.concatenate(list(parts), axis=1)]
@@ -363,6 +379,12 @@ class Denoiser(nn.Module):
         return self.relative_bias[relative_buckets(positions)].transpose(2, 0, 1)
 
     def __call__(
-        self, x: jax.Array, time: jax.Array, text: TextStates, image: jax.Array, mask: jax.Array
+        self,
+        x: jax.Array,
+        time: jax.Array,
+        text: TextStates,
+        image: jax.Array,
+        mask: jax.Array,
+        visible: jax.Array | None = None,
     ) -> jax.Array:
-        return self.denoise(x, time, self.condition(text, image, mask))
+        return self.denoise(x, time, self.condition(text, image, mask, visible))

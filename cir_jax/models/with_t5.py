@@ -50,7 +50,6 @@ class WithT5(Pair):
             length = tokenizer.first.context_length
             states = (self.states_of(params, token_ids[:, :length], tokenizer.first),)
             token_ids, tokenizer = token_ids[:, length:], tokenizer.second
-        token_ids = self.padded(token_ids, tokenizer)
         visible = token_ids != tokenizer.pad_id
         return (*states, self.t5_model.apply({"params": params["t5"]}, token_ids, visible))
 
