@@ -20,6 +20,8 @@ EXTRAS = {
     "coco": ["pycocotools>=2.0.8"],  # draws the masks of data/coco_object
     # LinCIR's keywords; besides: python -m spacy download en_core_web_sm
     "keywords": ["spacy>=3.7"],
+    # masks of what captions name: launch/prepare.py --dataset=masked_pairs; and spaCy's model
+    "clipseg": ["torch>=2.6", "transformers>=4.49", "spacy>=3.7"],
     # keywords, and what compares them (with PyTorch): launch/triplets.py with RTD's settings
     "triplets": ["spacy>=3.7", "sentence-transformers>=3"],
     "dev": [

@@ -59,6 +59,7 @@ DATASETS = {  # name: module and class of its TFDS builder, whose configs are th
     "coco_captions": ("data.coco_captions.coco_captions_dataset_builder", "CocoCaptions"),
     "images": ("data.images.images_dataset_builder", "Images"),
     "pairs": ("data.pairs.pairs_dataset_builder", "Pairs"),
+    "masked_pairs": ("data.masked_pairs.masked_pairs_dataset_builder", "MaskedPairs"),
     "texts": ("data.texts.texts_dataset_builder", "Texts"),
     "text_triplets": ("data.text_triplets.text_triplets_dataset_builder", "TextTriplets"),
     "image_triplets": ("data.image_triplets.image_triplets_dataset_builder", "ImageTriplets"),
@@ -191,6 +192,8 @@ def prepare(
     columns: Mapping[str, str] | None = None,
     link: bool = False,
     report: Path | None = None,
+    segmenter: str = "",
+    keywords: str = "spacy",
 ) -> dict[str, Path]:
     """Builds those tables that are not there yet; returns the folders of all wanted ones.
 
@@ -202,6 +205,7 @@ def prepare(
     columns: {field: its name in the files}, for corpora whose columns vary.
     link: the tables name the image files instead of holding them.
     report: file for all that was found (`write_report`), also where that is refused.
+    segmenter, keywords: as `data.source.Options`.
     Raises DataError when files are missing or wrong, when a table is there but made of other files,
     and when the disk is full.
     """
@@ -215,7 +219,8 @@ def prepare(
         how = ("survey" if allow_partial else "build") if decode else "never"
         _refuse_links(dataset, link)
         kind: Literal["copy", "link"] = "link" if link else "copy"
-        options = Options(tuple(splits) if splits else None, how, kind, columns or {})
+        chosen = tuple(splits) if splits else None
+        options = Options(chosen, how, kind, columns or {}, segmenter, keywords)
         found = survey(dataset, source, options)
         if report is not None and source is not None:
             write_report(report, dataset, source, found)

@@ -49,12 +49,15 @@ class Options:
         never.
     images: "copy" them into the tables, or "link": the tables name the files, which must stay.
     columns: {field of the table: its name in the files}, for corpora whose columns vary.
+    segmenter, keywords: what finds regions and nouns, for `masked_pairs`; "" = its own.
     """
 
     splits: tuple[str, ...] | None = None
     decode: Literal["survey", "build", "never"] = "survey"
     images: Literal["copy", "link"] = "copy"
     columns: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    segmenter: str = ""
+    keywords: str = "spacy"
 
     def wanted(self, split: str) -> bool:
         """Whether the split is asked for."""

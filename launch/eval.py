@@ -6,6 +6,11 @@
 Writes results.json, report.html, a contact sheet per benchmark, and with --split=test the files for
 the test servers. Benchmarks may name variants of their protocol: fashioniq:small_gallery.
 
+Methods with settings of a query take them from the config (--config.composer.steps=5, .guidance,
+.samples_per_query, .source_mixing, .noised_reference of CompoDiff), and conditions as flags:
+
+    python launch/eval.py --config=experiments/compodiff.py --negative_text="a star" --mask=left.png
+
     python launch/eval.py --validate_submission=FILE [--source=DIR]
 
 checks such a file, whoever wrote it, as the server would; no --config is needed. It is compared
@@ -35,6 +40,19 @@ OUTPUT = flags.DEFINE_string("output", None, "Where results are written; default
 ALLOW_PARTIAL = flags.DEFINE_bool(
     "allow_partial", False, "Evaluate on incomplete data too; all results are marked as partial"
 )
+NEGATIVE_TEXT = flags.DEFINE_string(
+    "negative_text", None, "What no result should show, of all queries (CompoDiff)"
+)
+MASK = flags.DEFINE_string(
+    "mask", None, "Region of all reference images to edit: PNG of their size, black and white, "
+    "white = edit (CompoDiff)"
+)  # fmt: skip
+SEED = flags.DEFINE_integer(
+    "seed", None, "Of the noise of methods that draw some; default config.seed"
+)
+USE = flags.DEFINE_enum(
+    "use", "both", ["both", "text", "image"], "What of the queries the method is given (CompoDiff)"
+)
 VALIDATE = flags.DEFINE_string(
     "validate_submission", None, "File for a test server to check, instead of an evaluation"
 )
@@ -54,7 +72,9 @@ def main() -> None:
     pixel_limit.apply()
     common.join(joining)
     from cir_jax import experiment as experiments
+    from cir_jax.composers.conditions import Conditions
     from cir_jax.evaluation import runner
+    from cir_jax.evaluation.asked import Asked
     from cir_jax.training import workdir as workdirs
 
     if BENCHMARKS.value:
@@ -63,13 +83,16 @@ def main() -> None:
         config.evaluation.split = SPLIT.value
     if ALLOW_PARTIAL.value:
         config.evaluation.allow_partial = True
+    conditions = Conditions(negative_text=NEGATIVE_TEXT.value, mask=MASK.value, seed=SEED.value)
+    asked = Asked(conditions, USE.value)
     workdirs.check(common.workdir(), config)
     common.prepare(config, training=False)
     experiment = experiments.setup(config)
+    asked.of(experiment.composer, config.seed)  # before minutes of work
     params = runner.trained_params(experiment, common.workdir())
     output = Path(OUTPUT.value).expanduser().absolute() if OUTPUT.value else common.workdir()
     common.evaluating(output)
-    runner.run(experiment, params, output, common.command())
+    runner.run(experiment, params, output, common.command(), asked=asked if asked.said else None)
 
 
 def _validate(file: Path, data_dir: str) -> NoReturn:

@@ -3,6 +3,9 @@
 Real datasets are made of files that you have: `--dataset=circo --source=DIR`; data/circo/README.md
 says what has to lie there. Killed builds are continued by the same command.
 
+With --features=BACKBONE and --name, writes a prepared dataset again with features in the place of
+its images: a fraction of the bytes for methods that train on features (data/features.py).
+
 With --check and --source, says what is missing in DIR and whether the counts are the official ones,
 and builds nothing. With --check alone, reads every record of the built tables and decodes every
 image. --report=FILE.json writes all that was found: every missing id, damaged file, lost query.
@@ -46,7 +49,27 @@ _COLUMNS = flags.DEFINE_list(
     "columns",
     None,
     "FIELD=COLUMN,... or MAPPING.json: what the columns of your files are called; for pairs, "
-    "texts, text_triplets and image_triplets, see the README of each.",
+    "masked_pairs, texts, text_triplets and image_triplets, see the README of each.",
+)
+_FEATURES = flags.DEFINE_string(
+    "features",
+    "",
+    "Backbone: the dataset, which is prepared already, is written again with its image features in "
+    "the place of the images, as --name.",
+)
+_PREPROCESSING = flags.DEFINE_string(
+    "preprocessing", "", "With --features: config.preprocessing of the experiments that read them."
+)
+_SEGMENTER = flags.DEFINE_string(
+    "segmenter",
+    "",
+    "CLIPSeg that makes the masks of masked_pairs: a directory or hub id; default "
+    "CIDAS/clipseg-rd64-refined (extra `clipseg`).",
+)
+_KEYWORDS = flags.DEFINE_string(
+    "keywords",
+    "spacy",
+    "What finds the nouns of masked_pairs: spacy, or a JSON file of parts of speech.",
 )
 
 
@@ -59,7 +82,9 @@ def main(argv: list[str]) -> None:
         pixel_limit.apply()
         if _REPORT.value and _SOURCE.value is None:
             raise DataError("--report says what is in --source=DIR: give both.")
-        if not _CHECK.value:
+        if _FEATURES.value:
+            _build_features()
+        elif not _CHECK.value:
             _build()
         elif _SOURCE.value is None:
             _check_tables()
@@ -86,6 +111,28 @@ def _build() -> None:
         columns=corpus.parse_columns(_COLUMNS.value or ()),
         link=_IMAGES.value == "link",
         report=Path(_REPORT.value).expanduser() if _REPORT.value else None,
+        segmenter=_SEGMENTER.value,
+        keywords=_KEYWORDS.value,
+    )
+    for table, folder in folders.items():
+        print(f"{table}: {folder}")
+
+
+def _build_features() -> None:
+    from data import features
+
+    if _CHECK.value or _SOURCE.value is not None:
+        from cir_jax.errors import ConfigError
+
+        raise ConfigError("--features are made of prepared tables: leave out --source and --check.")
+    ending.phase("computing features", "finished shards are kept")
+    folders = features.prepare(
+        _DATASET.value,
+        _FEATURES.value,
+        _NAME.value,
+        _TABLES.value,
+        _DATA_DIR.value,
+        preprocessing=_PREPROCESSING.value,
     )
     for table, folder in folders.items():
         print(f"{table}: {folder}")

@@ -84,6 +84,13 @@ class Composer:
     trained: bool = False
     """Whether the method has parameters to train; False = no workdir is needed."""
 
+    alone: bool = False
+    """Whether `compose` answers text without an image (`has_reference` False) and an image without
+    text (the empty text) in its own way; other methods' such queries are answered by features."""
+
+    conditions: tuple[str, ...] = ()
+    """What a query may say beside image and text: fields of `composers.conditions.Conditions`."""
+
     inference_settings: tuple[str, ...] = ()
     """Arguments of the constructor that a trained workdir may be evaluated with other values of:
     they change how queries are composed, not what was learned."""
@@ -97,11 +104,19 @@ class Composer:
     official_format: str = ""
     """What checkpoints of the method's authors look like, for messages; "" = there are none."""
 
+    official_files: tuple[str, ...] = ()
+    """Names of the weights in the directory or hub repository of the method's authors, where they
+    are published so."""
+
     def __init__(self, backbone: Backbone):
         self.backbone = backbone
 
     def share(self) -> None:
         """Settings that all methods of a kind have; `composers.build` gives them."""
+
+    def varied(self, **settings: Any) -> "Composer":
+        """The same with other `inference_settings`, over the same parameters."""
+        raise TypeError(f"{type(self).__name__} has no settings of a query")
 
     def contents(self) -> dict[str, str]:
         """What was read beside the backbone's weights, by name: hashes of it. A run goes on with

@@ -25,14 +25,22 @@ Paper and released code (navervision/CompoDiff; its training code was never rele
   the network; its demo adds the one, and so does `steps` here (Table 4 starts at 1).
 * The result is the mean over `samples_per_query` noises, then (1 - w) x + w z_R with w =
   `source_mixing`; the paper mentions neither. The code's default is 4 samples, its README's 2.
-* All `context_length` text positions are conditions, padding too. In the text tower no position
+* All `context_length` text positions are conditions, padding too (`padding` "hidden" leaves it
+  out: other numbers, but texts need be no longer than they are). In the text tower no position
   sees padding (the release passes the attention mask). The release encodes a negative text under
   the positive text's mask, a slip that is not copied: each text has its own mask here.
 * The released weights take image embeddings of CLIP L/14 and hidden states of OpenCLIP bigG, so
   their backbone has the image tower of one and the text tower of the other (dim 768, token_dim
   1280). In the paper's tables both are L/14 (optionally with T5-XL), or both G/14.
 * Masked pixels of a reference are mean grey in the release (zeros after normalisation), Gaussian
-  noise in the paper: that is done to the image before it comes here. 1 in a mask = may change.
+  noise in the paper: `mask_fill`, done to the image before it comes here (composers/conditions.py).
+  1 in a mask = may change.
+* Equation (2) noises the masked image; the released sampler starts from noise alone, whatever is
+  masked. `noised_reference` r > 0 starts from the reference instead, noised as at time (1 - r) T.
+* T5 beside CLIP (table 7): its states are brought to CLIP's width by a perceptron of one layer, as
+  the paper says, and stand behind CLIP's, of which it says nothing. Backbone "IMAGES+TEXTS+T5".
+* `conditioning` "tokens" is "Prior-like" of table 5, whose details the paper leaves open: see
+  models/denoiser.py.
 
 Defaults are the released ones: `depth` 12, `heads` 16 of `dim_head` 64 (8 in cross-attention,
 which the released code does not configure), `guidance` (1.5, 7.5) from Figure 10, `steps` 10,
@@ -41,96 +49,34 @@ unit features times sqrt(dim), for backbones whose projections are far from the 
 the noise has.
 """
 
+import copy
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import linen as nn
 
 from cir_jax.composers.base import Composer, Params, Query, normalise
 from cir_jax.diffusion.sampling import ddim, guided, stack_branches
 from cir_jax.diffusion.schedule import cosine, q_sample
-from cir_jax.errors import ConfigError, unknown
-from cir_jax.models import denoiser as layers
-from cir_jax.models.backbone import Backbone
-from cir_jax.sharding.constraints import split_rows
+from cir_jax.errors import ConfigError, DataError, unknown
+from cir_jax.input import masks
+from cir_jax.models.backbone import Backbone, visible
+from cir_jax.models.denoiser import CONDITIONING, Conditions, Denoiser, DenoiserConfig, TextStates
 from cir_jax.weights import compodiff as released
 from cir_jax.weights import files, official
 
 FEATURE_SCALES = ("none", "unit_variance")
+PADDING = ("read", "hidden")
 
 
-class Denoiser(nn.Module):
-    """The denoising transformer (Appendix A); its layers are in models/denoiser.py.
-
-    `condition` once per query, `denoise` once per step; `__call__` is both.
-    """
-
-    config: layers.DenoiserConfig
-    dtype: Any = jnp.float32
-
-    def setup(self) -> None:
-        c, dtype = self.config, self.dtype
-        self.text_embedding = layers.linear(c.embed_dim, bias=True, dtype=dtype)
-        self.time_embedding = layers.Mlp(c.embed_dim, dtype)
-        self.mask_embedding = layers.Mlp(c.embed_dim, dtype)
-        self.relative_bias = self.param(
-            "relative_bias", nn.initializers.normal(1.0), (layers.BUCKETS, c.heads)
-        )
-        self.layers = [
-            layers.Layer(c.embed_dim, c.heads, c.dim_head, c.cross_heads, dtype)
-            for _ in range(c.depth)
-        ]
-        self.final_norm = layers.norm(dtype=dtype)
-        self.out = layers.linear(c.embed_dim, dtype=dtype)
-
-    def condition(
-        self, text: jax.Array, image: jax.Array, mask: jax.Array
-    ) -> list[layers.KeysValues]:
-        """Keys and values of the conditions, per layer: they do not change over the steps.
-
-        text: float[rows, length, text_dim]; image: float[rows, embed_dim], zeros = none;
-        mask: float[rows, mask_size, mask_size], zeros = none. Any of them may have one row for all.
-        """
-        text = split_rows(self.text_embedding(split_rows(text)))
-        image = image.astype(self.dtype)[:, None]
-        # rows flattened; a mask of zeros is a token too: what the biases make of it
-        mask = self.mask_embedding(mask.reshape(mask.shape[0], 1, -1))
-        return [layer.keys_values(text, image, mask) for layer in self.layers]
-
-    def denoise(
-        self, x: jax.Array, time: jax.Array, conditions: list[layers.KeysValues]
-    ) -> jax.Array:
-        """Predicted clean embeddings, float32[rows, samples, embed_dim].
-
-        x: float[rows, samples, embed_dim], noisy; time: int32[rows, samples], or with size 1 where
-        it is the same for all; conditions: from `condition`, with as many rows.
-        """
-        dim = x.shape[-1]
-        x = split_rows(x)
-        time = jnp.broadcast_to(self.embed_time(time), x.shape)
-        tokens = split_rows(jnp.stack([x.astype(self.dtype), time], axis=-2))
-        bias = self.position_bias()
-        for layer, keys_values in zip(self.layers, conditions, strict=True):
-            tokens = layer(tokens, bias, keys_values)
-        clean = tokens[:, :, 0].astype(jnp.float32)
-        clean = self.final_norm(layers.stabilised(clean))
-        clean = split_rows(self.out(split_rows(clean)))
-        return clean.astype(jnp.float32).reshape(*x.shape[:-1], dim)
-
-    def embed_time(self, time: jax.Array) -> jax.Array:
-        """int32[...] -> float[..., embed_dim]."""
-        return self.time_embedding(layers.sinusoid(time, self.config.embed_dim))
-
-    def position_bias(self) -> jax.Array:
-        """float32[heads, 2, 3]: from (noisy embedding, time) to (null key, the same two)."""
-        return self.relative_bias[layers.relative_buckets(2)].transpose(2, 0, 1)
-
-    def __call__(
-        self, x: jax.Array, time: jax.Array, text: jax.Array, image: jax.Array, mask: jax.Array
-    ) -> jax.Array:
-        return self.denoise(x, time, self.condition(text, image, mask))
+def check_fractions(**values: float) -> None:
+    """Raises ConfigError for what is not from 0 to 1."""
+    for name, value in values.items():
+        if not 0 <= value <= 1:
+            raise ConfigError(f"{name}={value}: expected a fraction from 0 to 1")
 
 
 class CompoDiff(Composer):
@@ -139,7 +85,16 @@ class CompoDiff(Composer):
     trained = True
     pools_text = False
     official_format = "model.safetensors of CompoDiff-Aesthetic, or a training file {ema_model}"
-    inference_settings = ("guidance", "steps", "samples_per_query", "source_mixing")
+    official_files = ("model.safetensors", "pytorch_model.bin")
+    alone = True
+    conditions = (
+        *("guidance", "negative_text", "mask", "steps", "samples_per_query", "seed"),
+        *("source_mixing", "noised_reference"),
+    )
+    inference_settings = (
+        *("guidance", "steps", "samples_per_query", "source_mixing", "noised_reference"),
+        "mask_fill",
+    )
 
     def __init__(
         self,
@@ -155,52 +110,95 @@ class CompoDiff(Composer):
         steps: int = 10,
         samples_per_query: int = 4,
         source_mixing: float = 0.1,
+        noised_reference: float = 0.0,
+        mask_fill: str = "noise",
         feature_scale: str = "none",
+        conditioning: str = "cross_attention",
+        padding: str = "read",
     ):
         super().__init__(backbone)
-        if feature_scale not in FEATURE_SCALES:
-            raise ConfigError(unknown("feature_scale", feature_scale, FEATURE_SCALES))
-        if len(guidance) != 2:
-            raise ConfigError(f"guidance={guidance}: expected two weights, (image, text)")
-        if not 1 <= steps <= timesteps:
-            raise ConfigError(f"steps={steps}: expected 1 to timesteps={timesteps}")
-        if samples_per_query < 1:
-            raise ConfigError(f"samples_per_query={samples_per_query}: expected 1 or more")
+        for name, value, known in (
+            ("feature_scale", feature_scale, FEATURE_SCALES),
+            ("mask_fill", mask_fill, masks.FILLS),
+            ("conditioning", conditioning, CONDITIONING),
+            ("padding", padding, PADDING),
+        ):
+            if value not in known:
+                raise ConfigError(unknown(name, value, known))
         if dim_head % 2 or backbone.dim % 2:
             raise ConfigError(
                 f"dim_head={dim_head} and the backbone's dim={backbone.dim} must be even: rotary "
                 "and time embeddings work on pairs"
             )
-        for name, value in (
-            ("drop_text", drop_text),
-            ("drop_image", drop_image),
-            ("source_mixing", source_mixing),
-        ):
-            if not 0 <= value <= 1:
-                raise ConfigError(f"{name}={value}: expected a fraction from 0 to 1")
-        self.config = layers.DenoiserConfig(
+        hides = padding == "hidden"
+        if hides and (conditioning == "tokens" or len(backbone.text_widths) > 1):
+            raise ConfigError(
+                "padding='hidden' is for one text encoder and conditioning='cross_attention': set "
+                "--config.composer.padding=read."
+            )
+        self.pools_text = hides
+        check_fractions(drop_text=drop_text, drop_image=drop_image)
+        widths = backbone.text_widths
+        self.config = DenoiserConfig(
             embed_dim=backbone.dim,
-            text_dim=backbone.token_dim,
+            text_dim=widths[0],
             depth=depth,
             heads=heads,
             dim_head=dim_head,
             cross_heads=cross_heads,
             timesteps=timesteps,
+            more_text_dim=widths[1] if len(widths) > 1 else 0,
+            conditioning=conditioning,
         )
+        if len(widths) > 1 or conditioning != "cross_attention":
+            self.official_format = ""  # what was released has one text encoder and cross-attention
         self.denoiser = Denoiser(self.config, backbone.dtype)
         self.schedule = cosine(timesteps)
         self.drop_text, self.drop_image = float(drop_text), float(drop_image)
+        self.feature_scale, self.mask_fill = feature_scale, mask_fill
+        self.null_token_ids = backbone.tokenizer([""], None if hides else backbone.context_length)
+        self._sample_with(guidance, steps, samples_per_query, source_mixing, noised_reference)
+
+    def _sample_with(
+        self,
+        guidance: tuple[float, float],
+        steps: int,
+        samples_per_query: int,
+        source_mixing: float,
+        noised_reference: float,
+    ) -> None:
+        if len(guidance) != 2:
+            raise ConfigError(f"guidance={guidance}: expected two weights, (image, text)")
+        if not all(math.isfinite(weight) for weight in guidance):
+            raise ConfigError(f"guidance={guidance}: expected two finite weights, (image, text)")
+        if not 1 <= steps <= self.config.timesteps:
+            raise ConfigError(f"steps={steps}: expected 1 to timesteps={self.config.timesteps}")
+        if samples_per_query < 1:
+            raise ConfigError(f"samples_per_query={samples_per_query}: expected 1 or more")
+        check_fractions(source_mixing=source_mixing, noised_reference=noised_reference)
         self.guidance = (float(guidance[0]), float(guidance[1]))
         self.steps, self.samples_per_query = steps, samples_per_query
-        self.source_mixing, self.feature_scale = source_mixing, feature_scale
-        self.null_token_ids = backbone.tokenizer([""], backbone.context_length)
+        self.source_mixing, self.noised_reference = float(source_mixing), float(noised_reference)
+        self.first = round((1 - self.noised_reference) * self.config.timesteps)
+        if self.first < steps:
+            raise ConfigError(
+                f"noised_reference={noised_reference}: leaves {self.first} of "
+                f"{self.config.timesteps} times, fewer than steps={steps}. Take a smaller share."
+            )
+
+    def varied(self, **settings: Any) -> "CompoDiff":
+        """See the base class."""
+        names = ("guidance", "steps", "samples_per_query", "source_mixing", "noised_reference")
+        other = copy.copy(self)
+        other._sample_with(**{name: getattr(self, name) for name in names} | settings)
+        return other
 
     def init(self, rng: jax.Array) -> Params:
         c = self.config
         one = (
             jnp.zeros((1, 1, c.embed_dim)),
             jnp.zeros((1, 1), jnp.int32),
-            jnp.zeros((1, 1, c.text_dim)),
+            self._one_of([jnp.zeros((1, 1, width)) for width in self.backbone.text_widths]),
             jnp.zeros((1, c.embed_dim)),
             self.no_mask(),
         )
@@ -230,19 +228,23 @@ class CompoDiff(Composer):
         """
         target = self.scaled(self.target_features(frozen, batch))
         image, has_image = self.image_condition(frozen, batch)
-        mask = batch.get("mask", self.no_mask())
+        mask = self.checked_mask(batch.get("mask", self.no_mask()))
         masked = has_image & (mask > 0).any(axis=(1, 2))
         time, noise, no_text, no_image = jax.vmap(self.draw)(rngs)
-        text = self.hidden_states(frozen, batch["token_ids"])
-        null_text = self.hidden_states(frozen, self.null_token_ids)
+        ids, null_ids = self.of_one_length(batch["token_ids"], self.null_token_ids)
+        text, null_text = self.hidden_states(frozen, ids), self.hidden_states(frozen, null_ids)
+        seen, null_seen = self.visible(ids), self.visible(null_ids)
         error = self.errors(
             params,
             target,
             q_sample(self.schedule, jnp.where(masked[:, None], image, target), time, noise),
             time,
-            jnp.where(no_text[:, None, None], null_text, text),
+            jax.tree.map(
+                lambda null, own: jnp.where(no_text[:, None, None], null, own), null_text, text
+            ),
             jnp.where(no_image[:, None], 0.0, image),
             mask,
+            None if seen is None else jnp.where(no_text[:, None], null_seen, seen),
         )
         rows = {"error": error, "has_image": has_image}
         return rows | {"masked": masked} if "mask" in batch else rows
@@ -280,16 +282,17 @@ class CompoDiff(Composer):
         target: jax.Array,
         noisy: jax.Array,
         time: jax.Array,
-        text: jax.Array,
+        text: TextStates,
         image: jax.Array,
         mask: jax.Array,
+        visible: jax.Array | None = None,
     ) -> jax.Array:
         """Mean squared error per row, float32[batch].
 
         target, noisy: float32[batch, dim]; time: int32[batch]; the rest as `Denoiser.condition`.
         """
         clean = self.denoiser.apply(
-            {"params": params}, noisy[:, None], time[:, None], text, image, mask
+            {"params": params}, noisy[:, None], time[:, None], text, image, mask, visible
         )[:, 0]
         return jnp.mean(jnp.square(clean - target), axis=-1)
 
@@ -301,8 +304,10 @@ class CompoDiff(Composer):
         mask               float[batch, 64, 64], 1 = the text is about this region
         has_reference      bool[batch], False = text only
         guidance           float32[batch, 2], weights (image, text) instead of the constructor's
+        source_mixing      float32[batch], instead of the constructor's
         query_index        int32[batch], default 0, 1, ...: the noise of a query depends on rng and
                            this number alone, not on the batch that the query happens to be in
+        The reference of a row with a mask is without the region: see `mask_fill`.
         """
         image, _ = self.image_condition(frozen, query)
         index = query.get("query_index")
@@ -324,37 +329,62 @@ class CompoDiff(Composer):
                 {"params": params}, x, time[None, None], conditions, method="denoise"
             )
 
-        samples, _ = ddim(guided(denoise, weights), self.schedule, self.steps, noise)
+        start = image[:, None] if self.noised_reference else None
+        samples, _ = ddim(
+            guided(denoise, weights),
+            self.schedule,
+            self.steps,
+            noise,
+            start=start,
+            below=self.first,
+        )
         mean = samples.mean(axis=1)
-        return normalise((1 - self.source_mixing) * mean + self.source_mixing * image)
+        mixed = query.get("source_mixing", jnp.full((1,), self.source_mixing))[:, None]
+        return normalise((1 - mixed) * mean + mixed * image)
 
     def branches(
         self, params: Params, frozen: Params, query: Query, image: jax.Array
-    ) -> list[layers.KeysValues]:
-        """Keys and values of the three passes of equation (4), as `guided` wants them."""
-        mask = query.get("mask", self.no_mask())
-        text = self.hidden_states(frozen, query["token_ids"])
-        null_text = self.hidden_states(frozen, query.get("negative_token_ids", self.null_token_ids))
+    ) -> Conditions:
+        """Conditions of the three passes of equation (4), as `guided` wants them."""
+        mask = self.checked_mask(query.get("mask", self.no_mask()))
+        negative = query.get("negative_token_ids", self.null_token_ids)
+        both = self.of_one_length(query["token_ids"], negative)
+        text, null_text = (self.hidden_states(frozen, ids) for ids in both)
+        seen, null_seen = map(self.visible, both)
         passes = [
-            self.denoiser.apply({"params": params}, *condition, mask, method="condition")
-            for condition in (
-                (text, image),
-                (null_text, image),
-                (null_text, jnp.zeros_like(image[:1])),
+            self.denoiser.apply({"params": params}, *given, mask, shown, method="condition")
+            for *given, shown in (
+                (text, image, seen),
+                (null_text, image, null_seen),
+                (null_text, jnp.zeros_like(image[:1]), null_seen),
             )
         ]
         return jax.tree.map(stack_branches, *passes)
 
-    def hidden_states(self, frozen: Params, token_ids: jax.Array) -> jax.Array:
-        """int32[batch, length] -> float[batch, context_length, token_dim]: padded first."""
-        tokenizer, length = self.backbone.tokenizer, self.backbone.context_length
-        missing = max(length - token_ids.shape[1], 0)
-        token_ids = jnp.pad(token_ids, ((0, 0), (0, missing)), constant_values=tokenizer.pad_id)
-        if self.backbone.reads_padding:
-            return self.backbone.text_hidden_states(frozen["backbone"], token_ids)
-        end = jnp.argmax(token_ids == tokenizer.eos_id, axis=-1)
-        visible = jnp.arange(token_ids.shape[1])[None] <= end[:, None]
-        return self.backbone.text_hidden_states(frozen["backbone"], token_ids, visible)
+    def hidden_states(self, frozen: Params, token_ids: jax.Array) -> TextStates:
+        """int32[batch, length] -> float[batch, length, width]; of two text encoders, of each."""
+        return self._one_of(self.backbone.text_conditions(frozen["backbone"], token_ids))
+
+    def of_one_length(self, *texts: jax.Array) -> tuple[jax.Array, ...]:
+        """Token ids [batch, length], padded: to the context where padding is read, as the towers
+        were, else to the longest."""
+        length = max(ids.shape[1] for ids in texts)
+        if not self.pools_text:
+            length = max(length, self.backbone.context_length)
+        pad_id = self.backbone.tokenizer.pad_id
+        widths = [((0, 0), (0, length - ids.shape[1])) for ids in texts]
+        padded = zip(texts, widths, strict=True)
+        return tuple(jnp.pad(ids, width, constant_values=pad_id) for ids, width in padded)
+
+    def visible(self, token_ids: jax.Array) -> jax.Array | None:
+        """Which positions are conditions, bool[batch, length]; None = all."""
+        if not self.pools_text:
+            return None
+        return visible(token_ids, self.backbone.tokenizer.eos_id)
+
+    @staticmethod
+    def _one_of(states: Sequence[jax.Array]) -> TextStates:
+        return states[0] if len(states) == 1 else tuple(states)
 
     def image_condition(
         self, frozen: Params, batch: dict[str, jax.Array]
@@ -363,7 +393,13 @@ class CompoDiff(Composer):
         rows = batch["token_ids"].shape[0]
         if "reference_features" not in batch and "reference_images" not in batch:
             return jnp.zeros((rows, self.config.embed_dim)), jnp.zeros(rows, bool)
-        image = self.scaled(self.reference_features(frozen, batch))
+        features = self.reference_features(frozen, batch)
+        if features.shape != (rows, self.config.embed_dim):
+            raise DataError(
+                f"an image condition of shape {features.shape} for {rows} texts; expected "
+                f"[{rows}, {self.config.embed_dim}], features of {self.backbone.weights_id}."
+            )
+        image = self.scaled(features)
         has_image = batch.get("has_reference", jnp.ones(rows, bool))
         return jnp.where(has_image[:, None], image, 0.0), has_image
 
@@ -372,6 +408,13 @@ class CompoDiff(Composer):
         if self.feature_scale == "none":
             return features
         return normalise(features) * self.config.embed_dim**0.5
+
+    def checked_mask(self, mask: jax.Array) -> jax.Array:
+        """float32[batch or 1, mask_size, mask_size]. Raises DataError for another size."""
+        size = self.config.mask_size
+        if mask.ndim != 3 or mask.shape[1:] != (size, size):
+            raise DataError(f"masks of shape {mask.shape}: expected [batch, {size}, {size}].")
+        return mask.astype(jnp.float32)
 
     def no_mask(self) -> jax.Array:
         """float32[1, mask_size, mask_size], one row for all."""

@@ -1,6 +1,7 @@
 """Checkpoints of the methods' authors: read into a composer, and written again.
 
     --config.init_from=official:PATH    evaluates these weights, or starts training from them
+    --config.init_from=official:HUB/ID  likewise, or a directory, where the authors publish such
     --config.init_from=official:A,B     likewise of a method whose parts are in two files
     --config.export_to=PATH             writes what was trained in the authors' format
 
@@ -15,7 +16,7 @@ import jax
 
 from cir_jax.composers.base import Composer
 from cir_jax.errors import ConfigError, WeightsError
-from cir_jax.weights import convert
+from cir_jax.weights import convert, files
 
 FLAG = "official:"
 
@@ -42,6 +43,7 @@ def load(composer: Composer, paths: Path | Sequence[Path], frozen: Any) -> Any:
     check_known(composer, f"config.init_from={FLAG}{said}")
     params: dict[str, Any] = {}
     for path in paths:
+        path = _located(composer, path)
         if not path.exists():
             raise WeightsError(
                 f"{path}: no such file. Download the method's weights and give {FLAG}PATH: "
@@ -60,6 +62,16 @@ def load(composer: Composer, paths: Path | Sequence[Path], frozen: Any) -> Any:
     what = f"{said} on the backbone {backbone.weights_id} ({backbone.dim}, {backbone.token_dim})"
     convert.check_shapes(params, expected, what)
     return params
+
+
+def _located(composer: Composer, path: Path) -> Path:
+    """The file of a directory or hub id, where the method's authors publish such."""
+    if not composer.official_files or path.is_file():
+        return path
+    found = files.one_of(path, composer.official_files)
+    return (
+        path if found is None and not path.is_dir() else found or path / composer.official_files[0]
+    )
 
 
 def save(composer: Composer, path: Path, params: Any, frozen: Any) -> None:

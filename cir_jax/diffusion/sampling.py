@@ -49,8 +49,8 @@ class _Updates(NamedTuple):
     direction: np.ndarray
 
 
-def _updates(schedule: Schedule, steps: int, eta: float) -> _Updates:
-    times = ddim_times(schedule.timesteps, steps)
+def _updates(schedule: Schedule, steps: int, eta: float, below: int) -> _Updates:
+    times = ddim_times(below, steps)
     time, following = times[:-1], times[1:]
     shifted = schedule.alphas_cumprod_prev.astype(np.float64)
     now, then = shifted[time], shifted[np.maximum(following, 0)]
@@ -75,17 +75,23 @@ def ddim(
     steps: int,
     noise: Callable[[jax.Array], jax.Array],
     eta: float = 1.0,
+    *,
+    start: jax.Array | None = None,
+    below: int | None = None,
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     """Samples x0 in `steps` evaluations of the network, as one scan.
 
     noise: draw number (int32[], 0 = the start, k = after evaluation k) -> float32[rows, ..., dim],
     N(0, I). Draws are made where they are used, so no table of all of them is held; a stored table
     is `lambda draw: table[draw]`.
+    start: float32[rows, ..., dim] that is noised as at the first time, None = noise alone.
+    below: the times are those of a diffusion of so many steps, None = the schedule's own.
 
     Returns the sample and the path (x_t, predicted x0), each float32[steps, rows, ..., dim]; a path
     that is not used is never computed under jit.
     """
-    table = _Updates(*(jnp.asarray(row) for row in _updates(schedule, steps, eta)))
+    updates = _updates(schedule, steps, eta, below or schedule.timesteps)
+    table = _Updates(*(jnp.asarray(row) for row in updates))
 
     def step(x: jax.Array, inputs: tuple[jax.Array, _Updates]):
         draw, row = inputs
@@ -95,8 +101,12 @@ def ddim(
         return following, (x, clean)
 
     draws = jnp.arange(1, steps + 1)
-    start = noise(jnp.zeros((), draws.dtype))
-    return jax.lax.scan(step, start, (draws, table))
+    x = noise(jnp.zeros((), draws.dtype))
+    if start is not None:
+        first = int(updates.time[0])
+        kept, added = schedule.sqrt_alphas_cumprod, schedule.sqrt_one_minus_alphas_cumprod
+        x = kept[first] * start + added[first] * x
+    return jax.lax.scan(step, x, (draws, table))
 
 
 def stack_branches(*branches: jax.Array) -> jax.Array:

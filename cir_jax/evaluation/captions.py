@@ -7,9 +7,11 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
+from cir_jax.composers import conditions
 from cir_jax.composers.base import Composer, Params
 from cir_jax.errors import ConfigError
 from cir_jax.evaluation import metrics
+from cir_jax.evaluation.asked import Asked
 from cir_jax.evaluation.metrics import Estimate
 from cir_jax.evaluation.queries import CaptionBenchmark, pad_rows
 from cir_jax.evaluation.result import Result
@@ -35,6 +37,7 @@ def evaluate(
     seed: int = 0,
     cache_dir: Path | None = None,
     method: str = "",
+    asked: Asked | None = None,
 ) -> Result:
     """Text to image (t2i) and back (i2t); every caption is a text query.
 
@@ -44,6 +47,7 @@ def evaluate(
     COCO: see `coco_metrics`.
     composer: one whose `compose` reads text alone, or does without a reference: its features are
     zeros, and `has_reference` is False (CompoDiff, arXiv 2303.11916, table 5).
+    asked: of every caption, already `Asked.of` the composer; an image is in none of these queries.
     Raises ConfigError for one whose score is no dot product: images do not look for texts by it.
     """
     if type(composer).score is not Composer.score:
@@ -52,6 +56,8 @@ def evaluate(
             f"{type(composer).__name__} has one, from queries to images. Leave it out of "
             "--config.evaluation.benchmarks."
         )
+    if asked is not None:
+        conditions.check_query(asked.conditions, None)
     began = time.perf_counter()
     options: dict[str, Any] = dict(mesh=mesh, batch_size=batch_size)
     gallery = features.gallery_features(
@@ -71,6 +77,7 @@ def evaluate(
         np.arange(len(texts), dtype=np.int32),
         reference_features=np.zeros((len(texts), composer.backbone.dim), np.float32),
         has_reference=False,
+        fields=conditions.fields(composer, asked.conditions, len(texts)) if asked else None,
         description=f"{benchmark.name} captions",
         seed=seed,
         **options,

@@ -11,8 +11,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 from cir_jax import composers
+from cir_jax.composers import conditions
 from cir_jax.composers.base import Composer, Params
 from cir_jax.evaluation import captions, protocols
+from cir_jax.evaluation.asked import Asked
 from cir_jax.evaluation.protocols import Graded, Outcome
 from cir_jax.evaluation.queries import Benchmark, CaptionBenchmark, pad_rows
 from cir_jax.evaluation.result import Result
@@ -48,6 +50,7 @@ def evaluate(
     cache_dir: Path | None = None,
     method: str = "",
     image_features: np.ndarray | None = None,
+    asked: Asked | None = None,
 ) -> Result:
     """Runs a method on a benchmark.
 
@@ -55,13 +58,16 @@ def evaluate(
     cache_dir: where image features are stored, None = nowhere.
     image_features: float32[gallery, dim] un-normalised features of the gallery images from
         `frozen["backbone"]`, if the caller has them.
+    asked: of every query, beside what the benchmark says; None = nothing.
     Raises DataError for unreadable images, WeightsError for features that are not finite.
     """
     method = method or type(composer).__name__
+    asked = asked or Asked()
+    composer, seed = asked.of(composer, seed)
     options = dict(mesh=mesh, batch_size=batch_size, cache_dir=cache_dir)
     if isinstance(benchmark, CaptionBenchmark):
         return captions.evaluate(
-            composer, params, frozen, benchmark, method=method, seed=seed, **options
+            composer, params, frozen, benchmark, method=method, seed=seed, asked=asked, **options
         )
     began = time.perf_counter()
     raw = image_features
@@ -73,7 +79,7 @@ def evaluate(
         composer, params, frozen, benchmark.gallery, raw=raw, **options
     )
     encoded = time.perf_counter()
-    queries = _queries(composer, params, frozen, benchmark, raw, seed, options)
+    queries = _queries(composer, params, frozen, benchmark, raw, seed, options, asked)
     ranked, subset = _rank(composer, params, benchmark, queries, gallery)
     ended = time.perf_counter()
     outcome = None
@@ -113,11 +119,13 @@ def evaluate_with_baselines(
     cache_dir: Path | None = None,
     method: str = "",
     alone: bool = False,
+    asked: Asked | None = None,
 ) -> list[Result]:
     """The baselines, then the method. Image features are computed once for all of them.
 
     alone: without the baselines. A method that trains the backbone itself (no `frozen["backbone"]`)
     has none anyway, nor have caption retrieval and inversion, where one modality is all there is.
+    asked: as `evaluate`'s, of the method; the baselines answer the queries as they are.
     """
     options = dict(mesh=mesh, batch_size=batch_size, cache_dir=cache_dir)
     raw, methods = None, {}
@@ -130,8 +138,17 @@ def evaluate_with_baselines(
         methods = {}
     methods.pop(method, None)  # the method is a baseline itself
     methods[method] = (composer, params)
+    options |= dict(seed=seed, image_features=raw)
     return [
-        evaluate(one, own, frozen, benchmark, seed=seed, method=name, image_features=raw, **options)
+        evaluate(
+            one,
+            own,
+            frozen,
+            benchmark,
+            method=name,
+            asked=asked if one is composer else None,
+            **options,
+        )
         for name, (one, own) in methods.items()
     ]
 
@@ -144,6 +161,7 @@ def _queries(
     raw: np.ndarray | None,
     seed: int,
     options: dict,
+    asked: Asked,
 ) -> np.ndarray:
     """What `compose` gives, [queries, dim]; of several texts of a query, `joined`."""
     backbone, gallery = composer.backbone, benchmark.gallery
@@ -152,6 +170,8 @@ def _queries(
         joined = benchmark.protocol.join(query.texts, benchmark.what(position))
         index += [position] * len(joined)
         prompt = benchmark.protocol.prompt
+        if asked.use == "image":
+            joined = [""] * len(joined)
         texts += [prompt(composer.prompt, text, query.concept) for text in joined]
     rows = np.asarray([benchmark.queries[position].reference for position in index])
     own = benchmark.references is not None
@@ -161,7 +181,16 @@ def _queries(
         transform = dataclasses.replace(transform, pad="none", resize=transform.crop, squash=True)
     references: dict = {}
     # a method that reads more of the reference than its pooled feature says so
-    if composer.reads_images or composer.tunes_backbone or "backbone" not in frozen:
+    if asked.conditions.mask is not None:
+
+        def masked(row: int) -> tuple[np.ndarray, np.ndarray]:
+            number = int(rows[row])
+            what = benchmark.what(index[row])
+            image = features.open_image(images[number], "image", what)
+            return conditions.masked(composer, image, asked.conditions.mask)
+
+        references["reference_images"] = masked
+    elif composer.reads_images or composer.tunes_backbone or "backbone" not in frozen:
         references["reference_images"] = lambda row: features.read_image(
             images, int(rows[row]), "image", transform
         )
@@ -186,6 +215,8 @@ def _queries(
         tokenise(composer, texts),
         np.asarray(index, np.int32),
         **references,
+        has_reference=asked.use != "text",
+        fields=conditions.fields(composer, asked.conditions, len(index)),
         mesh=options["mesh"],
         batch_size=options["batch_size"],
         seed=seed,

@@ -10,6 +10,7 @@ import jax
 
 from cir_jax.errors import CheckpointError, DataError
 from cir_jax.evaluation import benchmarks, per_query, report, submissions
+from cir_jax.evaluation.asked import Asked
 from cir_jax.evaluation.contact_sheet import contact_sheet
 from cir_jax.evaluation.evaluate import evaluate_with_baselines
 from cir_jax.evaluation.page import Section, write_page
@@ -63,9 +64,10 @@ def run(
     output: Path,
     command: Sequence[str] = (),
     alone: bool = False,
+    asked: Asked | None = None,
 ) -> list[Result]:
     """Evaluates on all of config.evaluation.benchmarks, in config.evaluation.dtype; the baselines
-    beside the method, unless `alone`.
+    beside the method, unless `alone`. asked: of every query, beside what the benchmarks say.
 
     Prints a table per benchmark, with published numbers of the same protocol; writes into `output`
     `results.json`, `queries.jsonl` (see `per_query`), `report.html`, per benchmark a contact sheet
@@ -97,7 +99,7 @@ def run(
         trained = content_id(method, jax.tree.map(to_host, params))
     everything: list[Result] = []
     sections: list[Section] = []
-    asked: list[tuple[Benchmark, list[Result]]] = []
+    evaluated: list[tuple[Benchmark, list[Result]]] = []
     for benchmark in loaded:
         results = evaluate_with_baselines(
             experiment.composer,
@@ -110,6 +112,7 @@ def run(
             cache_dir=default_cache_dir(),
             method=method,
             alone=alone,
+            asked=asked,
         )
         if trained:
             last = results[-1]
@@ -126,14 +129,14 @@ def run(
         everything += results
         if isinstance(benchmark, Benchmark):
             _retrieved(results[-1], benchmark, output)
-            asked.append((benchmark, results))
+            evaluated.append((benchmark, results))
             sections.append(Section(benchmark, results[-1], report.format_table(results, papers)))
     if sections:
         write_page(output / "report.html", f"{config.name}: what was retrieved", sections)
         _say(f"\npage: {output / 'report.html'}")
-        per_query.write(output / per_query.FILE, asked)
+        per_query.write(output / per_query.FILE, evaluated)
         _say(f"queries: {output / per_query.FILE}")
-    settings = config.composer.to_dict()
+    settings = config.composer.to_dict() | ({"asked": asked.said} if asked else {})
     report.write_results(output / "results.json", everything, command, settings)
     _say(f"results: {output / 'results.json'}")
     return everything

@@ -14,7 +14,7 @@ import grain
 import numpy as np
 
 from cir_jax.errors import DataError
-from cir_jax.input import images
+from cir_jax.input import images, masks
 from cir_jax.input.images import ImageTransform, RandomResizedCrop, Whole
 from cir_jax.input.tables import Table
 from cir_jax.input.text import Tokenizer
@@ -29,7 +29,8 @@ class Records:
     """Random access to a table, image fields decoded or replaced by precomputed features.
 
     images: fields to decode to uint8[height, width, 3].
-    features: {field: float32[n, dim]} takes the place of decoding that field.
+    features: {field: float32[n, dim]} takes the place of decoding that field. A field that is an
+        array is of a corpus of features, and stays as it is.
     columns: {field: array[n, ...]} is joined to the records (stored pseudo-words).
     max_corrupt: unreadable records (counted, logged, the next one is taken) before it is an error;
         in large tables 1 %.
@@ -66,16 +67,25 @@ class Records:
         for field, column in self.columns.items():
             if np.isnan(column[index]).any():  # what inversion gives where it cannot
                 raise DataError(f"{self.table!r}, record {index}: its {field} could not be made.")
-        for field in self.images:
+        # the masked image first: it is made of the image as it is stored
+        for field in sorted(self.images, key=lambda name: name != masks.FIELD):
             what = f"{self.table!r}, record {index}, field {field!r}"
             if field in self.features:
                 record[field] = self.features[field][index]
+            if field in self.features or isinstance(
+                record.get(field), np.ndarray
+            ):  # stored features
                 if np.isnan(record[field][0]):  # what image_features gives for unreadable images
                     raise DataError(f"{what}: not a readable image.")
             else:
+                stored = "image" if field == masks.FIELD else field
                 with images.reading(what):
-                    image = images.decode(record[field], what, max_megapixels=self.max_megapixels)
-                    record[field] = self.transform(image)
+                    image = images.decode(record[stored], what, max_megapixels=self.max_megapixels)
+                    if field == masks.FIELD:
+                        mask = masks.unpack(record["mask"], what)
+                        record[field] = masks.noised(image, mask, self.transform, record["id"])
+                    else:
+                        record[field] = self.transform(image)
         return record
 
     def _parse(self, index: int) -> dict[str, Any]:
@@ -111,11 +121,13 @@ class CaptionPairs(grain.transforms.RandomMap):
 
     suffix: "images" or "features", what the image fields hold.
     with_reference: also a reference of zeros, to be mixed with triplets.
+    with_mask: also a mask of zeros, to be mixed with masked pairs.
     """
 
     tokenizer: Tokenizer
     suffix: str
     with_reference: bool = False
+    with_mask: bool = False
 
     def random_map(self, element: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
         captions = element["captions"]
@@ -127,23 +139,48 @@ class CaptionPairs(grain.transforms.RandomMap):
         if self.with_reference:
             example[f"reference_{self.suffix}"] = np.zeros_like(element["image"])
             example["has_reference"] = np.bool_(False)
-        return example
+        return example | _no_mask(self.with_mask)
 
 
 @dataclasses.dataclass(frozen=True)
-class Triplets(grain.transforms.RandomMap):
-    """Reference, modification text and target of a record."""
+class MaskedPairs(grain.transforms.RandomMap):
+    """An image as the target, the same with noise in a region as the reference, the region, and a
+    random one of the captions of what is there: CompoDiff's masked conversion."""
 
     tokenizer: Tokenizer
     suffix: str
 
     def random_map(self, element: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
+        captions = element["captions"]
+        text = captions[rng.integers(len(captions))].decode()
         return {
+            f"target_{self.suffix}": element["image"],
+            "token_ids": _tokenise(self.tokenizer, text),
+            f"reference_{self.suffix}": element[masks.FIELD],
+            "has_reference": np.bool_(True),
+            "mask": masks.unpack(element["mask"], f"record {element['id']}, field 'mask'"),
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class Triplets(grain.transforms.RandomMap):
+    """Reference, modification text and target of a record.
+
+    with_mask: also a mask of zeros, to be mixed with masked pairs.
+    """
+
+    tokenizer: Tokenizer
+    suffix: str
+    with_mask: bool = False
+
+    def random_map(self, element: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
+        example = {
             f"target_{self.suffix}": element["target"],
             "token_ids": _tokenise(self.tokenizer, element["text"].decode()),
             f"reference_{self.suffix}": element["reference"],
             "has_reference": np.bool_(True),
         }
+        return example | _no_mask(self.with_mask)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -224,6 +261,10 @@ class Views(grain.transforms.RandomMap):
 
 STORED_VIEW = ("target_features", "target_tokens")
 """What takes the place of the image itself in `Views`."""
+
+
+def _no_mask(wanted: bool) -> dict[str, np.ndarray]:
+    return {"mask": np.zeros((masks.SIZE, masks.SIZE), bool)} if wanted else {}
 
 
 def _tokenise(tokenizer: Tokenizer, text: str) -> np.ndarray:

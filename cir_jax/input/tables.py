@@ -16,6 +16,7 @@ from cir_jax.input import links
 OWN_DATA = {  # table of a training corpus: the --dataset of launch/prepare.py that makes it
     "images": "images",
     "captions": "pairs",
+    "masked": "masked_pairs",
     "texts": "texts",
     "text_triplets": "text_triplets",
     "triplets": "image_triplets",

@@ -273,6 +273,37 @@ class Tokenizer:
         ]
 
 
+class JoinedTokenizer:
+    """Ids of two tokenizers, one behind the other: each text's of the first, then of the second.
+
+    Special tokens are those of the first. Texts always have their whole length.
+    """
+
+    def __init__(self, first: Tokenizer, second: Tokenizer):
+        self.first, self.second = first, second
+        self.bos_id, self.eos_id, self.pad_id = first.bos_id, first.eos_id, first.pad_id
+        self.context_length = first.context_length + second.context_length
+
+    @property
+    def identity(self) -> tuple[Any, ...]:
+        """See `Tokenizer.identity`."""
+        return self.first.identity, self.second.identity
+
+    def token_id(self, token: str) -> int | None:
+        """See `Tokenizer.token_id`."""
+        return self.first.token_id(token)
+
+    def plain(self, text: str) -> str:
+        """See `Tokenizer.plain`."""
+        return self.first.plain(text)
+
+    def __call__(self, texts: Sequence[str], length: int | None = None) -> np.ndarray:
+        """int32[batch, context_length]."""
+        del length
+        ids = [part(texts, part.context_length) for part in (self.first, self.second)]
+        return np.concatenate(ids, axis=1)
+
+
 def read_tokenizer(
     path: Path, remedy: str = "Copy tokenizer.json from where the weights come from."
 ) -> tokenizers.Tokenizer:

@@ -68,6 +68,11 @@ class Backbone:
         return self.config.text.hidden_size
 
     @property
+    def text_widths(self) -> tuple[int, ...]:
+        """Widths of `text_conditions`."""
+        return (self.token_dim,)
+
+    @property
     def context_length(self) -> int:
         """Tokens of the longest text: CLIP 77, BLIP 35 (as it was trained; its tower takes 512),
         SigLIP 64."""
@@ -196,8 +201,22 @@ class Backbone:
         self._check_length(token_ids)
         if attention_mask is None and self.family == "blip":
             attention_mask = token_ids != self.config.text.pad_token_id
-        embeddings = self.embed_tokens(params, token_ids)
+        embeddings = self._apply(params, token_ids, method="embed_tokens")
         return self._read(params, embeddings, attention_mask, method="text_hidden_states")
+
+    def text_conditions(self, params: Any, token_ids: jax.Array) -> tuple[jax.Array, ...]:
+        """int32[batch, length] -> float[batch, length, width] of each text encoder there is: hidden
+        states of all positions, padding too, which no position sees (unless the tower was trained
+        to)."""
+        return (self.states_of(params, token_ids, self.tokenizer),)
+
+    def states_of(self, params: Any, token_ids: jax.Array, tokenizer: Tokenizer) -> jax.Array:
+        """The one of the backbone's own text tower."""
+        if self.reads_padding:
+            return Backbone.text_hidden_states(self, params, token_ids)
+        return Backbone.text_hidden_states(
+            self, params, token_ids, visible(token_ids, tokenizer.eos_id)
+        )
 
     def match(
         self,
@@ -314,6 +333,12 @@ class Pair(Backbone):
         if method in ("encode_image", "visual_tokens"):
             return self.model.apply({"params": params["image"]}, *args, method=method)
         return self.text_model.apply({"params": params["text"]}, *args, method=method)
+
+
+def visible(token_ids: jax.Array, eos_id: int) -> jax.Array:
+    """bool[batch, length]: the positions of a text, padding left out."""
+    end = jnp.argmax(token_ids == eos_id, axis=-1)
+    return jnp.arange(token_ids.shape[1])[None] <= end[:, None]
 
 
 TOWERS = {

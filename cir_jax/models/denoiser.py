@@ -4,6 +4,9 @@ The residual stream holds two tokens (noisy embedding, time) and may hold severa
 query: float[rows, samples, 2, width]. Conditions enter through cross-attention only; their keys and
 values depend neither on the time nor on the sample, so they are computed once and passed in.
 
+"tokens" is the paper's ablation instead ("Prior-like", table 5): the conditions stand before time
+and embedding in one sequence, as in DALL-E 2's prior, and there is no cross-attention.
+
 Every linear map of the transformer is without bias; every norm has a gain and no bias. Statistics,
 softmax and normalised keys are float32 whatever `dtype` is (the released code raises the epsilon of
 its norms to 1e-3 in half precision instead).
@@ -23,7 +26,11 @@ from cir_jax.sharding.constraints import split_rows
 
 @dataclasses.dataclass(frozen=True)
 class DenoiserConfig:
-    """Sizes; the defaults are those of the released CompoDiff-Aesthetic."""
+    """Sizes; the defaults are those of the released CompoDiff-Aesthetic.
+
+    more_text_dim: width of a second text encoder's states, 0 = there is none.
+    conditioning: how conditions are read, see CONDITIONING.
+    """
 
     embed_dim: int = 768
     text_dim: int = 1280
@@ -33,10 +40,21 @@ class DenoiserConfig:
     cross_heads: int = 8
     mask_size: int = 64
     timesteps: int = 1000
+    more_text_dim: int = 0
+    conditioning: str = "cross_attention"
 
 
-KeysValues = tuple[jax.Array, jax.Array]
-"""Keys and values, each float[rows, length, heads, dim_head]."""
+CONDITIONING = ("cross_attention", "tokens")
+
+KeysValues = tuple[jax.Array, ...]
+"""Keys and values, each float[rows, length, heads, dim_head]; where some are hidden, then which are
+seen: bool[rows, length]."""
+
+Conditions = list[KeysValues] | list[jax.Array]
+"""Of each layer its keys and values; for "tokens" one array, float[rows, length, width]."""
+
+TextStates = jax.Array | tuple[jax.Array, jax.Array]
+"""Hidden states of one text encoder, or of two."""
 
 ROTARY_DIM = 32
 """Features of a head that are rotated; all of them when the head is smaller."""
@@ -44,8 +62,9 @@ ROTARY_DIM = 32
 COSINE_SCALE = 16.0
 """Self-attention logits = 16 cos(q, k)."""
 
-BUCKETS = 32
-"""Rows of the relative-position table; two positions and a null key only ever read rows 0 and 1."""
+BUCKETS, FARTHEST = 32, 128
+"""Rows of the relative-position table, of which two positions and a null key read 0 and 1 alone;
+the distance from which on all are alike."""
 
 # the default of torch.nn.Linear, which the released model was built with: U(+-1 / sqrt(inputs))
 _kernel_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
@@ -95,10 +114,13 @@ def rotate(x: jax.Array) -> jax.Array:
 def relative_buckets(positions: int) -> np.ndarray:
     """int32[positions, 1 + positions]: T5's causal buckets, the null key counted as position 0.
 
-    Distances below 16 are their own bucket, and here there are two positions: 0 and 1 occur.
+    Distances below half of BUCKETS are their own bucket, longer ones are parted by logarithm.
     """
     distance = np.arange(positions)[:, None] - np.arange(1 + positions)[None]
-    return np.maximum(distance, 0).astype(np.int32)
+    distance, half = np.maximum(distance, 0), BUCKETS // 2
+    far = np.log(np.maximum(distance, half) / half) / np.log(FARTHEST / half) * (BUCKETS - half)
+    far = np.minimum(half + far.astype(np.int32), BUCKETS - 1)
+    return np.where(distance < half, distance, far).astype(np.int32)
 
 
 def _unit(x: jax.Array) -> jax.Array:
@@ -199,7 +221,9 @@ class CrossAttention(nn.Module):
     def __call__(self, x: jax.Array, keys_values: KeysValues) -> jax.Array:
         """x: float[rows, samples, tokens, width]; the samples of a row share keys and values."""
         query = self.query(self.norm(x)).reshape(x.shape[0], -1, self.heads, self.dim_head)
-        mixed = jax.nn.dot_product_attention(query, *keys_values)
+        keys, values, *seen = keys_values
+        mask = seen[0][:, None, None] if seen else None
+        mixed = jax.nn.dot_product_attention(query, keys, values, mask=mask)
         return self.out_norm(self.out(mixed.reshape(*x.shape[:-1], -1)))
 
 
@@ -220,7 +244,10 @@ class FeedForward(nn.Module):
 
 
 class Layer(nn.Module):
-    """Self-attention, cross-attention, feed-forward; each added to the stream."""
+    """Self-attention, cross-attention, feed-forward; each added to the stream.
+
+    cross_heads 0 = no cross-attention.
+    """
 
     width: int
     heads: int
@@ -230,15 +257,134 @@ class Layer(nn.Module):
 
     def setup(self) -> None:
         self.self_attention = SelfAttention(self.heads, self.dim_head, self.dtype)
-        self.cross_attention = CrossAttention(
-            self.width, self.cross_heads, self.dim_head, self.dtype
-        )
+        if self.cross_heads:
+            self.cross_attention = CrossAttention(
+                self.width, self.cross_heads, self.dim_head, self.dtype
+            )
         self.feed_forward = FeedForward(self.width, self.dtype)
 
     def keys_values(self, *context: jax.Array) -> KeysValues:
         return self.cross_attention.keys_values(*context)
 
-    def __call__(self, x: jax.Array, bias: jax.Array, keys_values: KeysValues) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, bias: jax.Array, keys_values: KeysValues | None = None
+    ) -> jax.Array:
         x = split_rows(x + self.self_attention(x, bias))
-        x = split_rows(x + self.cross_attention(x, keys_values))
+        if keys_values is not None:
+            x = split_rows(x + self.cross_attention(x, keys_values))
         return split_rows(x + self.feed_forward(x))
+
+
+class Denoiser(nn.Module):
+    """The denoising transformer (Appendix A); the hidden width is that of the embeddings.
+
+    `condition` once per query, `denoise` once per step; `__call__` is both.
+    """
+
+    config: DenoiserConfig
+    dtype: Any = jnp.float32
+
+    def setup(self) -> None:
+        c, dtype = self.config, self.dtype
+        self.text_embedding = linear(c.embed_dim, bias=True, dtype=dtype)
+        self.time_embedding = Mlp(c.embed_dim, dtype)
+        self.mask_embedding = Mlp(c.embed_dim, dtype)
+        self.relative_bias = self.param(
+            "relative_bias", nn.initializers.normal(1.0), (BUCKETS, c.heads)
+        )
+        if c.more_text_dim:
+            self.text_projection = linear(c.text_dim, bias=True, dtype=dtype)
+        cross_heads = c.cross_heads if c.conditioning == "cross_attention" else 0
+        self.layers = [
+            Layer(c.embed_dim, c.heads, c.dim_head, cross_heads, dtype) for _ in range(c.depth)
+        ]
+        self.final_norm = norm(dtype=dtype)
+        self.out = linear(c.embed_dim, dtype=dtype)
+
+    def condition(
+        self,
+        text: TextStates,
+        image: jax.Array,
+        mask: jax.Array,
+        visible: jax.Array | None = None,
+    ) -> Conditions:
+        """What does not change over the steps: per layer the keys and values of the conditions, or
+        their tokens.
+
+        text: float[rows, length, text_dim], or this and float[rows, length, more_text_dim];
+        image: float[rows, embed_dim], zeros = none; mask: float[rows, mask_size, mask_size],
+        zeros = none. Any of them may have one row for all. visible: bool[rows, length], which
+        positions of the text are conditions; None = all.
+        """
+        text = self.text_tokens(text)
+        image = image.astype(self.dtype)[:, None]
+        # rows flattened; a mask of zeros is a token too: what the biases make of it
+        mask = self.mask_embedding(mask.reshape(mask.shape[0], 1, -1))
+        if self.config.conditioning == "cross_attention":
+            projected = [layer.keys_values(text, image, mask) for layer in self.layers]
+            if visible is None:
+                return projected
+            # the null key stands before the text, image and mask behind it
+            seen = jnp.pad(visible, ((0, 0), (1, 2)), constant_values=True)
+            seen = jnp.broadcast_to(seen, projected[0][0].shape[:2])
+            return [(*keys_values, seen) for keys_values in projected]
+        rows = max(part.shape[0] for part in (text, image, mask))
+        parts = (jnp.broadcast_to(p, (rows, *p.shape[1:])) for p in (text, image, mask))
+        return [jnp.concatenate(list(parts), axis=1)]
+
+    def text_tokens(self, text: TextStates) -> jax.Array:
+        """Hidden states -> float[rows, length, embed_dim]: the second encoder's behind the first's,
+        brought to their width by a perceptron of a single layer (section 5.1)."""
+        if self.config.more_text_dim:
+            first, second = text
+            second = self.text_projection(split_rows(second))
+            text = jnp.concatenate([first.astype(second.dtype), second], axis=1)
+        return split_rows(self.text_embedding(split_rows(text)))
+
+    def denoise(self, x: jax.Array, time: jax.Array, conditions: Conditions) -> jax.Array:
+        """Predicted clean embeddings, float32[rows, samples, embed_dim].
+
+        x: float[rows, samples, embed_dim], noisy; time: int32[rows, samples], or with size 1 where
+        it is the same for all; conditions: from `condition`, with as many rows.
+        """
+        dim = x.shape[-1]
+        x = split_rows(x)
+        time = jnp.broadcast_to(self.embed_time(time), x.shape)
+        tokens = split_rows(jnp.stack([x.astype(self.dtype), time], axis=-2))
+        if self.config.conditioning == "tokens":
+            (before,) = conditions
+            shape = (*x.shape[:2], *before.shape[1:])
+            before = jnp.broadcast_to(before[:, None], shape)
+            tokens = split_rows(jnp.concatenate([before, tokens[:, :, ::-1]], axis=-2))
+            bias = self.position_bias(tokens.shape[-2])
+            for layer in self.layers:
+                tokens = layer(tokens, bias)
+            tokens = tokens[:, :, ::-1]
+        else:
+            bias = self.position_bias()
+            for layer, keys_values in zip(self.layers, conditions, strict=True):
+                tokens = layer(tokens, bias, keys_values)
+        clean = tokens[:, :, 0].astype(jnp.float32)
+        clean = self.final_norm(stabilised(clean))
+        clean = split_rows(self.out(split_rows(clean)))
+        return clean.astype(jnp.float32).reshape(*x.shape[:-1], dim)
+
+    def embed_time(self, time: jax.Array) -> jax.Array:
+        """int32[...] -> float[..., embed_dim]."""
+        return self.time_embedding(sinusoid(time, self.config.embed_dim))
+
+    def position_bias(self, positions: int = 2) -> jax.Array:
+        """float32[heads, positions, 1 + positions]; of two, from (noisy embedding, time) to (null
+        key, the same two)."""
+        return self.relative_bias[relative_buckets(positions)].transpose(2, 0, 1)
+
+    def __call__(
+        self,
+        x: jax.Array,
+        time: jax.Array,
+        text: TextStates,
+        image: jax.Array,
+        mask: jax.Array,
+        visible: jax.Array | None = None,
+    ) -> jax.Array:
+        return self.denoise(x, time, self.condition(text, image, mask, visible))

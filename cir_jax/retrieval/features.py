@@ -17,7 +17,7 @@ from PIL import Image
 
 from cir_jax.composers.base import Composer, Params
 from cir_jax.errors import DataError
-from cir_jax.input import images
+from cir_jax.input import images, masks
 from cir_jax.input.identity import CROP, source_identity
 from cir_jax.input.images import ImageTransform
 from cir_jax.models.backbone import Backbone
@@ -64,13 +64,14 @@ def image_features(
     normalise: bool = False,
     skip_unreadable: bool = False,
     transform: ImageTransform | None = None,
+    label: str = "image features",
 ) -> np.ndarray:
     """The backbone's image features of all records: float32[n, dim], un-normalised by default.
 
     params: of the backbone, on the host or sharded over the mesh. batch_size: global, rounded up to
         what the mesh needs. cache_dir: None = not stored; else see `places.default_cache_dir`.
     skip_unreadable: rows of NaN for images that do not decode, instead of DataError naming them.
-    transform: None = the backbone's.
+    transform: None = the backbone's. label: of the progress bar, "" = none.
     Raises WeightsError naming weights, dtype and images for features that are not finite.
     """
     description = {
@@ -90,6 +91,7 @@ def image_features(
         batch_size=batch_size,
         cache_dir=cache_dir,
         skip_unreadable=skip_unreadable,
+        label=label,
     )
     return unit(features) if normalise else features
 
@@ -221,9 +223,10 @@ def query_features(
     query_index: np.ndarray,
     *,
     reference_features: np.ndarray | None = None,
-    reference_images: Callable[[int], np.ndarray] | None = None,
+    reference_images: Callable[[int], Any] | None = None,
     has_reference: bool = True,
     word_row: np.ndarray | None = None,
+    fields: Mapping[str, np.ndarray] | None = None,
     mesh: Mesh,
     batch_size: int = 256,
     seed: int = 0,
@@ -233,9 +236,10 @@ def query_features(
 
     token_ids: int32[n, length]. query_index: int32[n], passed on, so that a method that draws noise
         can draw the same for a query whatever the batch size.
-    reference_features: float32[n, dim] un-normalised, or reference_images: row -> uint8[h, w, 3].
+    reference_features: float32[n, dim] un-normalised, or reference_images: row -> uint8[h, w, 3],
+        or this and the row's mask.
     has_reference: False = the queries are texts, and the reference is a placeholder.
-    word_row: int32[n], for composers with `word_rows`.
+    word_row: int32[n], for composers with `word_rows`. fields: what else `compose` reads, [n, ...].
     Raises WeightsError naming weights, dtype and queries for features that are not finite.
     """
     params, frozen = on_mesh(mesh, params), on_mesh(mesh, frozen)
@@ -249,8 +253,12 @@ def query_features(
             query["has_reference"] = np.bool_(False)
         if word_row is not None:
             query["word_row"] = np.int32(word_row[row])
+        query |= {name: values[row] for name, values in (fields or {}).items()}
         if reference_images is not None:
-            return query | {"reference_images": reference_images(row)}
+            given = reference_images(row)
+            if isinstance(given, tuple):
+                return query | dict(zip(("reference_images", "mask"), given, strict=True))
+            return query | {"reference_images": given}
         assert reference_features is not None
         return query | {"reference_features": reference_features[row]}
 
@@ -269,10 +277,17 @@ def query_features(
 
 
 def read_image(source: Records, row: int, field: str, transform: Any) -> np.ndarray:
-    """Decoded and transformed: uint8[height, width, 3]. Raises DataError naming the record."""
+    """Decoded and transformed: uint8[height, width, 3]. Raises DataError naming the record.
+
+    field "masked": the record's image with noise in its mask.
+    """
     record = source[row]
     what = _what(source, row, record)
     with images.reading(what):
+        if field == masks.FIELD:
+            mask = masks.unpack(record["mask"], what)
+            image = open_image(record, "image", what)
+            return masks.noised(image, mask, transform, int(record["id"]))
         return transform(open_image(record, field, what))
 
 
@@ -312,6 +327,7 @@ def _embed(
     batch_size: int,
     cache_dir: Path | None,
     skip_unreadable: bool,
+    label: str = "image features",
 ) -> np.ndarray:
     n = len(source)
     if not n:
@@ -338,7 +354,7 @@ def _embed(
             first=done,
             mesh=mesh,
             batch_size=batch_size,
-            description="image features",
+            description=label,
         )
         pieces = finite.checked(
             pieces,

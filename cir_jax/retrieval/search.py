@@ -11,7 +11,9 @@ from jax.sharding import Mesh
 from PIL import Image
 
 from cir_jax import composers
+from cir_jax.composers import conditions as conditions_of
 from cir_jax.composers.base import Composer, Params
+from cir_jax.composers.conditions import Conditions
 from cir_jax.errors import CirError, DataError
 from cir_jax.input import images
 from cir_jax.retrieval import features, ranking
@@ -81,6 +83,7 @@ class Searcher:
         self.unreadable: list[Path] = []
         self._gallery: np.ndarray | None = None
         self._plain: np.ndarray | None = None
+        self._variants: dict[tuple[Any, ...], Composer] = {}
 
     def index(
         self, where: str | Path | Sequence[str | Path], max_megapixels: float | None = None
@@ -126,14 +129,40 @@ class Searcher:
         text: str | None = None,
         k: int = 10,
         max_megapixels: float | None = None,
+        *,
+        guidance: tuple[float, float] | None = None,
+        negative_text: str | None = None,
+        mask: str | Path | Image.Image | np.ndarray | None = None,
+        steps: int | None = None,
+        samples_per_query: int | None = None,
+        seed: int | None = None,
+        source_mixing: float | None = None,
+        noised_reference: float | None = None,
     ) -> list[tuple[Path, float]]:
         """The k best images with their scores, best first (cosine similarity for most methods).
 
         image: the reference: a file, a PIL image, or an array [height, width, 3] of uint8, or of
         floats in [0, 1]. text: what to change. One of them may be None: then the search is by the
         other alone. max_megapixels: of the reference, None = 200.
-        Raises CirError without an index or a query, DataError for an image that cannot be read.
+        The others are conditions that some methods take, CompoDiff all of them; None = as the
+        method is set. guidance: weights of image and text. negative_text: what the results should
+        not show. mask: the region of the reference to edit, a black and white PNG of its size,
+        white = edit. steps: of denoising. samples_per_query: that are averaged. seed: of the noise.
+        source_mixing: share of the reference in the result. noised_reference: share of the
+        diffusion that the reference is spared, from which it then starts.
+        Raises CirError without an index or a query and for a condition that the method does not
+        take, DataError for an image or a mask that cannot be read.
         """
+        conditions = Conditions(
+            guidance=guidance,
+            negative_text=negative_text,
+            mask=mask,
+            steps=steps,
+            samples_per_query=samples_per_query,
+            seed=seed,
+            source_mixing=source_mixing,
+            noised_reference=noised_reference,
+        )
         if self._gallery is None or self._plain is None:
             raise CirError("nothing is indexed yet: call index(folder) first.")
         text = (text or "").strip() or None
@@ -141,13 +170,16 @@ class Searcher:
             raise CirError("an empty query: give an image, a text, or both.")
         if k < 1:
             raise CirError(f"k={k}: ask for at least one image.")
+        conditions.check(self.composer)
+        conditions_of.check_query(conditions, image)
         # few different k, so that few programs are compiled
         most = max(64, 1 << (k - 1).bit_length())
         if image is not None:
             with images.limited(max_megapixels):
-                image = self._pixels(image)
-        if image is not None and text is not None:
-            query = self._compose(self.composer, image, text)
+                image = self._pixels(image, mask)
+        if self.composer.alone or (image is not None and text is not None):
+            composer = self._varied(conditions)
+            query = self._compose(composer, image, text or "", conditions)
             ranked = ranking.rank(query, self._gallery, k=most, **self._scoring)
         else:
             alone = self._text_only if image is None else self._image_only
@@ -165,8 +197,18 @@ class Searcher:
         )
         return own, features.unit(raw)
 
-    def _pixels(self, image: Any) -> np.ndarray:
-        """uint8[height, width, 3] of what `search` takes."""
+    def _varied(self, conditions: Conditions) -> Composer:
+        """The method with the settings of a query: one object of each, which is one program."""
+        settings = conditions.settings()
+        if not settings:
+            return self.composer
+        key = tuple(sorted(settings.items()))
+        if key not in self._variants:
+            self._variants[key] = self.composer.varied(**settings)
+        return self._variants[key]
+
+    def _pixels(self, image: Any, mask: Any = None) -> Any:
+        """uint8[height, width, 3] of what `search` takes; with a mask, what `masked` gives."""
         what = str(image) if isinstance(image, str | Path) else "image"
         with images.reading(what):
             if isinstance(image, str | Path):
@@ -174,10 +216,14 @@ class Searcher:
             elif not isinstance(image, Image.Image):
                 image = images.of_array(image)
             images.check_size(image.size, what)
+            if mask is not None:
+                return conditions_of.masked(self.composer, image, mask)
             return self.composer.backbone.image_transform(image)
 
-    def _compose(self, composer: Composer, image: np.ndarray | None, text: str) -> np.ndarray:
-        """float32[1, dim]; the same path as evaluation."""
+    def _compose(
+        self, composer: Composer, image: Any, text: str, conditions: Conditions | None = None
+    ) -> np.ndarray:
+        """float32[1, dim]; the same path as evaluation. image: None, or of `_pixels`."""
         backbone = composer.backbone
         length = None if composer.pools_text else backbone.context_length
         references: dict[str, Any] = {}
@@ -185,7 +231,10 @@ class Searcher:
             references["reference_features"] = np.zeros((1, backbone.dim), np.float32)
         else:
             references["reference_images"] = lambda row: image
-        params = self.params if composer is self.composer else {}
+        params, seed, fields = {}, self.seed, {}
+        if conditions is not None:  # the method's own query
+            params, fields = self.params, conditions_of.fields(composer, conditions, 1)
+            seed = self.seed if conditions.seed is None else conditions.seed
         return features.query_features(
             composer,
             params,
@@ -193,9 +242,11 @@ class Searcher:
             backbone.tokenizer([composer.prompt(text)], length),
             np.zeros(1, np.int32),
             **references,
+            has_reference=image is not None or not composer.alone,
+            fields=fields,
             mesh=self.mesh,
             batch_size=1,
-            seed=self.seed,
+            seed=seed,
         )
 
 

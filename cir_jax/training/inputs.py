@@ -1,7 +1,7 @@
 """From the config of a stage to its Grain pipeline."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import numpy as np
 
 from cir_jax.errors import ConfigError, unknown
 from cir_jax.experiment import Experiment
-from cir_jax.input import images, keywords, objects, records, text
+from cir_jax.input import identity, images, keywords, masks, objects, records, text
 from cir_jax.input.pipeline import Part, Pipeline, Source
 from cir_jax.input.tables import Table
 from cir_jax.retrieval.features import image_features, visual_tokens
@@ -21,6 +21,7 @@ from cir_jax.training import inversion
 TABLES = {
     "captions": "pairs",
     "pretrain": "pairs",
+    "masked": "masked_pairs",
     "triplets": "triplets",
     "images": "images",
     "texts": "masked_captions",
@@ -54,8 +55,15 @@ def _suffix(data: Any) -> str:
 
 
 def _pairs(experiment: Experiment, data: Any, source: records.Records) -> records.CaptionPairs:
-    mixed = "triplets" in data.tables or data.with_reference
-    return records.CaptionPairs(experiment.backbone.tokenizer, _suffix(data), mixed)
+    mixed = any(name in data.tables for name in ("triplets", "masked")) or data.with_reference
+    return records.CaptionPairs(
+        experiment.backbone.tokenizer, _suffix(data), mixed, _with_mask(data)
+    )
+
+
+def _with_mask(data: Any) -> bool:
+    """Whether some rows of a batch have masks, so that all need one."""
+    return bool(data.tables.get("masked"))
 
 
 def _cropped(experiment: Experiment, data: Any, source: records.Records) -> records.CroppedImages:
@@ -75,7 +83,7 @@ def _augmented(
     # what stands between two captions is a word of its own in ARTEMIS' vocabulary
     word = "<and>" if backbone.tokenizer.token_id("<and>") is not None else "and"
     size = backbone.image_transform.crop
-    return records.AugmentedTriplets(backbone.tokenizer, _suffix(data), size, word)
+    return records.AugmentedTriplets(backbone.tokenizer, _suffix(data), size=size, word=word)
 
 
 def _masked(experiment: Experiment, data: Any, source: records.Records) -> Any:
@@ -111,12 +119,18 @@ EXAMPLES = {
     "triplets": Example(
         ("reference", "target"),
         lambda experiment, data, source: records.Triplets(
-            experiment.backbone.tokenizer, _suffix(data)
+            experiment.backbone.tokenizer, _suffix(data), _with_mask(data)
         ),
     ),
     "joined_triplets": Example(
         ("reference", "target"),
         lambda experiment, data, source: records.JoinedTriplets(
+            experiment.backbone.tokenizer, _suffix(data), _with_mask(data)
+        ),
+    ),
+    "masked_pairs": Example(
+        ("image", masks.FIELD),
+        lambda experiment, data, source: records.MaskedPairs(
             experiment.backbone.tokenizer, _suffix(data)
         ),
     ),
@@ -162,7 +176,10 @@ def make_pipeline(
                 "backbone as it is set, whose features change. Set "
                 f"--config.stage.{name}.data.features=False."
             )
-        if data.features and example.beside:
+        stored = table.mark().get("features")
+        if stored is not None:
+            _check_stored(experiment, name, table, stored, example)
+        elif data.features and example.beside:
             columns |= _view(experiment, table, *example.fields, shapes_only)
         elif data.features:
             make = _no_features if shapes_only else _features
@@ -189,6 +206,28 @@ def make_pipeline(
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
+
+
+def _check_stored(
+    experiment: Experiment, name: str, table: Table, stored: Mapping[str, Any], example: Example
+) -> None:
+    """Raises ConfigError where a corpus of features is not what the experiment would compute."""
+    if example.beside:
+        raise ConfigError(
+            f"{table!r} holds features and no images, which stage {name!r} crops: set "
+            f"--config.stage.{name}.data.dataset to one with images."
+        )
+    if not experiment.config.stage[name].data.features:
+        raise ConfigError(
+            f"{table!r} holds features and no images: set --config.stage.{name}.data.features=True."
+        )
+    for field, ours in identity.features_of(experiment.backbone).items():
+        if stored[field] != ours:
+            raise ConfigError(
+                f"{table!r} holds image features of other {field}, {stored[field]}, than "
+                f"config.backbone={experiment.config.backbone!r} has, {ours}. Prepare them again: "
+                f"launch/prepare.py --features={experiment.config.backbone}."
+            )
 
 
 def _features(experiment: Experiment, table: Table, field: str) -> Any:

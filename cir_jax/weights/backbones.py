@@ -1,5 +1,8 @@
 """One way in and one way out for backbones, whatever their family and format."""
 
+import copy
+import functools
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -8,8 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from cir_jax.errors import WeightsError
+from cir_jax.input.text import JoinedTokenizer, Tokenizer
 from cir_jax.models.backbone import TOWERS, Backbone, Pair
-from cir_jax.weights import artemis, blip, clip, families, files, siglip
+from cir_jax.models.t5 import T5Encoder
+from cir_jax.models.with_t5 import WithT5
+from cir_jax.weights import artemis, blip, clip, encoders, families, files, siglip
 
 FAMILIES = {"clip": clip, "blip": blip, "siglip": siglip, "artemis": artemis}
 """model_type of a config -> module with `read`, `architecture` and `write`."""
@@ -36,7 +42,8 @@ def load(
 ) -> tuple[Backbone, dict[str, Any]]:
     """Backbone and parameters of a directory, file or hub id (see `files.find`).
 
-    "IMAGES+TEXTS" takes the image tower of one CLIP and the text tower of another (`Pair`).
+    "IMAGES+TEXTS" takes the image tower of one CLIP and the text tower of another (`Pair`), or a T5
+    in its place; "IMAGES+TEXTS+T5" both (`WithT5`).
     dtype: of the computation. params_dtype: of the parameters, None = as they are stored.
     image_size: for images of so many pixels, by interpolated position embeddings (a ViT's).
     context_length: for longer texts, by Long-CLIP's stretching (a CLIP's; 248 of 77).
@@ -46,14 +53,21 @@ def load(
     if len(names) == 1:
         source, family = _find(name_or_path)
         return family.read(source, dtype, params_dtype, **asked[""])
-    halves = {
-        half: clip.read(_find_half(name, half), dtype, params_dtype, half, **asked[half])
-        for half, name in zip(TOWERS, names, strict=True)
-    }
-    return (
-        _pair(*(backbone for backbone, _ in halves.values())),
-        {half: params for half, (_, params) in halves.items()},
-    )
+    read = functools.partial(_read_half, dtype=dtype, params_dtype=params_dtype, asked=asked)
+    names, t5_source = _t5_of(names)
+    halves = {half: read(name, half) for half, name in zip(TOWERS, names, strict=False)}
+    params = {half: params for half, (_, params) in halves.items()}
+    towers = [backbone for backbone, _ in halves.values()]
+    if t5_source is None:
+        return _pair(*towers), params
+    encoder, params["t5"] = encoders.load_t5(t5_source, dtype, params_dtype)
+    return _with_t5(towers, encoder.model, encoder.tokenizer, encoder.weights_id), params
+
+
+def _read_half(
+    name: str | Path, half: str, dtype: Any, params_dtype: Any, asked: dict[str, dict[str, int]]
+) -> tuple[Backbone, dict[str, Any]]:
+    return clip.read(_find_half(name, half), dtype, params_dtype, half, **asked[half])
 
 
 def load_architecture(
@@ -68,13 +82,15 @@ def load_architecture(
     if len(names) == 1:
         source, family = _find(name_or_path)
         return family.architecture(source, dtype, **asked[""])
-    halves = zip(TOWERS, names, strict=True)
-    return _pair(
-        *(
-            clip.architecture(_find_half(name, half), dtype, half, **asked[half])
-            for half, name in halves
-        )
-    )
+    names, t5_source = _t5_of(names)
+    towers = [
+        clip.architecture(_find_half(name, half), dtype, half, **asked[half])
+        for half, name in zip(TOWERS, names, strict=False)
+    ]
+    if t5_source is None:
+        return _pair(*towers)
+    model, tokenizer = encoders.t5_architecture(t5_source, dtype)
+    return _with_t5(towers, model, tokenizer, f"{t5_source.name}@untrained")
 
 
 def _asked(image_size: int | None, context_length: int | None) -> dict[str, dict[str, int]]:
@@ -99,9 +115,9 @@ def save(path: Path, backbone: Backbone, params: Any, dtype: Any = np.float32) -
 
 
 def _split(name_or_path: str | Path) -> list[str | Path]:
-    """The two names of a pair, or the one name (which may be a path with a plus in it)."""
+    """The names of a pair, with T5 behind it or not; or the one name (a path may have a plus)."""
     names = str(name_or_path).split("+")
-    if len(names) != 2 or any(path.exists() for path in files.places(name_or_path)):
+    if len(names) not in (2, 3) or any(path.exists() for path in files.places(name_or_path)):
         return [name_or_path]
     return list(names)
 
@@ -158,4 +174,35 @@ def _pair(images: Backbone, texts: Backbone) -> Pair:
         image_transform=images.image_transform,
         weights_id=f"{images.weights_id}+{texts.weights_id}",
         text_model=texts.model,
+    )
+
+
+def _t5_of(names: list[str | Path]) -> tuple[list[str | Path], files.Source | None]:
+    """The names of CLIPs, and the T5 that stands last, if one does."""
+    source = files.find(names[-1])
+    if source.model_type == "t5":
+        return names[:-1], source
+    if len(names) == 3:
+        raise WeightsError(
+            f"backbone {'+'.join(map(str, names))}: {names[-1]} is of "
+            f"{source.model_type or 'another model'}, expected T5 as the third: IMAGES+TEXTS+T5."
+        )
+    return names, None
+
+
+def _with_t5(
+    towers: Sequence[Backbone], model: T5Encoder, tokenizer: Tokenizer, weights_id: str
+) -> WithT5:
+    """towers: with the images, and with the texts if CLIP's are conditions, too."""
+    images, texts = towers[0], towers[1] if len(towers) > 1 else None
+    tokenizer = copy.copy(tokenizer)
+    # as many as CLIP's, section 5.1
+    tokenizer.context_length = (texts or images).config.text.max_position_embeddings
+    return WithT5(
+        model=images.model,
+        tokenizer=JoinedTokenizer(texts.tokenizer, tokenizer) if texts else tokenizer,
+        image_transform=images.image_transform,
+        weights_id="+".join([*(tower.weights_id for tower in towers), weights_id]),
+        text_model=texts.model if texts else None,
+        t5_model=model,
     )

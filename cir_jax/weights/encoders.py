@@ -34,7 +34,7 @@ def load_encoder(
         given = timm.hub_id(given)
     source = files.find(given, "encoder")
     if source.model_type == "t5" and not architecture:
-        return _t5(source, dtype, params_dtype)
+        return load_t5(source, dtype, params_dtype)
     if source.model_type == "timm" or architecture:
         return _light(source, architecture, dtype, params_dtype)
     if not source.kind:
@@ -59,7 +59,8 @@ def untrained(name: str, dtype: Any = jnp.float32) -> ImageEncoder:
     return ImageEncoder(model, transform, f"{name}@untrained")
 
 
-def _t5(source: files.Source, dtype: Any, params_dtype: Any) -> tuple[TextEncoder, dict[str, Any]]:
+def t5_architecture(source: files.Source, dtype: Any = jnp.float32) -> tuple[T5Encoder, Tokenizer]:
+    """A T5 without its weights. Raises WeightsError as `load_encoder`."""
     configs.check(source.config, t5.FIELDS, source.directory / source.kind)
     config = T5Config.from_dict(source.config)
     tokenizer = Tokenizer.by_tokens(
@@ -75,13 +76,22 @@ def _t5(source: files.Source, dtype: Any, params_dtype: Any) -> tuple[TextEncode
             f"{source.directory}: the tokenizer has {tokenizer.vocab_size} tokens, the model only "
             f"{config.vocab_size}. Use the tokenizer that comes with the weights."
         )
+    return T5Encoder(config, dtype), tokenizer
+
+
+def load_t5(
+    source: files.Source, dtype: Any, params_dtype: Any
+) -> tuple[TextEncoder, dict[str, Any]]:
+    """As `load_encoder`, of a T5's source."""
+    model, tokenizer = t5_architecture(source, dtype)
+    config = model.config
     params = t5.to_params(source.tensors(), config, source.what(), params_dtype)
     about = (
         *(config.dense_act_fn, config.is_gated_act, config.num_heads, config.layer_norm_epsilon),
         tokenizer.identity,
     )
     weights_id = files.content_id(source.name, params, about)
-    return TextEncoder(T5Encoder(config, dtype), tokenizer, weights_id), params
+    return TextEncoder(model, tokenizer, weights_id), params
 
 
 def _light(

@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -168,6 +168,16 @@ def find(name_or_path: str | Path, what: str = "backbone") -> Source:
         f"{kinds}, or download one where there is a network, `hf download {hub_id} --local-dir "
         f"DIR`, and {use}."
     )
+
+
+def one_of(path: Path, names: Sequence[str]) -> Path | None:
+    """The first of these files in a directory, or in the hub repository that the path names; None
+    where there is none of them. Raises WeightsError when a download fails."""
+    if path.is_dir():
+        return next((path / name for name in names if (path / name).is_file()), None)
+    if path.exists() or path.suffix in _SUFFIXES or not _is_hub_id(str(path)):
+        return None
+    return next((found for name in names if (found := _fetch(str(path), name))), None)
 
 
 def _is_hub_id(name: str) -> bool:

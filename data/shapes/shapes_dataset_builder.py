@@ -7,12 +7,12 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from data import progress
-from data.shapes import benchmarks, captioned, queries
+from data.shapes import benchmarks, captioned, masked, queries
 from data.shapes.benchmarks import BENCHMARKS, BenchmarkSizes
 
 VERSION = "1.0.0"  # of the generator: raise it with every change of what is generated
 EVAL_SPLITS = ("val", "test_0", "test_1", "test_2")
-TABLES = ("pretrain", "captions", "triplets", "text_triplets", "gallery", *BENCHMARKS)
+TABLES = ("pretrain", "captions", "masked", "triplets", "text_triplets", "gallery", *BENCHMARKS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,6 +22,7 @@ class Sizes:
     pretrain: int = 131072
     pretrain_val: int = 1000
     captions: int = 16384
+    masked: int = 8192
     triplets: int = 12288
     benchmarks: BenchmarkSizes = BenchmarkSizes()
 
@@ -35,6 +36,8 @@ def _features(table: str) -> dict[str, object]:
     match table:
         case "pretrain" | "captions":
             own = {"image": image, "captions": texts}
+        case "masked":
+            own = {"image": image, "mask": tfds.features.Text(), "captions": texts}
         case "triplets":
             own = {"reference": image, "target": image, "text": text}
             own |= {"reference_caption": text, "target_caption": text}
@@ -54,7 +57,7 @@ class Shapes(tfds.core.GeneratorBasedBuilder):
     VERSION = tfds.core.Version(VERSION)
     BUILDER_CONFIGS = [tfds.core.BuilderConfig(name=t, version=VERSION) for t in TABLES]
     SIZES = Sizes()
-    APART = ("captions", "triplets", "pretrain")  # long, and not of the benchmarks' world
+    APART = ("captions", "masked", "triplets", "pretrain")  # long, and not of the benchmarks' world
     url_infos = None  # nothing is downloaded; looking for checksums needs a package TFDS omits
 
     def _info(self) -> tfds.core.DatasetInfo:
@@ -74,8 +77,8 @@ class Shapes(tfds.core.GeneratorBasedBuilder):
                 splits = {"train": sizes.pretrain, "val": sizes.pretrain_val}
             case "captions" | "text_triplets":  # at most one of each caption's record
                 splits = {"train": sizes.captions}
-            case "triplets":
-                splits = {"train": sizes.triplets}
+            case "masked" | "triplets":
+                splits = {"train": getattr(sizes, table)}
             case _:
                 splits = dict.fromkeys(EVAL_SPLITS)
         return {split: self._generate_examples(split, size) for split, size in splits.items()}
@@ -86,6 +89,8 @@ class Shapes(tfds.core.GeneratorBasedBuilder):
         match table:
             case "pretrain" | "captions":
                 records = captioned.records(table, split, size)
+            case "masked":
+                records = masked.records(split, size)
             case "triplets":
                 records = queries.triplet_records(split, size)
             case "text_triplets":
@@ -102,10 +107,13 @@ class Shapes(tfds.core.GeneratorBasedBuilder):
         yield from enumerate(progress(records, size, f"{self.name}/{table}/{split}"))
 
 
+_LONG = ("captions", "masked", "triplets")
+
+
 class ShapesLong(Shapes):
     """More triplets, for a longer training; the rest of the world is that of `shapes`."""
 
-    BUILDER_CONFIGS = [c for c in Shapes.BUILDER_CONFIGS if c.name in ("captions", "triplets")]
+    BUILDER_CONFIGS = [c for c in Shapes.BUILDER_CONFIGS if c.name in _LONG]
     SIZES = Sizes(triplets=36864)
 
 
@@ -114,4 +122,6 @@ class ShapesTiny(Shapes):
 
     BUILDER_CONFIGS = Shapes.BUILDER_CONFIGS
     APART = ()
-    SIZES = Sizes(256, 64, 256, 128, BenchmarkSizes(circo=12, cirr_sets=8, fashioniq=15, genecis=4))
+    SIZES = Sizes(
+        256, 64, 256, 96, 128, BenchmarkSizes(circo=12, cirr_sets=8, fashioniq=15, genecis=4)
+    )

@@ -10,7 +10,7 @@ import pytest
 from cir_jax.composers import compodiff
 from cir_jax.composers.compodiff import CompoDiff
 from cir_jax.diffusion.schedule import q_sample
-from cir_jax.errors import ConfigError
+from cir_jax.errors import ConfigError, DataError
 from cir_jax.weights.convert import flatten
 
 SIZES = {"depth": 2, "heads": 2, "dim_head": 8, "cross_heads": 2}
@@ -111,7 +111,7 @@ def test_what_is_noised_and_what_is_dropped(tiny, batch, monkeypatch, drop_text,
         CompoDiff, "hidden_states", lambda _, __, ids: ids[..., None] * jnp.ones((1, 1, 2))
     )
     monkeypatch.setattr(CompoDiff, "errors", lambda _, *args: args)
-    _, target, noisy, at, text, image, mask = composer.encode({}, {}, batch, keys(4))["error"]
+    _, target, noisy, at, text, image, mask, _ = composer.encode({}, {}, batch, keys(4))["error"]
     time, noise, _, _ = jax.vmap(composer.draw)(keys(4))
     whole, reference = batch["target_features"], batch["reference_features"]
     np.testing.assert_array_equal(target, whole)
@@ -218,7 +218,9 @@ def test_each_field_of_a_query_counts(compose, query, batch):
 def test_text_shorter_than_the_context_equals_padded(tiny, made, batch):
     backbone, _ = tiny
     composer, _, frozen = made
-    hidden_states = jax.jit(composer.hidden_states)
+    hidden_states = jax.jit(
+        lambda frozen, ids: composer.hidden_states(frozen, composer.of_one_length(ids)[0])
+    )
     ids = batch["token_ids"]
     assert (ids[:, 8:] == backbone.tokenizer.pad_id).all()
     padded = hidden_states(frozen, ids)
@@ -238,11 +240,30 @@ def test_padding_is_a_condition_that_the_text_tower_hides_from_itself(tiny, made
     assert np.abs(hidden - plain)[:, end + 1 :].max() > 1e-3
 
 
+def test_hidden_padding_is_no_condition_at_any_length(tiny, made, query, batch):
+    """Bucketed or padded to the context, beside a longer negative text; in training, too."""
+    _, params, frozen = made
+    composer = CompoDiff(tiny[0], **SIZES, steps=2, samples_per_query=1, padding="hidden")
+    assert composer.pools_text and composer.null_token_ids.shape == (1, 8)
+    compose = jax.jit(composer.compose)
+    key = jax.random.key(0)
+    whole = compose(params, frozen, query, key)
+    short = {"token_ids": query["token_ids"][:, :8]}
+    np.testing.assert_allclose(compose(params, frozen, query | short, key), whole, atol=2e-5)
+    assert np.abs(whole - made[0].varied(steps=2, samples_per_query=1).compose(
+        params, frozen, query, key)).max() > 1e-4  # fmt: skip
+    encode = jax.jit(lambda batch: composer.encode(params, frozen, batch, keys(0))["error"])
+    cut = batch | {"token_ids": batch["token_ids"][:, :8]}
+    np.testing.assert_allclose(encode(cut), encode(batch), rtol=1e-4)
+    with pytest.raises(ConfigError, match="padding='hidden' is for one text encoder and"):
+        CompoDiff(tiny[0], **SIZES, padding="hidden", conditioning="tokens")
+
+
 def test_samples_are_averaged_and_mixed_with_the_source(tiny, made, query, monkeypatch):
     backbone, _ = tiny
     _, params, frozen = made
     samples = np.random.default_rng(0).normal(size=(6, 3, 24)).astype(np.float32)
-    monkeypatch.setattr(compodiff, "ddim", lambda *_: (samples, None))
+    monkeypatch.setattr(compodiff, "ddim", lambda *_, **__: (samples, None))
     monkeypatch.setattr(CompoDiff, "branches", lambda *_: None)
     reference = query["reference_features"]
     for weight in (0.0, 0.1, 1.0):
@@ -266,6 +287,11 @@ def test_scale_of_features(tiny, query):
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
+        ({"padding": "seen"}, "unknown padding"),
+        ({"mask_fill": "gray"}, "Did you mean 'grey'"),
+        ({"conditioning": "token"}, "Did you mean 'tokens'"),
+        ({"guidance": (7.5, float("nan"))}, "two finite weights"),
+        ({"noised_reference": 2}, "noised_reference=2: expected a fraction"),
         ({"feature_scale": "unit_var"}, "Did you mean 'unit_variance'"),
         ({"steps": 0}, "steps=0: expected 1 to timesteps=1000"),
         ({"guidance": (7.5,)}, "two weights"),
@@ -278,6 +304,54 @@ def test_settings_that_cannot_work_are_named(tiny, setting, message):
     with pytest.raises(ConfigError) as error:
         CompoDiff(tiny[0], **(SIZES | setting))
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"reference_features": np.zeros((6, 32), np.float32)},
+            r"shape \(6, 32\) for 6 texts; exp",
+        ),
+        (
+            {"reference_features": np.zeros((5, 24), np.float32)},
+            r"shape \(5, 24\) for 6 texts; exp",
+        ),
+        ({"mask": np.zeros((6, 32, 32), np.float32)}, r"masks of shape \(6, 32, 32\): expected"),
+    ],
+)
+def test_conditions_of_other_sizes_are_named(made, query, batch, change, message):
+    composer, params, frozen = made
+    with pytest.raises(DataError, match=message):
+        jax.eval_shape(composer.compose, params, frozen, query | change, jax.random.key(0))
+    with pytest.raises(DataError, match=message):
+        jax.eval_shape(composer.encode, params, frozen, batch | change, keys(0))
+
+
+def test_a_noised_reference_is_where_sampling_begins(tiny, made, query):
+    """Equation (2) read as the released sampler: noise of the time it starts at, then DDIM's."""
+    _, params, frozen = made
+    composer = CompoDiff(tiny[0], **SIZES, steps=2, samples_per_query=2, noised_reference=0.4)
+    started = []
+    denoise = compodiff.guided
+
+    def spying(*args):
+        inner = denoise(*args)
+        return lambda x, time: started.append((x, time)) or inner(x, time)
+
+    with pytest.MonkeyPatch.context() as patch, jax.disable_jit():
+        patch.setattr(compodiff, "guided", spying)
+        composer.compose(params, frozen, query, jax.random.key(0))
+        image = composer.scaled(query["reference_features"])
+    (x, time), (_, second) = started
+    assert (int(time), int(second)) == (399, 199) and composer.first == 600
+    draw = jax.random.fold_in(jax.random.key(0), 0)
+    noise = jax.vmap(lambda i: jax.random.normal(jax.random.fold_in(draw, i), (2, 24)))(
+        query["query_index"]
+    )
+    for sample in range(2):
+        expected = q_sample(composer.schedule, image, np.full(6, 399), noise[:, sample])
+        np.testing.assert_allclose(x[:, sample], expected, atol=1e-5)
 
 
 def test_it_computes_in_the_dtype_of_its_backbone(tiny, made, query):

@@ -9,7 +9,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data.shapes import benchmarks, captioned, edits, language, queries, render, scene, words
+from cir_jax.input import masks
+from data.shapes import (
+    benchmarks,
+    captioned,
+    edits,
+    language,
+    masked,
+    queries,
+    render,
+    scene,
+    words,
+)
 from data.shapes.scene import SHAPES, stream
 
 SIZES = benchmarks.BenchmarkSizes(circo=60, cirr_sets=20, fashioniq=40, genecis=15)
@@ -38,6 +49,8 @@ def test_golden_world():
     assert _digest(captions.encode()) == "b7a683bea7406532"
     triplets = [queries.triplet("train", i) for i in range(40)]
     assert _digest("\n".join(r["text"] for _, r in triplets).encode()) == "2ea451edc18e4430"
+    parts = repr([(r["captions"], r["mask"]) for r in masked.records("train", 40)])
+    assert _digest(parts.encode()) == "3a4e70899c82111b"
     small = benchmarks.BenchmarkSizes(8, 4, 8, 2)
     assert _digest(repr(benchmarks.world("val", small).queries).encode()) == "27daf2a01d3dcb90"
 
@@ -63,6 +76,34 @@ def test_object_masks_are_exact(scenes):
         differs = (render.render(s) != render.render(changed)).any(-1)
         assert differs[masks[-1]].mean() > 0.98
         assert differs[~masks[-1]].mean() < 0.05
+
+
+def test_a_mask_is_where_its_captions_are_true():
+    """Painted over, the captions' words are of what is gone: the thing, or the background."""
+    names = {w: i for i, forms in enumerate(words.SHAPE_WORDS) for w in forms}
+    colours = {w: i for i, forms in enumerate(words.COLOUR_WORDS) for w in forms}
+    backgrounds = 0
+    for (scene_, mask, captions), record in zip(
+        masked.scenes("train", 200), masked.records("train", 200), strict=True
+    ):
+        assert mask.any() and not mask.all()
+        np.testing.assert_array_equal(masks.unpack(record["mask"], "mask"), mask)
+        shown = [render.object_mask(scene_, i) for i in range(len(scene_.things))]
+        said = [word for caption in captions for word in caption.split()]
+        shapes = {names[word] for word in said if word in names}
+        if not shapes:
+            backgrounds += 1
+            assert not (mask & np.any(shown, axis=0)).any() and (mask | np.any(shown, axis=0)).all()
+            continue
+        (index,) = [i for i, thing in enumerate(shown) if np.array_equal(thing, mask)]
+        thing = scene_.things[index]
+        assert shapes == {thing.shape}
+        assert {colours[word] for word in said if word in colours} == {thing.colour}
+        for caption in captions:
+            assert len(caption.split()) <= language.MAX_WORDS
+            for side, places in list(scene.REGIONS.items())[:4]:
+                assert side not in caption.split() or thing.position in places
+    assert 15 < backgrounds < 50
 
 
 def test_vocabulary_covers_all_texts_and_has_no_idle_word(world):

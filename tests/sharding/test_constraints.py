@@ -89,6 +89,7 @@ STAGES = {
             "reference_images": IMAGES,
             "has_reference": "truth",
             "token_ids": WORDS,
+            "mask": "mask",
         },
         False,
     ),
@@ -105,6 +106,7 @@ def shapes_of(batch, backbone, rows):
         "sets of words": ((3, LENGTH), np.int32),
         "number": ((), np.int32),
         "truth": ((), np.bool_),
+        "mask": ((64, 64), np.bool_),
         FEATURES: ((backbone.dim,), np.float32),
         "token": ((backbone.token_dim,), np.float32),
     }
