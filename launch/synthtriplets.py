@@ -1,0 +1,105 @@
+"""Image triplets from captions, as CompoDiff's SynthTriplets18M was made: one step at a time.
+
+    python launch/triplets.py --templates=compodiff --captions=FILE --output=captions/keywords.jsonl
+    python launch/synthtriplets.py --step=draw --source=captions --model=DIR --output=pairs
+    python launch/synthtriplets.py --step=filter --source=pairs --output=triplets
+    python launch/prepare.py --dataset=image_triplets --source=triplets --name=synth
+
+draw: two images of each caption triplet, by Stable Diffusion with shared self-attention (extra
+`synth`), or with --model=shapes by the embedded world's renderer. filter: the five CLIP filters,
+with statistics and a picture. data/synthtriplets/README.md tells more.
+
+The same command continues an interrupted run. With --shard=I/N, started N times, N processes share
+the work on a disk that all of them see. Exit status: 0 = done, 2 = error.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from absl import app, flags  # noqa: E402
+
+from launch import ending, pixel_limit  # noqa: E402
+
+_STEP = flags.DEFINE_enum("step", None, ["draw", "filter"], "What to do")
+_SOURCE = flags.DEFINE_string(
+    "source", None, "draw: file or folder of caption triplets; filter: the folder that draw wrote"
+)
+_OUTPUT = flags.DEFINE_string("output", None, "Folder to write")
+_MODEL = flags.DEFINE_string(
+    "model", None, "draw: directory or hub id of a Stable Diffusion for diffusers, or shapes"
+)
+_SAMPLES = flags.DEFINE_integer("samples", 1, "draw: pairs of each caption triplet")
+_BACKBONE = flags.DEFINE_string(
+    "backbone", "openai/clip-vit-large-patch14", "filter: whose cosines decide"
+)
+_THRESHOLDS = flags.DEFINE_list(
+    "thresholds", [], "filter: FILTER=COSINE,... for those that are not to be the paper's"
+)
+_BEST = flags.DEFINE_integer("best", 4, "filter: pairs kept of each caption triplet, at most")
+_SEED = flags.DEFINE_integer("seed", 0, "Of all that is drawn")
+_SHARD = flags.DEFINE_string("shard", "0/1", "I/N: this process is number I, from 0, of N")
+_COLUMNS = flags.DEFINE_list(
+    "columns", None, "FIELD=COLUMN,...: what the columns of caption triplets are called"
+)
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
+    from absl import logging
+
+    from cir_jax.errors import CirError
+
+    logging.set_verbosity(logging.WARNING)
+    try:
+        pixel_limit.apply()
+        {"draw": _draw, "filter": _filter}[_STEP.value]()
+    except CirError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _place(value: str) -> Path:
+    return Path(value).expanduser().absolute()
+
+
+def _draw() -> None:
+    from data import corpus
+    from data.sharing import Shard
+    from data.synthtriplets import drawing
+    from data.synthtriplets.triplets import CaptionTriplets
+
+    shard, output = Shard.read(_SHARD.value), _place(_OUTPUT.value)
+    columns = corpus.parse_columns(_COLUMNS.value or ())
+    triplets = CaptionTriplets(_place(_SOURCE.value), columns)
+    painter = drawing.painter(_MODEL.value)
+    ending.phase("drawing", f"finished files are kept in {output}")
+    counts = drawing.draw(
+        triplets, output, painter, samples=_SAMPLES.value, seed=_SEED.value, shard=shard
+    )
+    refused = "".join(f", {n:,} {reason}" for reason, n in counts.items() if reason != "pairs")
+    print(f"{output}: {counts['pairs']:,} pairs{refused}", file=sys.stderr)
+
+
+def _filter() -> None:
+    from data.sharing import Shard
+    from data.synthtriplets import filtering, filters
+
+    shard, output = Shard.read(_SHARD.value), _place(_OUTPUT.value)
+    thresholds = filters.read_thresholds(_THRESHOLDS.value)
+    clip = filtering.Clip(_BACKBONE.value)
+    ending.phase("filtering", f"finished files are kept in {output}")
+    statistics = filtering.filter_pairs(
+        _place(_SOURCE.value), output, clip, thresholds, best=_BEST.value, shard=shard
+    )
+    if statistics is None:
+        print(f"{output}: this shard's files are there; others are not yet", file=sys.stderr)
+    else:
+        print(f"{output}: {filters.describe(statistics)}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    flags.mark_flags_as_required(["step", "source", "output"])
+    ending.run(lambda: app.run(main))
