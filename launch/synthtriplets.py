@@ -1,13 +1,17 @@
 """Image triplets from captions, as CompoDiff's SynthTriplets18M was made: one step at a time.
 
     python launch/triplets.py --templates=compodiff --captions=FILE --output=captions/keywords.jsonl
+    python launch/synthtriplets.py --step=examples --source=IP2P.jsonl --output=tune.jsonl
+    python launch/synthtriplets.py --step=write --source=FILE --model=LM --output=captions/llm.jsonl
     python launch/synthtriplets.py --step=draw --source=captions --model=DIR --output=pairs
     python launch/synthtriplets.py --step=filter --source=pairs --output=triplets
     python launch/prepare.py --dataset=image_triplets --source=triplets --name=synth
 
-draw: two images of each caption triplet, by Stable Diffusion with shared self-attention (extra
-`synth`), or with --model=shapes by the embedded world's renderer. filter: the five CLIP filters,
-with statistics and a picture. data/synthtriplets/README.md tells more.
+examples: InstructPix2Pix's text triplets as prompts and completions, to fine-tune a language model
+on. write: caption triplets by such a model (extra `torch`). draw: two images of each caption
+triplet, by Stable Diffusion with shared self-attention (extra `synth`), or with --model=shapes by
+the embedded world's renderer. filter: the five CLIP filters, with statistics and a picture.
+data/synthtriplets/README.md tells more.
 
 The same command continues an interrupted run. With --shard=I/N, started N times, N processes share
 the work on a disk that all of them see. Exit status: 0 = done, 2 = error.
@@ -22,15 +26,20 @@ from absl import app, flags  # noqa: E402
 
 from launch import ending, pixel_limit  # noqa: E402
 
-_STEP = flags.DEFINE_enum("step", None, ["draw", "filter"], "What to do")
+_STEP = flags.DEFINE_enum("step", None, ["examples", "write", "draw", "filter"], "What to do")
 _SOURCE = flags.DEFINE_string(
-    "source", None, "draw: file or folder of caption triplets; filter: the folder that draw wrote"
-)
-_OUTPUT = flags.DEFINE_string("output", None, "Folder to write")
+    "source", None, "examples, draw: file or folder of caption triplets; write: of captions, or "
+    "DATASET/TABLE[:SPLIT] of the prepared data; filter: the folder that draw wrote"
+)  # fmt: skip
+_OUTPUT = flags.DEFINE_string("output", None, "examples, write: .jsonl file; else folder to write")
 _MODEL = flags.DEFINE_string(
-    "model", None, "draw: directory or hub id of a Stable Diffusion for diffusers, or shapes"
+    "model", None, "Directory or hub id; write: of a causal language model; draw: of a Stable "
+    "Diffusion for diffusers, or shapes"
+)  # fmt: skip
+_ADAPTER = flags.DEFINE_string("adapter", "", "write: directory or hub id of a LoRA, by peft")
+_SAMPLES = flags.DEFINE_integer(
+    "samples", 1, "write: completions of each caption; draw: pairs of each caption triplet"
 )
-_SAMPLES = flags.DEFINE_integer("samples", 1, "draw: pairs of each caption triplet")
 _BACKBONE = flags.DEFINE_string(
     "backbone", "openai/clip-vit-large-patch14", "filter: whose cosines decide"
 )
@@ -41,7 +50,10 @@ _BEST = flags.DEFINE_integer("best", 4, "filter: pairs kept of each caption trip
 _SEED = flags.DEFINE_integer("seed", 0, "Of all that is drawn")
 _SHARD = flags.DEFINE_string("shard", "0/1", "I/N: this process is number I, from 0, of N")
 _COLUMNS = flags.DEFINE_list(
-    "columns", None, "FIELD=COLUMN,...: what the columns of caption triplets are called"
+    "columns", None, "FIELD=COLUMN,...: what the columns of captions and their triplets are called"
+)
+_DATA_DIR = flags.DEFINE_string(
+    "data_dir", None, "Where datasets lie; default $CIR_JAX_DATA, else ~/.cache/cir_jax/data."
 )
 
 
@@ -55,7 +67,8 @@ def main(argv: list[str]) -> None:
     logging.set_verbosity(logging.WARNING)
     try:
         pixel_limit.apply()
-        {"draw": _draw, "filter": _filter}[_STEP.value]()
+        steps = {"examples": _examples, "write": _write, "draw": _draw, "filter": _filter}
+        steps[_STEP.value]()
     except CirError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -63,6 +76,46 @@ def main(argv: list[str]) -> None:
 
 def _place(value: str) -> Path:
     return Path(value).expanduser().absolute()
+
+
+def _examples() -> None:
+    from data import corpus
+    from data.synthtriplets import instructions
+    from data.synthtriplets.triplets import CaptionTriplets
+
+    columns = corpus.parse_columns(_COLUMNS.value or ())
+    triplets = CaptionTriplets(_place(_SOURCE.value), columns)
+    count = instructions.write_examples(triplets, _place(_OUTPUT.value))
+    print(f"{_OUTPUT.value}: {count:,} prompts and completions", file=sys.stderr)
+
+
+def _write() -> None:
+    import functools
+
+    from cir_jax.errors import ConfigError
+    from cir_jax.storage.places import default_data_dir
+    from data import corpus
+    from data.sharing import Shard
+    from data.synthtriplets import instructions
+    from data.synthtriplets.language_model import LanguageModel
+    from data.text_triplets import captions
+
+    if not _MODEL.value:
+        raise ConfigError(
+            "--step=write needs --model: a directory or hub id of a causal language model that was "
+            "fine-tuned on what --step=examples writes."
+        )
+    data_dir = _place(_DATA_DIR.value) if _DATA_DIR.value else default_data_dir()
+    columns = corpus.parse_columns(_COLUMNS.value or ())
+    ending.phase("writing", f"what is done is kept in {_OUTPUT.value}.parts")
+    instructions.write(
+        captions.read(_SOURCE.value, data_dir, columns),
+        _place(_OUTPUT.value),
+        functools.partial(LanguageModel, _MODEL.value, _ADAPTER.value),
+        per_caption=_SAMPLES.value,
+        seed=_SEED.value,
+        shard=Shard.read(_SHARD.value),
+    )
 
 
 def _draw() -> None:

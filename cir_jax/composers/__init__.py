@@ -18,6 +18,7 @@ COMPOSERS = {
     "compodiff": "CompoDiff",
     "image_only": "ImageOnly",
     "image_text": "ImageText",
+    "instruct_pix2pix": "InstructPix2Pix",
     "lincir": "LinCir",
     "magiclens": "MagicLens",
     "palavra": "Palavra",

@@ -1,6 +1,6 @@
 """One picture of what a method retrieves: hits, failures, and what it should have found."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,26 +33,37 @@ MISSED = (232, 119, 34)
 
 
 def contact_sheet(
-    result: Result, benchmark: Benchmark, path: Path | None = None, *, rows: int = 8
+    result: Result,
+    benchmark: Benchmark,
+    path: Path | None = None,
+    *,
+    rows: int = 8,
+    decode: Callable[[np.ndarray, str], Image.Image] | None = None,
 ) -> Image.Image:
     """A PNG, about 1200 pixels wide: per query its reference, text, top 5 and one missed target.
 
     Hits are framed green, other images grey, a ground truth outside the top 5 orange. Half of the
     queries are those with a hit (spread over them, best first), half those without one (spread, the
-    worst last); a function of the result alone. path: written atomically, on process 0.
+    worst last); a function of the result alone. path: written atomically, on process 0. decode: one
+    more column, the composed queries as `decoding.Unclip` shows them.
     Raises ValueError when the result has no ground truth or is of another benchmark.
     """
     if result.outcome is None:
         raise ValueError(f"{result.benchmark} {result.split} has no public ground truth")
     if (result.benchmark, result.split) != (benchmark.name, benchmark.split):
         raise ValueError(f"a result of {result.benchmark} {result.split}, not of {benchmark.name}")
+    if decode is not None and result.composed is None:
+        raise ValueError(f"{result.method} composes no features of the backbone: none to decode")
     chosen = _choose(result.best_rank, rows)
-    width = _columns()[-1] + TILE + MARGIN
+    width = _columns(decode is not None)[-1] + TILE + MARGIN
     sheet = Image.new("RGB", (width, HEADER + ROW * len(chosen) + 8), BACKGROUND)
     draw = ImageDraw.Draw(sheet)
-    _title(draw, result, sheet.width)
+    _title(draw, result, sheet.width, decode is not None)
     for line, position in enumerate(chosen):
-        _row(sheet, draw, result, benchmark, int(position), HEADER + line * ROW)
+        shown = None
+        if decode is not None:
+            shown = decode(result.composed[position], f"{result.seed}/{position}")
+        _row(sheet, draw, result, benchmark, int(position), HEADER + line * ROW, shown)
     if path is not None and jax.process_index() == 0:
         write_atomically(Path(path), lambda file: sheet.save(file, format="PNG"))
     return sheet
@@ -72,23 +83,29 @@ def _choose(best: np.ndarray, rows: int) -> list[int]:
     return spread(hits, many) + spread(failures, few)
 
 
-def _columns() -> tuple[int, int, list[int], int]:
-    """x of the reference, the text, the retrieved images, the missed ground truth."""
+def _columns(decoded: bool = False) -> tuple[int, int, list[int], int]:
+    """x of the reference, the text, the retrieved images, the missed ground truth. decoded: whether
+    there is one more image, `_decoded`, behind the text."""
     reference = MARGIN
     text = reference + TILE + GAP + 2
-    first = text + TEXT_WIDTH + GAP
+    first = _decoded(text) + decoded * (TILE + 2 * GAP)
     shown = [first + i * (TILE + GAP) for i in range(SHOWN)]
     return reference, text, shown, shown[-1] + TILE + 2 * GAP
 
 
-def _title(draw: ImageDraw.ImageDraw, result: Result, width: int) -> None:
+def _decoded(text: int) -> int:
+    return text + TEXT_WIDTH + GAP
+
+
+def _title(draw: ImageDraw.ImageDraw, result: Result, width: int, decoded: bool) -> None:
     name = result.headline[0]
     x = result.metrics[name]
     title = f"{result.benchmark} {result.split}  ·  {result.method}  ·  {name} {x.value:.1f}"
     title += "" if np.isnan(x.se) else f" ± {x.se:.1f}"
     draw.text((MARGIN, 18), title, INK, font(22))
-    reference, text, shown, missed = _columns()
+    reference, text, shown, missed = _columns(decoded)
     labels = [(reference, "reference"), (text, "modification"), (missed, "missed")]
+    labels += [(_decoded(text), "decoded")] * decoded
     for x0, label in [*labels, *((x0, str(i + 1)) for i, x0 in enumerate(shown))]:
         draw.text((x0, HEADER - 30), label, FAINT, font(14))
     legend = (
@@ -111,9 +128,10 @@ def _row(
     benchmark: Benchmark,
     position: int,
     top: int,
+    decoded: Image.Image | None,
 ) -> None:
     query = benchmark.queries[position]
-    reference, text, shown, missed = _columns()
+    reference, text, shown, missed = _columns(decoded is not None)
     draw.line((MARGIN, top - 8, sheet.width - MARGIN, top - 8), RULE)
     top += 4
     tile(sheet, benchmark.reference(query), f"reference of query {query.id}", reference, top, None)
@@ -126,6 +144,8 @@ def _row(
     for i, line in enumerate(lines):
         draw.text((text, top + 22 * i), line, INK, font(17))
     draw.text((text, top + TILE - 16), note, FAINT, font(13))
+    if decoded is not None:
+        paste(sheet, decoded, _decoded(text), top, None)
     found = [int(image) for image in result.top[position][:SHOWN] if image >= 0]
     for x0, image in zip(shown, found, strict=False):
         colour = HIT if image in query.targets else OTHER
@@ -147,10 +167,20 @@ def tile(
     """Pastes the image of a record, of TILE pixels at most, in a frame of the colour if there is
     one. what: the record, in messages."""
     with reading(what):
-        image = to_rgb(open_image(record, "image", what))
-        scale = TILE / max(image.size)
-        size = tuple(max(1, round(side * scale)) for side in image.size)
-        image = image.resize(size, Image.Resampling.BICUBIC)
+        paste(sheet, to_rgb(open_image(record, "image", what)), x, y, colour)
+
+
+def paste(
+    sheet: Image.Image,
+    image: Image.Image,
+    x: int,
+    y: int,
+    colour: tuple[int, int, int] | None,
+) -> None:
+    """Likewise an image that is open."""
+    scale = TILE / max(image.size)
+    size = tuple(max(1, round(side * scale)) for side in image.size)
+    image = image.resize(size, Image.Resampling.BICUBIC)
     if colour is not None:
         draw = ImageDraw.Draw(sheet)
         box = (x - FRAME, y - FRAME, x + TILE + FRAME - 1, y + TILE + FRAME - 1)

@@ -18,6 +18,7 @@ from cir_jax.evaluation.queries import Benchmark, CaptionBenchmark, pad_rows
 from cir_jax.evaluation.result import Result
 from cir_jax.models.backbone import Backbone
 from cir_jax.retrieval import features, ranking
+from cir_jax.retrieval.editing import Edited
 from cir_jax.weights import oti_tokens
 
 TOP = 50
@@ -99,6 +100,7 @@ def evaluate(
         scores=ranked.scores,
         subset_top=np.zeros((len(queries), 0), np.int32) if subset is None else subset.top,
         outcome=outcome,
+        composed=None if raw is None else _as_long(queries, raw),
     )
 
 
@@ -162,7 +164,17 @@ def _queries(
         transform = dataclasses.replace(transform, pad="none", resize=transform.crop, squash=True)
     references: dict = {}
     # a method that reads more of the reference than its pooled feature says so
-    if composer.tunes_backbone or "backbone" not in frozen:
+    if composer.edits_reference:
+        streams = [f"{seed}/{position}" for position in index]
+        edited = Edited(composer, images, rows, texts, streams, options["cache_dir"])
+        references["reference_features"] = features.image_features(
+            backbone,
+            frozen["backbone"],
+            edited,
+            transform=transform,
+            **options | {"cache_dir": None},
+        )
+    elif composer.tunes_backbone or "backbone" not in frozen:
         references["reference_images"] = lambda row: features.read_image(
             images, int(rows[row]), "image", transform
         )
@@ -199,6 +211,13 @@ def _queries(
     grouped = np.zeros((len(benchmark.queries), place.max() + 1, composed.shape[1]), np.float32)
     grouped[index, place] = composed
     return composer.joined(grouped)
+
+
+def _as_long(queries: np.ndarray, raw: np.ndarray) -> np.ndarray | None:
+    """The queries, of the mean length of the features; None where they are no such features."""
+    if queries.ndim != 2 or queries.shape[1] != raw.shape[1]:
+        return None
+    return features.unit(queries) * np.linalg.norm(raw, axis=1).mean()
 
 
 def _graded(

@@ -25,6 +25,8 @@ class Result:
     outcome: ranks of all ground truths; None without public ground truth.
     preprocessing: of the images. dtype: of the backbone's computation.
     data: name and version of the data. partial: they are incomplete, the numbers not comparable.
+    composed: float32[queries, dim] the queries of methods that compose features of the backbone, as
+        long as the gallery's are in the mean: what a decoder can show. Else None.
     seconds: gallery features, queries and ranking together, compilation included.
     queries_per_second: of composing and ranking alone, compilation included.
     """
@@ -48,6 +50,7 @@ class Result:
     dtype: str = ""
     data: str = ""
     partial: bool = False
+    composed: np.ndarray | None = None
 
     @staticmethod
     def what(composer: Composer, benchmark: Benchmark | CaptionBenchmark) -> dict[str, Any]:
@@ -98,4 +101,5 @@ def combine(results: Sequence[Result]) -> Result:
         scores=nothing.astype(np.float32),
         subset_top=nothing,
         outcome=outcome,
+        composed=None,
     )

@@ -11,6 +11,7 @@ import jax
 from cir_jax.errors import CheckpointError, DataError
 from cir_jax.evaluation import benchmarks, report, submissions
 from cir_jax.evaluation.contact_sheet import contact_sheet
+from cir_jax.evaluation.decoding import Unclip
 from cir_jax.evaluation.evaluate import evaluate_with_baselines
 from cir_jax.evaluation.page import Section, write_page
 from cir_jax.evaluation.queries import Benchmark, CaptionBenchmark
@@ -91,6 +92,9 @@ def run(
         identity = content_id(name, jax.tree.map(to_host, params))
         backbone = dataclasses.replace(experiment.backbone, weights_id=identity)
         experiment.composer.backbone = backbone
+    decode = None
+    if model := config.evaluation.get("decoder", ""):  # not in configs of earlier versions
+        decode = Unclip(model, experiment.backbone)
     everything: list[Result] = []
     sections: list[Section] = []
     for benchmark in loaded:
@@ -117,7 +121,7 @@ def run(
             )
         everything += results
         if isinstance(benchmark, Benchmark):
-            _retrieved(results[-1], benchmark, output)
+            _retrieved(results[-1], benchmark, output, decode)
             sections.append(Section(benchmark, results[-1], report.format_table(results, papers)))
     if sections:
         write_page(output / "report.html", f"{config.name}: what was retrieved", sections)
@@ -128,11 +132,14 @@ def run(
     return everything
 
 
-def _retrieved(result: Result, benchmark: Benchmark, output: Path) -> None:
+def _retrieved(result: Result, benchmark: Benchmark, output: Path, decode: Unclip | None) -> None:
     """The contact sheet, or the submission where there is no public ground truth."""
     if result.outcome is not None:
         picture = output / f"{submissions.file_name(benchmark.name)}.png"
-        contact_sheet(result, benchmark, picture)
+        if decode is not None and result.composed is None:
+            _say(f"not decoded: {result.method} composes no features of the backbone")
+            decode = None
+        contact_sheet(result, benchmark, picture, decode=decode)
         _say(f"pictures: {picture}")
         return
     for path in submissions.write(result, benchmark, output):

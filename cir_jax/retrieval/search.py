@@ -145,7 +145,7 @@ class Searcher:
         most = max(64, 1 << (k - 1).bit_length())
         if image is not None:
             with images.limited(max_megapixels):
-                image = self._pixels(image)
+                image = self._pixels(image, text)
         if image is not None and text is not None:
             query = self._compose(self.composer, image, text)
             ranked = ranking.rank(query, self._gallery, k=most, **self._scoring)
@@ -165,8 +165,8 @@ class Searcher:
         )
         return own, features.unit(raw)
 
-    def _pixels(self, image: Any) -> np.ndarray:
-        """uint8[height, width, 3] of what `search` takes."""
+    def _pixels(self, image: Any, text: str | None) -> np.ndarray:
+        """uint8[height, width, 3] of what `search` takes; edited, if the method does that."""
         what = str(image) if isinstance(image, str | Path) else "image"
         with images.reading(what):
             if isinstance(image, str | Path):
@@ -174,6 +174,8 @@ class Searcher:
             elif not isinstance(image, Image.Image):
                 image = images.of_array(image)
             images.check_size(image.size, what)
+            if text and self.composer.edits_reference:
+                image = self.composer.edit(image, text, str(self.seed))
             return self.composer.backbone.image_transform(image)
 
     def _compose(self, composer: Composer, image: np.ndarray | None, text: str) -> np.ndarray:

@@ -114,8 +114,9 @@ def read(caption: str, name: str) -> Scene | None:
 def _parse(caption: str) -> _Said | None:
     said = _Said([], [], None)
     waiting: dict[str, int] = {}
-    text, two = caption, False
+    text, two, phrase = caption, False, ""
     while text:
+        before = phrase
         phrase = next(
             (p for p in _PHRASES if f"{text} ".startswith(f"{p} ")), text.partition(" ")[0]
         )
@@ -128,7 +129,7 @@ def _parse(caption: str) -> _Said | None:
             waiting, two = {}, False
         elif phrase == "two":
             two = True
-        elif phrase in _BACKGROUNDS:
+        elif phrase in _BACKGROUNDS and (before == "on" or text.startswith("background")):
             said.background = _BACKGROUNDS[phrase]
         elif phrase in _AFTER and said.things:
             said.things[-1]["texture"] = _AFTER[phrase]

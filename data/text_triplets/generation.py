@@ -19,8 +19,7 @@ import shutil
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import islice
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +32,7 @@ from cir_jax.storage.places import default_cache_dir
 from data.sharing import Shard, alone, same_run
 from data.source import stamp
 from data.text_triplets import editing, embedders, vocabulary
-from data.text_triplets.captions import Captions
+from data.text_triplets.captions import Captions, blocks
 from data.text_triplets.embedders import Embedder
 from data.text_triplets.inversion_filter import InversionFilter
 from data.text_triplets.parts import Growing
@@ -180,7 +179,11 @@ class _Run:
         if self.counts.is_file():
             return
         if not self.keywords.finished:
-            for done, block in self._blocks(len(self.keywords.blocks)):
+            stored = self.keywords.blocks
+            done = stored[-1]["done"] if stored else 0
+            for behind, block in blocks(
+                self.captions, self.shard, BLOCK, len(stored), done, "keywords"
+            ):
                 lines, empty = [], 0
                 for number, caption in block:
                     if caption.strip():
@@ -188,7 +191,7 @@ class _Run:
                         lines.append(json.dumps([number, caption, found]))
                     else:
                         empty += 1
-                self.keywords.add(lines, {"captions": len(lines), "empty": empty, "done": done})
+                self.keywords.add(lines, {"captions": len(lines), "empty": empty, "done": behind})
             self.keywords.finish()
         counts: Counter[vocabulary.Key] = Counter()
         for i in range(len(self.keywords.blocks)):
@@ -196,29 +199,6 @@ class _Run:
                 counts.update((part, word) for part, word, _ in words)
         text = json.dumps([[*key, count] for key, count in sorted(counts.items())])
         write_atomically(self.counts, lambda file: file.write(text.encode()))
-
-    def _blocks(self, first: int) -> Iterator[tuple[int, list[tuple[str, str]]]]:
-        """(done, [(name, caption)]) of this shard's blocks from its number `first` on."""
-        mine = first * self.shard.count + self.shard.index
-        done = self.keywords.blocks[-1]["done"] if first else 0
-        entries = self.captions.entries(mine * BLOCK)
-        with tqdm(
-            total=self.captions.total, initial=done, desc="keywords", unit=f" {self.captions.unit}",
-            unit_scale=True, delay=1,
-        ) as bar:  # fmt: skip
-            for start in range(mine * BLOCK, sys.maxsize, BLOCK * self.shard.count):
-                block, seen = [], 0
-                for seen, entry in enumerate(islice(entries, BLOCK), 1):
-                    number = start + seen - 1
-                    block += [(f"{number}/{i}", text) for i, text in enumerate(entry.captions)]
-                    done = entry.done
-                if seen:
-                    bar.update(done - bar.n)
-                    yield done, block
-                if seen < BLOCK:
-                    return
-                for entry in islice(entries, BLOCK * (self.shard.count - 1)):
-                    bar.update(entry.done - bar.n)
 
     def find_alternatives(self, everyone: Iterable[Path]) -> None:
         """The vocabulary of all shards, for all of them."""
@@ -251,13 +231,12 @@ class _Run:
         final, out = self.shard.file(self.output), self.triplets
         if not out.finished:
             words = Vocabulary.read(self.vocabulary)
-            blocks = self.keywords.blocks
-            sizes = [block["captions"] for block in blocks]
+            sizes = [block["captions"] for block in self.keywords.blocks]
             with tqdm(
                 total=sum(sizes), initial=sum(sizes[: len(out.blocks)]), desc="triplets",
                 unit=" captions", unit_scale=True, delay=1,
             ) as bar:  # fmt: skip
-                for i in range(len(out.blocks), len(blocks)):
+                for i in range(len(out.blocks), len(sizes)):
                     out.add(*self._triplets(i, words))
                     bar.update(sizes[i])
         out.finish(final)

@@ -35,7 +35,8 @@ def test_every_plain_caption_is_read_and_nothing_else():
             if drawn is not None:
                 assert len({t.position for t in drawn.things}) == len(drawn.things)
                 assert len(drawn.things) <= len(scene.things)
-    for text in ("", "a", "a red", "two star", "a zebra", "on navy", "a star a box a ring a disc"):
+    other = ("", "a", "a red", "two star", "a zebra", "on navy", "a star a box a ring a disc")
+    for text in (*other, "a white star", "a star on a navy ring", "a star on a red background"):
         assert read(text, "x") is None, text
 
 
