@@ -90,8 +90,6 @@ def _examples() -> None:
 
 
 def _write() -> None:
-    import functools
-
     from cir_jax.errors import ConfigError
     from cir_jax.storage.places import default_data_dir
     from data import corpus
@@ -111,7 +109,7 @@ def _write() -> None:
     instructions.write(
         captions.read(_SOURCE.value, data_dir, columns),
         _place(_OUTPUT.value),
-        functools.partial(LanguageModel, _MODEL.value, _ADAPTER.value),
+        LanguageModel(_MODEL.value, _ADAPTER.value),
         per_caption=_SAMPLES.value,
         seed=_SEED.value,
         shard=Shard.read(_SHARD.value),

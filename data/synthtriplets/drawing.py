@@ -62,7 +62,7 @@ def draw(
         blocks = triplets.blocks(BLOCK, shard.index, shard.count)
         for number, block in tqdm(blocks, desc="blocks", unit="block", delay=1):
             file, note = output / f"pairs-{number:06d}.tar", output / f"pairs-{number:06d}.json"
-            if not file.is_file():
+            if not (file.is_file() and note.is_file()):
                 made: Counter[str] = Counter(pairs=0)
                 samples_of = [(triplet, i) for triplet in block for i in range(samples)]
                 members: list[tuple[str, bytes]] = []

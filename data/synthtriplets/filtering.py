@@ -129,10 +129,13 @@ def filter_pairs(
     """
     shard = shard or Shard()
     files = sorted(source.glob("pairs-*.tar"))
-    if not files:
-        raise DataError(f"--source={source}: no pairs-*.tar in it. `--step=draw` writes them.")
+    how = source / "settings.json"
+    if not (files and how.is_file()):
+        raise DataError(
+            f"--source={source}: no pairs-*.tar and settings.json in it. `--step=draw` writes them."
+        )
     output.mkdir(parents=True, exist_ok=True)
-    drawn = json.loads((source / "settings.json").read_text())
+    drawn = json.loads(how.read_text())
     settings = {"pairs": drawn, "thresholds": dict(thresholds), "best": best, **clip.identity}
     same_run(output, settings, "other pairs or settings", "--output")
     with alone(output / f".lock-{shard.index:05d}-of-{shard.count:05d}"):
@@ -155,7 +158,10 @@ def _filter_file(
     verdict: list[str] = []
     found = {name: np.zeros(0, np.float32) for name in filters.THRESHOLDS}
     if pairs:
-        found = filters.similarities(features_of(pairs, clip))
+        try:
+            found = filters.similarities(features_of(pairs, clip))
+        except DataError as error:  # an image that does not decode
+            raise DataError(f"{file}: {error} Delete the file, and draw it again.") from error
         groups = np.asarray([int(pair.record.get("triplet", i)) for i, pair in enumerate(pairs)])
         verdict = filters.falls(found, thresholds, groups, best)
     note = {

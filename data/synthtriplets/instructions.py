@@ -11,7 +11,7 @@ something.
 import json
 import sys
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -95,7 +95,7 @@ def write_examples(triplets: CaptionTriplets, output: Path) -> int:
 def write(
     captions: Captions,
     output: Path,
-    model: Callable[[], Model],
+    model: Model,
     *,
     per_caption: int = 1,
     seed: int = 0,
@@ -104,8 +104,8 @@ def write(
     """Caption triplets of the captions as JSON lines; returns how many, and how many completions
     had which problem.
 
-    model: called if there is something left to write. Interrupted runs go on from OUTPUT.parts;
-    shard i of n has every n-th block of captions, and a file of its own.
+    per_caption: completions of each. Interrupted runs go on from OUTPUT.parts; shard i of n has
+    every n-th block of captions, and a file of its own.
     Raises DataError when OUTPUT.parts is of other captions or settings or in use.
     """
     shard = shard or Shard()
@@ -113,9 +113,8 @@ def write(
     if per_caption < 1:
         raise ConfigError(f"--samples={per_caption}: expected 1 or more.")
     folder = output.with_name(output.name + ".parts")
-    made = model()
     settings = {"captions": captions.identity, "per_caption": per_caption, "seed": seed}
-    settings |= {"shards": shard.count, "block": BLOCK, **made.identity}
+    settings |= {"shards": shard.count, "block": BLOCK, **model.identity}
     same_run(folder, settings, "other captions or settings", "--output")
     with alone(folder / f"lock-{shard.index:05d}"):
         part = Growing(folder / f"triplets-{shard.index:05d}.jsonl")
@@ -123,7 +122,7 @@ def write(
             done = part.blocks[-1]["done"] if part.blocks else 0
             first = len(part.blocks)
             for behind, block in blocks(captions, shard, BLOCK, first, done, "instructions"):
-                lines, counts = _written(block, made, per_caption, seed)
+                lines, counts = _written(block, model, per_caption, seed)
                 part.add(lines, {"counts": counts, "done": behind})
         final = shard.file(output)
         part.finish(final)

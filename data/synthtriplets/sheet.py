@@ -74,11 +74,11 @@ def write(
 def _texts(draw: ImageDraw.ImageDraw, verdict: str, example: Example, x: int, top: int) -> None:
     record = example.record
     draw.text((x, top + 2), TITLES[verdict], MISSED if verdict else HIT, font(14))
-    texts = ((record["text"], INK), (record["reference_caption"], FAINT))
+    texts = {"text": INK, "reference_caption": FAINT, "target_caption": FAINT}
     lines = [
         (line, colour)
-        for text, colour in (*texts, (record["target_caption"], FAINT))
-        for line in wrap(draw, text, font(14), _TEXT)[:2]
+        for name, colour in texts.items()
+        for line in wrap(draw, record[name], font(14), _TEXT)[:2]
     ]
     for i, (line, colour) in enumerate(lines):
         draw.text((x, top + 24 + 18 * i), line, colour, font(14))

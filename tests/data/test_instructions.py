@@ -99,7 +99,7 @@ def test_completions_are_read_or_have_a_problem(written, found):
 
 
 def test_what_is_malformed_is_counted(texts, tmp_path, capsys):
-    counts = instructions.write(texts, tmp_path / "t.jsonl", Parrot, seed=5)
+    counts = instructions.write(texts, tmp_path / "t.jsonl", Parrot(), seed=5)
     # of 0..21 without 3: kinds 0 (0, 7, 14, 21) and 6 (6, 13, 20) are triplets
     dropped = {"too long": 3, "unfinished": 3, "no edit": 6, "empty": 2}
     assert counts == {"triplets": 7, **dropped}
@@ -122,27 +122,27 @@ def test_what_is_malformed_is_counted(texts, tmp_path, capsys):
 
 
 def test_a_killed_or_shared_run_writes_the_same_lines(texts, tmp_path):
-    instructions.write(texts, tmp_path / "whole.jsonl", Parrot, per_caption=2, seed=5)
+    instructions.write(texts, tmp_path / "whole.jsonl", Parrot(), per_caption=2, seed=5)
     whole = (tmp_path / "whole.jsonl").read_bytes()
     assert whole.count(b"\n") == 7  # the parrot says the same twice, which counts once
     dying, again = Parrot(), Parrot()
     dying.left = 3
     with pytest.raises(Killed):
-        instructions.write(texts, tmp_path / "a.jsonl", lambda: dying, per_caption=2, seed=5)
-    instructions.write(texts, tmp_path / "a.jsonl", lambda: again, per_caption=2, seed=5)
+        instructions.write(texts, tmp_path / "a.jsonl", dying, per_caption=2, seed=5)
+    instructions.write(texts, tmp_path / "a.jsonl", again, per_caption=2, seed=5)
     assert (tmp_path / "a.jsonl").read_bytes() == whole
     streams = [stream for _, stream in dying.seen + again.seen]
     assert len(set(streams)) == len(streams) == 42 and streams[1] == "5/0/0/1"
     for i in range(2):
         instructions.write(
-            texts, tmp_path / "b.jsonl", Parrot, per_caption=2, seed=5, shard=Shard(i, 2)
+            texts, tmp_path / "b.jsonl", Parrot(), per_caption=2, seed=5, shard=Shard(i, 2)
         )
     parts = [(tmp_path / f"b-0000{i}-of-00002.jsonl").read_bytes().splitlines() for i in range(2)]
     assert sorted(parts[0] + parts[1]) == sorted(whole.splitlines()) and all(parts)
     with pytest.raises(DataError, match=r"of other captions or settings \(seed 5, now 6\)"):
-        instructions.write(texts, tmp_path / "a.jsonl", Parrot, per_caption=2, seed=6)
+        instructions.write(texts, tmp_path / "a.jsonl", Parrot(), per_caption=2, seed=6)
     with pytest.raises(ConfigError, match="--samples=0: expected 1 or more"):
-        instructions.write(texts, tmp_path / "a.jsonl", Parrot, per_caption=0)
+        instructions.write(texts, tmp_path / "a.jsonl", Parrot(), per_caption=0)
 
 
 # The model
@@ -187,7 +187,7 @@ def test_rows_do_not_depend_on_one_another(model):
 
 def test_what_a_random_model_writes_is_counted_as_malformed(model, texts, tmp_path):
     lm = LanguageModel(model, max_tokens=12)
-    counts = instructions.write(texts, tmp_path / "t.jsonl", lambda: lm)
+    counts = instructions.write(texts, tmp_path / "t.jsonl", lm)
     assert counts == {"triplets": 0, "unfinished": 21}
     assert (tmp_path / "t.jsonl").read_text() == ""
 

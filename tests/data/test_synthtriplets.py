@@ -331,12 +331,17 @@ def test_bad_input_to_the_filters(pairs, kept, clip, tmp_path):
     shutil.copytree(kept[0], folder)
     with pytest.raises(DataError, match=r"of other pairs or settings \(thresholds .*, now "):
         filtering.filter_pairs(pairs[0], folder, clip, thresholds, best=1)
-    with pytest.raises(DataError, match=r"no pairs-\*.tar in it. `--step=draw` writes them"):
+    with pytest.raises(DataError, match=r"no pairs-\*.tar and settings.json in it. `--step="):
         filtering.filter_pairs(tmp_path, folder, clip, thresholds)
     image = filtering.read_pairs(sorted(pairs[0].glob("*.tar"))[0])[0].reference
     broken = write_tar(tmp_path / "pairs-000000.tar", [("0.reference.png", image)])
     with pytest.raises(DataError, match="key 0: it has no image target. Delete the file, and draw"):
         filtering.read_pairs(broken)
+    members = [("0.reference.png", image), ("0.target.png", image[:-40]), ("0.json", b"{}")]
+    write_tar(tmp_path / "pairs-000000.tar", members)
+    (tmp_path / "settings.json").write_text("{}")
+    with pytest.raises(DataError, match="pairs-000000.tar: .* Delete the file, and draw it again"):
+        filtering.filter_pairs(tmp_path, tmp_path / "new", clip, filters.THRESHOLDS)
     broken.write_bytes(b"no tar")
     with pytest.raises(DataError, match="no readable, uncompressed tar file"):
         filtering.read_pairs(broken)

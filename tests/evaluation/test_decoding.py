@@ -10,8 +10,9 @@ from PIL import Image
 from cir_jax.composers.image_text import ImageText
 from cir_jax.errors import ConfigError, WeightsError
 from cir_jax.evaluation import contact_sheet as sheets
-from cir_jax.evaluation import decoding, evaluate
+from cir_jax.evaluation import decoding, evaluate, runner
 from cir_jax.evaluation.decoding import Unclip
+from cir_jax.loading import read_experiment
 from cir_jax.retrieval import features
 from tests import pipelines
 from tests.evaluation import worlds
@@ -90,6 +91,19 @@ def test_the_sheet_has_them_beside_what_was_retrieved(shown, tmp_path):
     assert (
         old.tobytes() == sheet.crop((columns[0] - sheets.FRAME, y[0], sheet.width, y[1])).tobytes()
     )
+
+
+def test_the_runner_decodes_what_can_be(shown, tiny, tmp_path, capsys):
+    result, benchmark = shown
+    decode = lambda row, stream: Image.new("RGB", (9, 9))  # noqa: E731
+    runner._retrieved(result, benchmark, tmp_path / "a", decode)
+    oracle = dataclasses.replace(result, composed=None, method="oracle")
+    runner._retrieved(oracle, benchmark, tmp_path / "b", decode)
+    with_, without = (Image.open(next((tmp_path / x).glob("*.png"))).width for x in "ab")
+    assert with_ - without == sheets.TILE + 2 * sheets.GAP
+    said = "not decoded: oracle composes no features of the backbone"
+    assert capsys.readouterr().out.count(said) == 1
+    assert read_experiment("slerp").evaluation.decoder == ""
 
 
 def test_another_width_or_kind_is_refused(tiny, tmp_path, monkeypatch):
