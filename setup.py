@@ -24,6 +24,8 @@ EXTRAS = {
     "clipseg": ["torch>=2.6", "transformers>=4.49", "spacy>=3.7"],
     # keywords, and what compares them (with PyTorch): launch/triplets.py with RTD's settings
     "triplets": ["spacy>=3.7", "sentence-transformers>=3"],
+    # draws the images of data/synthtriplets, edits and decodes images
+    "synth": ["torch>=2.6", "diffusers>=0.35,<1", "peft>=0.17"],
     "dev": [
         "pytest>=8",
         "pytest-xdist>=3.7",

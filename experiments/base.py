@@ -70,6 +70,9 @@ def experiment(name: str, composer: Mapping[str, Any]) -> ConfigDict:
     config.evaluation.split = ""
     config.evaluation.allow_partial = False  # benchmarks whose images are not all there
     config.evaluation.batch_size = 256
+    # directory or hub id of an unCLIP decoder (extra `synth`): composed queries, decoded, in the
+    # contact sheets; "" = none
+    config.evaluation.decoder = ""
     return config
 
 

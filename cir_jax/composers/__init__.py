@@ -19,6 +19,7 @@ COMPOSERS = {
     "compodiff": "CompoDiff",
     "image_only": "ImageOnly",
     "image_text": "ImageText",
+    "instruct_pix2pix": "InstructPix2Pix",
     "isa": "Isa",
     "lincir": "LinCir",
     "magiclens": "MagicLens",

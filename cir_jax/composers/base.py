@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from PIL import Image
 
 from cir_jax.models.backbone import Backbone
 from cir_jax.sharding.constraints import split_rows
@@ -78,6 +79,10 @@ class Composer:
     """Names of the reference images -> int32[batch], for composers that know images by their names;
     raises DataError for names that are not known. Evaluation alone has names."""
 
+    edits_reference: bool = False
+    """Whether `edit` changes the reference images before the backbone sees them: then the features
+    of a query's reference are those of the edited image."""
+
     pools_text: bool = True
     """Whether text counts up to its end token only; False = padded positions count, too."""
 
@@ -126,6 +131,11 @@ class Composer:
     def prompt(self, text: str) -> str:
         """The text that is tokenised for a modification text; plain by default."""
         return self.backbone.tokenizer.plain(text)
+
+    def edit(self, image: Image.Image, text: str, stream: str) -> Image.Image:
+        """The reference image after the modification text; all that is random from the stream of
+        that name. For composers that `edits_reference`; on the host, not in parallel."""
+        raise TypeError(f"{type(self).__name__} edits no images")
 
     def freeze(self, backbone_params: Params, shapes_only: bool = False) -> Params:
         """The tree `frozen`: parameters beside the trainable ones, never in the optimiser.

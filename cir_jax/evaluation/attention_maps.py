@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from cir_jax.errors import ConfigError, DataError
-from cir_jax.evaluation.contact_sheet import BACKGROUND, FAINT, GAP, INK, MARGIN, TILE, _font
+from cir_jax.evaluation.contact_sheet import BACKGROUND, FAINT, GAP, INK, MARGIN, TILE, font
 from cir_jax.input import images
 from cir_jax.retrieval.search import SUFFIXES, Searcher
 from cir_jax.storage.atomic import write_atomically
@@ -50,12 +50,12 @@ def sheet(search: Searcher, paths: Sequence[Path], maps: dict[str, np.ndarray]) 
         seen = Image.fromarray(_seen(search, path)).resize((TILE, TILE), Image.Resampling.BICUBIC)
         for name, arrays in maps.items():
             picture.paste(seen, (MARGIN, top))
-            draw.text((MARGIN, top + TILE + 4), Path(path).name[:20], INK, _font(11))
-            draw.text((MARGIN, top + TILE + 16), TITLES[name], FAINT, _font(11))
+            draw.text((MARGIN, top + TILE + 4), Path(path).name[:20], INK, font(11))
+            draw.text((MARGIN, top + TILE + 16), TITLES[name], FAINT, font(11))
             for token, weights in enumerate(arrays[i]):
                 left = MARGIN + (token + 1) * (TILE + GAP)
                 picture.paste(_over(seen, weights), (left, top))
-                draw.text((left, top + TILE + 4), f"u{token + 1}", FAINT, _font(11))
+                draw.text((left, top + TILE + 4), f"u{token + 1}", FAINT, font(11))
             top += row
     return picture
 

@@ -20,6 +20,7 @@ from cir_jax.evaluation.queries import Benchmark, CaptionBenchmark, pad_rows
 from cir_jax.evaluation.result import Result
 from cir_jax.models.backbone import Backbone
 from cir_jax.retrieval import features, ranking
+from cir_jax.retrieval.editing import Edited
 from cir_jax.weights import oti_tokens
 
 TOP = 50
@@ -104,6 +105,7 @@ def evaluate(
         scores=ranked.scores,
         subset_top=np.zeros((len(queries), 0), np.int32) if subset is None else subset.top,
         outcome=outcome,
+        composed=None if raw is None else _as_long(queries, raw),
     )
 
 
@@ -190,6 +192,16 @@ def _queries(
             return conditions.masked(composer, image, asked.conditions.mask)
 
         references["reference_images"] = masked
+    elif composer.edits_reference:
+        streams = [f"{seed}/{position}" for position in index]
+        edited = Edited(composer, images, rows, texts, streams, options["cache_dir"])
+        references["reference_features"] = features.image_features(
+            backbone,
+            frozen["backbone"],
+            edited,
+            transform=transform,
+            **options | {"cache_dir": None},
+        )
     elif composer.reads_images or composer.tunes_backbone or "backbone" not in frozen:
         references["reference_images"] = lambda row: features.read_image(
             images, int(rows[row]), "image", transform
@@ -229,6 +241,13 @@ def _queries(
     grouped = np.zeros((len(benchmark.queries), place.max() + 1, composed.shape[1]), np.float32)
     grouped[index, place] = composed
     return composer.joined(grouped)
+
+
+def _as_long(queries: np.ndarray, raw: np.ndarray) -> np.ndarray | None:
+    """The queries, of the mean length of the features; None where they are no such features."""
+    if queries.ndim != 2 or queries.shape[1] != raw.shape[1]:
+        return None
+    return features.unit(queries) * np.linalg.norm(raw, axis=1).mean()
 
 
 def _graded(

@@ -26,6 +26,8 @@ class Result:
     outcome: ranks of all ground truths; None without public ground truth.
     setting: all that was chosen and moves the numbers; see `evaluation.setting`.
     data: name and version of the data. partial: they are incomplete, the numbers not comparable.
+    composed: float32[queries, dim] the queries of methods that compose features of the backbone, as
+        long as the gallery's are in the mean: what a decoder can show. Else None.
     seconds: gallery features, queries and ranking together, compilation included.
     queries_per_second: of composing and ranking alone, compilation included.
     """
@@ -48,6 +50,7 @@ class Result:
     setting: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     data: str = ""
     partial: bool = False
+    composed: np.ndarray | None = None
 
     @staticmethod
     def what(
@@ -105,4 +108,5 @@ def combine(results: Sequence[Result]) -> Result:
         scores=nothing.astype(np.float32),
         subset_top=nothing,
         outcome=outcome,
+        composed=None,
     )

@@ -12,6 +12,7 @@ from cir_jax.errors import CheckpointError, DataError
 from cir_jax.evaluation import benchmarks, per_query, report, submissions
 from cir_jax.evaluation.asked import Asked
 from cir_jax.evaluation.contact_sheet import contact_sheet
+from cir_jax.evaluation.decoding import Unclip
 from cir_jax.evaluation.evaluate import evaluate_with_baselines
 from cir_jax.evaluation.page import Section, write_page
 from cir_jax.evaluation.queries import Benchmark, CaptionBenchmark
@@ -97,6 +98,9 @@ def run(
     trained = ""
     if experiment.composer.trained:
         trained = content_id(method, jax.tree.map(to_host, params))
+    decode = None
+    if model := config.evaluation.get("decoder", ""):  # not in configs of earlier versions
+        decode = Unclip(model, experiment.backbone)
     everything: list[Result] = []
     sections: list[Section] = []
     evaluated: list[tuple[Benchmark, list[Result]]] = []
@@ -128,7 +132,7 @@ def run(
             )
         everything += results
         if isinstance(benchmark, Benchmark):
-            _retrieved(results[-1], benchmark, output)
+            _retrieved(results[-1], benchmark, output, decode)
             evaluated.append((benchmark, results))
             sections.append(Section(benchmark, results[-1], report.format_table(results, papers)))
     if sections:
@@ -142,11 +146,14 @@ def run(
     return everything
 
 
-def _retrieved(result: Result, benchmark: Benchmark, output: Path) -> None:
+def _retrieved(result: Result, benchmark: Benchmark, output: Path, decode: Unclip | None) -> None:
     """The contact sheet, or the submission where there is no public ground truth."""
     if result.outcome is not None:
         picture = output / f"{submissions.file_name(benchmark.name)}.png"
-        contact_sheet(result, benchmark, picture)
+        if decode is not None and result.composed is None:
+            _say(f"not decoded: {result.method} composes no features of the backbone")
+            decode = None
+        contact_sheet(result, benchmark, picture, decode=decode)
         _say(f"pictures: {picture}")
         return
     for path in submissions.write(result, benchmark, output):

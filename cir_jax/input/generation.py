@@ -81,34 +81,39 @@ def _resume(part: Path, head: dict[str, Any]) -> dict[str, list[str]]:
     return done
 
 
-class _Sampler:
-    """The model, in float16 on a GPU."""
+def causal_model(name: str) -> tuple[Any, Any]:
+    """Tokenizer and language model of transformers, in float16 on a GPU if there is one.
 
+    Raises WeightsError where PyTorch is not installed, or there is no such model.
+    """
+    try:
+        import torch
+        import transformers
+    except ImportError as error:
+        raise WeightsError("language models need PyTorch: `pip install cir_jax[torch]`.") from error
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.float16 if device == "cuda" else torch.float32
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+        model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+    except Exception as error:  # transformers raises many types
+        raise WeightsError(
+            f"--model={name}: no causal language model there ({str(error).splitlines()[0]}). "
+            "Give a directory in Hugging Face format, or a hub id where there is a network."
+        ) from error
+    return tokenizer, model.to(device).eval()
+
+
+class _Sampler:
     def __init__(self, name: str):
-        try:
-            import torch
-            import transformers
-        except ImportError as error:
-            raise WeightsError(
-                "generating phrases needs PyTorch: `pip install cir_jax[torch]`."
-            ) from error
-        self._torch = torch
-        self._device = "cuda" if torch.cuda.is_available() else "cpu"
-        dtype = torch.float16 if self._device == "cuda" else torch.float32
-        try:
-            self._tokenizer = transformers.AutoTokenizer.from_pretrained(name)
-            model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
-        except Exception as error:  # transformers raises many types
-            raise WeightsError(
-                f"--model={name}: no causal language model there ({str(error).splitlines()[0]}). "
-                "Give a directory in Hugging Face format, or a hub id where there is a network."
-            ) from error
-        self._model = model.to(self._device).eval()
+        self._tokenizer, self._model = causal_model(name)
 
     def __call__(self, concept: str, count: int, batch_size: int, seed: int) -> list[str]:
+        import torch
+
         prompt = f"a photo of {concept} that"
-        inputs = self._tokenizer(prompt, return_tensors="pt").to(self._device)
-        self._torch.manual_seed((seed + zlib.crc32(concept.encode())) % 2**63)
+        inputs = self._tokenizer(prompt, return_tensors="pt").to(self._model.device)
+        torch.manual_seed((seed + zlib.crc32(concept.encode())) % 2**63)
         phrases: list[str] = []
         while len(phrases) < count:
             rows = self._model.generate(

@@ -176,7 +176,7 @@ class Searcher:
         most = max(64, 1 << (k - 1).bit_length())
         if image is not None:
             with images.limited(max_megapixels):
-                image = self._pixels(image, mask)
+                image = self._pixels(image, text, mask)
         if self.composer.alone or (image is not None and text is not None):
             composer = self._varied(conditions)
             query = self._compose(composer, image, text or "", conditions)
@@ -207,8 +207,9 @@ class Searcher:
             self._variants[key] = self.composer.varied(**settings)
         return self._variants[key]
 
-    def _pixels(self, image: Any, mask: Any = None) -> Any:
-        """uint8[height, width, 3] of what `search` takes; with a mask, what `masked` gives."""
+    def _pixels(self, image: Any, text: str | None, mask: Any = None) -> Any:
+        """uint8[height, width, 3] of what `search` takes, edited, if the method does that; with a
+        mask, what `masked` gives."""
         what = str(image) if isinstance(image, str | Path) else "image"
         with images.reading(what):
             if isinstance(image, str | Path):
@@ -218,6 +219,8 @@ class Searcher:
             images.check_size(image.size, what)
             if mask is not None:
                 return conditions_of.masked(self.composer, image, mask)
+            if text and self.composer.edits_reference:
+                image = self.composer.edit(image, text, str(self.seed))
             return self.composer.backbone.image_transform(image)
 
     def _compose(

@@ -15,7 +15,13 @@ from data.fashioniq.fashioniq_dataset_builder import Fashioniq
 
 IMAGES = ("reference", "target")
 CAPTIONS = ("reference_caption", "target_caption")
-FIELDS = {name: (name,) for name in (*IMAGES, "text", *CAPTIONS)}
+FIELDS = {  # ours; those of InstructPix2Pix's pairs, of their samples, of MagicBrush
+    "reference": ("reference", "original_image", "input_image", "source_img"),
+    "target": ("target", "edited_image", "target_img"),
+    "text": ("text", "edit_prompt", "instruction"),
+    "reference_caption": ("reference_caption", "original_prompt"),
+    "target_caption": ("target_caption", "edited_prompt"),
+}
 TAR_FIELDS = {
     **{name: tuple(f"{name}.{s}" for s in ("jpg", "jpeg", "png", "webp")) for name in IMAGES},
     "text": ("txt", "json.text"),

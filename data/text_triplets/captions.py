@@ -1,13 +1,18 @@
 """Where captions come from: a prepared table, or a file or folder of texts."""
 
+import sys
 from collections.abc import Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple, Protocol
+
+from tqdm import tqdm
 
 from cir_jax.errors import DataError
 from cir_jax.input.tables import Table, is_prepared
 from data import build
 from data.corpus import Unusable
+from data.sharing import Shard
 from data.source import stamp
 from data.texts import texts_dataset_builder as texts
 
@@ -92,3 +97,29 @@ def read(name: str, data_dir: Path, columns: Mapping[str, str]) -> Captions:
             f"in {data_dir} (`python launch/prepare.py --dataset=pairs`, or texts, makes one)."
         )
     return TableCaptions(Table(data_dir, dataset, table, split or "train"))
+
+
+def blocks(
+    captions: Captions, shard: Shard, size: int, first: int, done: int, description: str
+) -> Iterator[tuple[int, list[tuple[str, str]]]]:
+    """(done, [(name, caption)]) of this shard's blocks of `size` records, from its number `first`
+    on, with progress. done: what of `captions.total` is behind the blocks before."""
+    mine = first * shard.count + shard.index
+    entries = captions.entries(mine * size)
+    with tqdm(
+        total=captions.total, initial=done, desc=description, unit=f" {captions.unit}",
+        unit_scale=True, delay=1,
+    ) as bar:  # fmt: skip
+        for start in range(mine * size, sys.maxsize, size * shard.count):
+            block, seen = [], 0
+            for seen, entry in enumerate(islice(entries, size), 1):
+                number = start + seen - 1
+                block += [(f"{number}/{i}", text) for i, text in enumerate(entry.captions)]
+                done = entry.done
+            if seen:
+                bar.update(done - bar.n)
+                yield done, block
+            if seen < size:
+                return
+            for entry in islice(entries, size * (shard.count - 1)):
+                bar.update(entry.done - bar.n)

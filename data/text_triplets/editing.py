@@ -18,12 +18,15 @@ _ARTICLE = re.compile(r"(?<![\w'-])(an?\s+)(\w+)", re.IGNORECASE)
 
 @dataclasses.dataclass(frozen=True)
 class Triplet:
-    """reference, target: captions. kind: of templates.KINDS."""
+    """reference, target: captions. kind: of templates.KINDS. source: the keyword that went; other:
+    that which came in its place, "" of a deletion."""
 
     reference: str
     target: str
     text: str
     kind: str
+    source: str
+    other: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +82,7 @@ def _triplet(
         # a tagger may part words that `replaced` does not; of a caption something must be left
         if target and target != caption:
             text = with_articles(template.format(source=word.word, target=other))
-            return Triplet(caption, target, text, kind(template))
+            return Triplet(caption, target, text, kind(template), word.word, other)
     return None
 
 

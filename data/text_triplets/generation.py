@@ -12,19 +12,15 @@ seed, the number of the record and that of the caption in it, so neither kills n
 shards change a line.
 """
 
-import contextlib
 import dataclasses
-import fcntl
 import json
 import random
 import shutil
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import islice
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -33,9 +29,10 @@ from cir_jax.errors import ConfigError, DataError
 from cir_jax.input.keywords import Tagger
 from cir_jax.storage.atomic import write_atomically
 from cir_jax.storage.places import default_cache_dir
+from data.sharing import Shard, alone, same_run
 from data.source import stamp
 from data.text_triplets import editing, embedders, vocabulary
-from data.text_triplets.captions import Captions
+from data.text_triplets.captions import Captions, blocks
 from data.text_triplets.embedders import Embedder
 from data.text_triplets.inversion_filter import InversionFilter
 from data.text_triplets.parts import Growing
@@ -86,28 +83,6 @@ def read_band(values: Sequence[str]) -> tuple[float, float]:
     return low, high
 
 
-@dataclasses.dataclass(frozen=True)
-class Shard:
-    """Number `index` of `count` processes."""
-
-    index: int = 0
-    count: int = 1
-
-    @classmethod
-    def read(cls, text: str) -> "Shard":
-        """Of "2/8": the third of eight. Raises ConfigError."""
-        index, slash, count = text.partition("/")
-        if not (slash and index.isdecimal() and count.isdecimal() and int(index) < int(count)):
-            raise ConfigError(f"--shard={text}: expected I/N with I from 0 to N - 1, such as 0/8.")
-        return cls(int(index), int(count))
-
-    def file(self, output: Path) -> Path:
-        """OUTPUT itself where there is but one."""
-        if self.count == 1:
-            return output
-        return output.with_name(f"{output.stem}-{self.index:05d}-of-{self.count:05d}.jsonl")
-
-
 def generate(
     captions: Captions,
     output: Path,
@@ -139,8 +114,8 @@ def generate(
         settings["filter"] = keep.identity
     else:
         del settings["threshold"]
-    _same_run(folder, first)
-    with _alone(folder / f"lock-{shard.index:05d}"):
+    same_run(folder, first, "other captions or keywords", "--output")
+    with alone(folder / f"lock-{shard.index:05d}"):
         key = stamp(settings)[:8]
         run = _Run(captions, output, recipe, tag, embedder, keep, shard, folder, key)
         run.check()
@@ -153,38 +128,6 @@ def generate(
         elif not _there([run.vocabulary], "alternatives", wait):
             return None
         return run.write_triplets()
-
-
-@contextlib.contextmanager
-def _alone(lock: Path) -> Iterator[None]:
-    """Raises DataError while another process does the same work."""
-    with lock.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise DataError(
-                f"{lock}: another process makes these triplets. Wait for it, or choose another "
-                "--output or --shard."
-            ) from error
-        yield
-
-
-def _same_run(folder: Path, settings: dict[str, Any]) -> None:
-    file = folder / "settings.json"
-    if not file.is_file():
-        text = json.dumps(settings, indent=1) + "\n"
-        write_atomically(file, lambda f: f.write(text.encode()))
-    try:
-        found = json.loads(file.read_text())
-        others = [k for k in {**found, **settings} if found.get(k) != settings.get(k)]
-    except (ValueError, AttributeError, TypeError) as error:
-        raise DataError(f"{file}: damaged ({error}). Delete {folder} to begin again.") from error
-    if others:
-        changed = "; ".join(f"{k} {found.get(k)}, now {settings.get(k)}" for k in sorted(others))
-        raise DataError(
-            f"{folder}: of other captions or keywords ({changed}). Delete it to begin again, or "
-            "choose another --output."
-        )
 
 
 def _there(files: Sequence[Path], what: str, wait: bool) -> bool:
@@ -236,7 +179,11 @@ class _Run:
         if self.counts.is_file():
             return
         if not self.keywords.finished:
-            for done, block in self._blocks(len(self.keywords.blocks)):
+            stored = self.keywords.blocks
+            done = stored[-1]["done"] if stored else 0
+            for behind, block in blocks(
+                self.captions, self.shard, BLOCK, len(stored), done, "keywords"
+            ):
                 lines, empty = [], 0
                 for number, caption in block:
                     if caption.strip():
@@ -244,7 +191,7 @@ class _Run:
                         lines.append(json.dumps([number, caption, found]))
                     else:
                         empty += 1
-                self.keywords.add(lines, {"captions": len(lines), "empty": empty, "done": done})
+                self.keywords.add(lines, {"captions": len(lines), "empty": empty, "done": behind})
             self.keywords.finish()
         counts: Counter[vocabulary.Key] = Counter()
         for i in range(len(self.keywords.blocks)):
@@ -252,29 +199,6 @@ class _Run:
                 counts.update((part, word) for part, word, _ in words)
         text = json.dumps([[*key, count] for key, count in sorted(counts.items())])
         write_atomically(self.counts, lambda file: file.write(text.encode()))
-
-    def _blocks(self, first: int) -> Iterator[tuple[int, list[tuple[str, str]]]]:
-        """(done, [(name, caption)]) of this shard's blocks from its number `first` on."""
-        mine = first * self.shard.count + self.shard.index
-        done = self.keywords.blocks[-1]["done"] if first else 0
-        entries = self.captions.entries(mine * BLOCK)
-        with tqdm(
-            total=self.captions.total, initial=done, desc="keywords", unit=f" {self.captions.unit}",
-            unit_scale=True, delay=1,
-        ) as bar:  # fmt: skip
-            for start in range(mine * BLOCK, sys.maxsize, BLOCK * self.shard.count):
-                block, seen = [], 0
-                for seen, entry in enumerate(islice(entries, BLOCK), 1):
-                    number = start + seen - 1
-                    block += [(f"{number}/{i}", text) for i, text in enumerate(entry.captions)]
-                    done = entry.done
-                if seen:
-                    bar.update(done - bar.n)
-                    yield done, block
-                if seen < BLOCK:
-                    return
-                for entry in islice(entries, BLOCK * (self.shard.count - 1)):
-                    bar.update(entry.done - bar.n)
 
     def find_alternatives(self, everyone: Iterable[Path]) -> None:
         """The vocabulary of all shards, for all of them."""
@@ -307,13 +231,12 @@ class _Run:
         final, out = self.shard.file(self.output), self.triplets
         if not out.finished:
             words = Vocabulary.read(self.vocabulary)
-            blocks = self.keywords.blocks
-            sizes = [block["captions"] for block in blocks]
+            sizes = [block["captions"] for block in self.keywords.blocks]
             with tqdm(
                 total=sum(sizes), initial=sum(sizes[: len(out.blocks)]), desc="triplets",
                 unit=" captions", unit_scale=True, delay=1,
             ) as bar:  # fmt: skip
-                for i in range(len(out.blocks), len(blocks)):
+                for i in range(len(out.blocks), len(sizes)):
                     out.add(*self._triplets(i, words))
                     bar.update(sizes[i])
         out.finish(final)
@@ -356,9 +279,11 @@ _COUNTED = ("captions", "empty")
 
 
 def _line(triplet: editing.Triplet) -> str:
-    """With the names of RTD's code."""
+    """With the names of RTD's code, and the keywords, which are looked for in images."""
     record = {name: getattr(triplet, side) for side, name in NAMES.items()}
-    return json.dumps({**record, "conditioning_caption": triplet.text}, ensure_ascii=False)
+    record["conditioning_caption"] = triplet.text
+    keywords = {"source_keyword": triplet.source, "target_keyword": triplet.other}
+    return json.dumps(record | keywords, ensure_ascii=False)
 
 
 def describe(statistics: dict[str, int]) -> str:

@@ -11,10 +11,10 @@ from data import corpus, formats
 from data.corpus import CorpusBuilder, Entry, Unusable
 from data.source import Options, Survey, tables
 
-FIELDS = {  # RTD's code calls them so; its paper says source, target and relative caption
-    "reference_caption": ("reference_caption", "source_caption"),
-    "target_caption": ("target_caption",),
-    "text": ("conditioning_caption", "relative_caption", "text"),
+FIELDS = {  # RTD's code calls them so; then its paper, and InstructPix2Pix
+    "reference_caption": ("reference_caption", "source_caption", "input"),
+    "target_caption": ("target_caption", "output"),
+    "text": ("conditioning_caption", "relative_caption", "edit", "text"),
 }
 SUFFIXES = (".json", ".jsonl", ".parquet", ".tsv", ".csv")
 

@@ -32,7 +32,8 @@ def test_damaged_text_triplets(tmp_path):
     assert found.counts == {"text triplets": 3, "entries with an empty text dropped": 1}
     assert "a.jsonl line 2: not valid JSON" in found.problems[0]
     assert (
-        "a.jsonl line 3: no column for target_caption (target_caption), text" in found.problems[1]
+        "a.jsonl line 3: no column for target_caption (target_caption or output), text"
+        in found.problems[1]
     )
     assert "a.jsonl line 6: text is 3, expected a text" in found.problems[2]
     assert found.lost == {"text triplets": 3}

@@ -18,7 +18,7 @@ from cir_jax.errors import ConfigError, DataError, WeightsError
 from cir_jax.input.keywords import DictionaryTagger, clean
 from cir_jax.input.tables import Table
 from cir_jax.sharding.mesh import make_mesh
-from data import build
+from data import build, sharing
 from data.text_triplets import captions, editing, embedders, generation, inversion_filter, templates
 from data.text_triplets.generation import Recipe, Shard, generate
 from data.text_triplets.parts import Growing
@@ -93,7 +93,18 @@ def test_the_triplets_are_read_by_the_builder(whole, tmp_path):
     content, statistics = whole
     (tmp_path / "t.jsonl").write_bytes(content)
     lines = [json.loads(line) for line in content.decode().split("\n")[:-1]]
-    assert all(list(line) == [*generation.NAMES.values(), "conditioning_caption"] for line in lines)
+    fields = [
+        *generation.NAMES.values(),
+        "conditioning_caption",
+        "source_keyword",
+        "target_keyword",
+    ]
+    assert all(list(line) == fields for line in lines)
+    for line in lines:  # of a deletion there is no target
+        words = (line["source_keyword"], line["target_keyword"])
+        reference, target = (line[name].lower() for name in generation.NAMES.values())
+        assert words[0] in NOUNS and words[0] in reference
+        assert editing.replaced(reference, *words) == target and words[1] in ("", *NOUNS)
     read = records("text_triplets", tmp_path)
     assert [r["text"] for r in read] == [line["conditioning_caption"] for line in lines]
     assert sum(statistics[kind] for kind in templates.KINDS) == len(lines) > 150
@@ -231,7 +242,7 @@ def test_what_is_refused(texts, tmp_path):
     message = "of other captions or keywords .keywords five, now six; shards 1, now 2"
     with pytest.raises(DataError, match=message):
         run(texts, output, names={**FIVE, "keywords": "six"}, shard=Shard(0, 2))
-    with generation._alone(parts / "lock-00000"):
+    with sharing.alone(parts / "lock-00000"):
         with pytest.raises(DataError, match="lock-00000: another process makes these triplets"):
             run(texts, output)
     settings = parts / "settings.json"
