@@ -86,11 +86,11 @@ def _title(draw: ImageDraw.ImageDraw, result: Result, width: int) -> None:
     x = result.metrics[name]
     title = f"{result.benchmark} {result.split}  ·  {result.method}  ·  {name} {x.value:.1f}"
     title += "" if np.isnan(x.se) else f" ± {x.se:.1f}"
-    draw.text((MARGIN, 18), title, INK, _font(22))
+    draw.text((MARGIN, 18), title, INK, font(22))
     reference, text, shown, missed = _columns()
     labels = [(reference, "reference"), (text, "modification"), (missed, "missed")]
     for x0, label in [*labels, *((x0, str(i + 1)) for i, x0 in enumerate(shown))]:
-        draw.text((x0, HEADER - 30), label, FAINT, _font(14))
+        draw.text((x0, HEADER - 30), label, FAINT, font(14))
     legend = (
         ("hit", HIT),
         ("not a ground truth", OTHER),
@@ -98,8 +98,8 @@ def _title(draw: ImageDraw.ImageDraw, result: Result, width: int) -> None:
     )
     x0 = width - MARGIN
     for label, colour in reversed(legend):
-        x0 -= int(draw.textlength(label, _font(14)))
-        draw.text((x0, 24), label, FAINT, _font(14))
+        x0 -= int(draw.textlength(label, font(14)))
+        draw.text((x0, 24), label, FAINT, font(14))
         draw.rectangle((x0 - 20, 26, x0 - 8, 38), outline=colour, width=3)
         x0 -= 38
 
@@ -119,13 +119,13 @@ def _row(
     _tile(sheet, benchmark.reference(query), f"reference of query {query.id}", reference, top, None)
     rank = int(result.best_rank[position]) + 1
     note = f"query {query.id}, best rank {rank}"
-    lines = _wrap(draw, " / ".join(query.texts), _font(17), TEXT_WIDTH)
+    lines = _wrap(draw, " / ".join(query.texts), font(17), TEXT_WIDTH)
     limit = (TILE - 22) // 22
     if len(lines) > limit:
         lines = [*lines[: limit - 1], lines[limit - 1][:-1].rstrip() + "…"]
     for i, line in enumerate(lines):
-        draw.text((text, top + 22 * i), line, INK, _font(17))
-    draw.text((text, top + TILE - 16), note, FAINT, _font(13))
+        draw.text((text, top + 22 * i), line, INK, font(17))
+    draw.text((text, top + TILE - 16), note, FAINT, font(13))
     found = [int(image) for image in result.top[position][:SHOWN] if image >= 0]
     for x0, image in zip(shown, found, strict=False):
         colour = HIT if image in query.targets else OTHER
@@ -168,5 +168,5 @@ def _wrap(draw: ImageDraw.ImageDraw, text: str, font: Any, width: int) -> list[s
     return lines
 
 
-def _font(size: int) -> Any:
+def font(size: int) -> Any:
     return ImageFont.load_default(size)
