@@ -146,6 +146,8 @@ def test_the_plot_shows_the_numbers_where_the_axis_says():
         x, y = compare_plot.place(number, 20), compare_plot.height(row)
         return sheet[y, round(x)]
 
+    assert compare_plot.axis_end({"a": [10.0, 14.0, 12.0], "b": [20.0] * 3}) == 20
+    assert [compare_plot.place(number, 20) for number in (0, 10, 20)] == [250, 550, 850]
     blue, orange = (compare_plot.KINDS[kind][1] for kind in ("other", "image triplets"))
     assert list(compare_table.plotted(some)) == ["combiner", "slerp"]
     assert (colour(20, 0) == orange).all() and (colour(12, 1) == blue).all()  # the means
