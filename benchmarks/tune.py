@@ -3,7 +3,7 @@
     python benchmarks/tune.py --workdir=runs/table
 
 Each method gets up to BUDGET settings of its query; nothing is trained for them. Trained methods
-are read from the runs of seed 0 that benchmarks/shapes.py leaves in the workdir, and trained there
+are read from the runs of seed 0 that benchmarks/compare.py leaves in the workdir, and trained there
 if there are none. Combiner, MagicLens and RTD, whose queries have no settings, are trained for each
 of their own: the last stage, the ones before it once. Chosen is the best CIRCO-like mAP@10 on val;
 the test worlds are not looked at. Writes benchmarks/tune.json after each setting and goes on there,
@@ -80,7 +80,7 @@ def tune(method: str, preset: str, workdir: Path, known: Sequence[Mapping[str, A
     from data import build
 
     config = read_experiment(f"{method}:{preset}")
-    config.evaluation.split = "test_0"  # as benchmarks/shapes.py stores it; val is read below
+    config.evaluation.split = "test_0"  # as benchmarks/compare.py stores it; val is read below
     build.prepare_needed(
         stages.required_tables(config),
         benchmarks.required(config.evaluation.benchmarks),

@@ -17,6 +17,7 @@ BGE_VL = {
 }
 PRESETS = {
     "shapes": {},
+    "smoke": {"evaluation.benchmarks": base.benchmarks("shapes_tiny")},
     "vit_b32": {"backbone": "openai/clip-vit-base-patch32"},
     "vit_l14": {"backbone": "openai/clip-vit-large-patch14"},
     "bge_vl_base": {"backbone": "BAAI/BGE-VL-base", **BGE_VL},

@@ -9,6 +9,7 @@ from experiments import base
 
 PRESETS = {
     "shapes": {},
+    "smoke": {"evaluation.benchmarks": base.benchmarks("shapes_tiny")},
     "vit_b32": {"backbone": "openai/clip-vit-base-patch32"},
     "vit_l14": {"backbone": "openai/clip-vit-large-patch14"},
 }

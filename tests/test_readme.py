@@ -1,7 +1,5 @@
 """The README is true: its commands run, its table is the committed measurement."""
 
-import functools
-import importlib.util
 import json
 import re
 import shlex
@@ -12,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from benchmarks import compare_table
 from tests.launch.binaries import ROOT, environment, run_command
 
 README = (ROOT / "README.md").read_text()
@@ -99,19 +98,6 @@ def test_from_raw_files_to_a_submission(scratch):
     assert status[3] == 2 and "as a CIRCO file of val it is wrong" in output[3][1], output[3]
 
 
-@pytest.mark.slow
-def test_benchmark_command_runs(scratch):
-    output = scratch / "shapes.json"
-    command = [sys.executable, "benchmarks/shapes.py", "--preset=smoke", f"--output={output}"]
-    command += ["--methods=combiner"]
-    command += [f"--workdir={scratch}/table"]
-    status, said = run_command(command, environment(scratch))
-    assert status == 0, said[-3000:]
-    measured = json.loads(output.read_text())
-    assert len(measured["values"]["circo mAP@10"]["combiner"]) == 3
-    assert "| combiner | " in said
-
-
 def test_python_example_runs(tmp_path, monkeypatch, capsys):
     rng = np.random.default_rng(0)
     (tmp_path / "photos").mkdir()
@@ -128,52 +114,14 @@ def test_python_example_runs(tmp_path, monkeypatch, capsys):
     assert len(lines) == 2 and all(line.endswith(".png") for line in lines)
 
 
-@functools.cache  # it defines flags
-def benchmark():
-    spec = importlib.util.spec_from_file_location("shapes_table", ROOT / "benchmarks" / "shapes.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_table_is_the_committed_measurement():
-    measured = json.loads((ROOT / "benchmarks" / "shapes.json").read_text())
-    table = re.search(r"<!-- table: .*? -->\n(.*?)\n<!-- end", README, re.S)[1]
-    assert table == benchmark().table(measured)
-
-
-def test_differences_are_paired():
-    # as far apart on every seed, though the seeds differ by 10
-    difference = benchmark().difference
-    assert difference([11.0, 21.0, 31.0], [9.0, 19.0, 29.0]) == "+2.0 ± 0.0"
-    assert difference([3.0, 5.0, 7.0], [4.0, 8.0, 12.0]) == "-3.0 ± 1.2"
-
-
-def test_rows_of_the_table_are_of_one_commit():
-    measured = json.loads((ROOT / "benchmarks" / "shapes.json").read_text())["measured"]
-    commits = {said.partition(" ")[2] for said in measured.values()}
-    assert len(commits) == 1 and all(commits) and "dirty" not in "".join(commits)
-
-
-def test_combiner_is_the_committed_measurement():
-    measured = json.loads((ROOT / "benchmarks" / "combiner.json").read_text())
-    rows = measured["values"]["circo mAP@10"]
-    said = f"{statistics.mean(rows['combiner']):.1f} ± {statistics.stdev(rows['combiner']):.1f}"
-    assert f"mAP@10 {said} on the same seeds, " in README
-    assert f"{benchmark().difference(rows['combiner'], rows['slerp'])}\nbeside Slerp" in README
-    main = json.loads((ROOT / "benchmarks" / "shapes.json").read_text())
-    assert rows["slerp"] == main["values"]["circo mAP@10"]["slerp"]  # the same queries
-    commit = {said.partition(" ")[2] for said in measured["measured"].values()}
-    assert len(commit) == 1 and "dirty" not in "".join(commit)
+MEASURED = json.loads((ROOT / "benchmarks" / "compare.json").read_text())
 
 
 def test_composers_beat_the_baselines_on_every_seed():
-    measured = json.loads((ROOT / "benchmarks" / "shapes.json").read_text())
-    rows = measured["values"]["circo mAP@10"]
-    assert measured["seeds"] == [0, 1, 2]
-    for method in ("slerp", "pic2word", "searle_oti", "searle", "lincir", "compodiff"):
+    for method in ("slerp", "pic2word", "searle_oti", "searle", "lincir", "compodiff", "combiner"):
         for baseline in ("image_only", "text_only", "image_text"):
-            assert np.all(np.asarray(rows[method]) > rows[baseline]), (method, baseline)
+            pair = (compare_table.values(MEASURED, name) for name in (method, baseline))
+            assert all(a > b for a, b in zip(*pair, strict=True)), (method, baseline)
 
 
 @pytest.mark.parametrize(
@@ -190,14 +138,11 @@ def test_composers_beat_the_baselines_on_every_seed():
     ],
 )
 def test_numbers_of_an_experiment_are_the_committed_measurement(name, beside):
-    file = "combiner" if name == "combiner" else "shapes"
-    measured = json.loads((ROOT / "benchmarks" / f"{file}.json").read_text())["values"]
     text = " ".join((ROOT / "experiments" / f"{name}.py").read_text().split())
     number = r"(\d+\.\d \+- \d+\.\d)"
     found = re.search(r"CIRCO-like mAP@10 " + rf".*?{number}" * (1 + len(beside)), text)
-    values = [measured["circo mAP@10"][row] for row in (name, *beside)]
-    expected = [f"{statistics.mean(v):.1f} +- {statistics.stdev(v):.1f}" for v in values]
-    assert list(found.groups()) == expected
+    rows = [compare_table.values(MEASURED, row) for row in (name, *beside)]
+    assert list(found.groups()) == [compare_table.spread(v).replace("±", "+-") for v in rows]
 
 
 def test_the_objectives_are_the_committed_measurement():
@@ -216,12 +161,11 @@ def test_the_objectives_are_the_committed_measurement():
 
 
 def test_the_inversion_number_is_the_committed_measurement():
-    measured = json.loads((ROOT / "benchmarks" / "shapes.json").read_text())["values"]
-    first = measured["inversion R@1"]["searle_oti:inversion"]
+    first = compare_table.values(MEASURED, "searle_oti:inversion", "inversion R@1")
     assert min(first) > 95
-    said = f"{statistics.mean(first):.1f} {{}} {statistics.stdev(first):.1f}"
-    assert said.format("+-") in (ROOT / "experiments" / "searle_oti.py").read_text()
-    assert said.format("±") in README
+    said = compare_table.spread(first)
+    assert said.replace("±", "+-") in (ROOT / "experiments" / "searle_oti.py").read_text()
+    assert said in README
 
 
 def test_speeds_are_the_committed_measurements():

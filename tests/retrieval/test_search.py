@@ -74,6 +74,9 @@ def test_search_by_image_by_text_and_by_both(searcher, folder, tiny, caplog):
     angle = np.arccos(image @ text)
     arc = (np.sin(0.2 * angle) * image + np.sin(0.8 * angle) * text) / np.sin(angle)
     np.testing.assert_allclose([mixed[p] for p in searcher.paths], gallery @ arc, atol=1e-5)
+    query = searcher.query(Image.open(reference), "make it red")
+    assert query.shape == (1, backbone.dim)
+    np.testing.assert_allclose(query[0], arc, atol=1e-5)
 
 
 def test_a_second_index_reads_no_image(searcher, folder, monkeypatch):
