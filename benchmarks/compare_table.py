@@ -40,6 +40,8 @@ METHODS = (
     Method("searle_oti", "11.03 (SEARLE)"),
     Method("searle", "12.73 (CompoDiff)"),
     Method("lincir", "13.58 (Slerp)"),
+    Method("isa", "12.25 (ISA, BLIP; here on the small BLIP, too)"),
+    Method("isa:symmetric", "10.32 (ISA, BLIP; likewise)"),
     Method("compodiff", "13.36 (CompoDiff)", triplets=True),
     Method("compodiff:shapes_long", "13.36 (CompoDiff)", triplets=True),
     Method("clip4cir", triplets=True),

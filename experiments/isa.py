@@ -3,8 +3,7 @@
     python launch/main.py --config=experiments/isa.py
 
 The large model must be a BLIP, whose matching encoder reads the sentence: on the embedded world a
-small one that ships (data/shapes/blip), with another light encoder's place taken by one for 32
-pixels.
+small one that ships (data/shapes/blip), and the light encoder is one for 32 pixels.
 
 Presets: shapes (embedded world), symmetric (the map is BLIP's own), smoke (seconds, for tests), and
 the paper's recipe on BLIP ViT-B/16 at 224 with EfficientNet-B2 (paper), other light encoders
@@ -14,8 +13,14 @@ weights), and CC3M as a prepared dataset with a table `images`, named with
 --config.stage.distil.data.dataset. There v and F^v are computed in the step: stored,
 as in the paper (--config.stage.distil.data.features=True), they are 605 kB an image.
 
-    python launch/eval.py --config=experiments/isa.py --workdir=DIR
+    python launch/attention.py --workdir=runs/isa/shapes --images=FOLDER --output=DIR
 
+draws what each token of the sentence attends to.
+
+The embedded world trains with dropout, which the paper does not mention. On val, one run each,
+CIRCO-like mAP@10: 7.9 with it and 7.6 without, at 600 steps; without LAR 6.6; two tokens 8.0, one
+word of an MLP 7.0; symmetric 8.8. Pic2Word on the same BLIP has 8.6, image + text 11.1: its
+features add up well there, as those of the small CLIP do.
 """
 
 from ml_collections import ConfigDict
@@ -26,6 +31,7 @@ PAPER = {
     "backbone": "model_base.pth",
     "composer.query_encoder": "efficientnet_b2",
     "composer.pretrained": True,
+    "composer.dropout": 0.0,
     "stage.distil.data.dataset": "",
     "stage.distil.data.tables.captions": 0.0,
     "stage.distil.data.tables.images": 1.0,
@@ -72,7 +78,7 @@ def get_config(preset: str = "shapes") -> ConfigDict:
         "hidden": (256, 512),
         "self_attention": True,
         "cross_attention": True,
-        "dropout": 0.0,
+        "dropout": 0.5,
         "temperature": 0.07,
         "global_weight": 1.0,
         "local_weight": 1.0,
@@ -89,7 +95,7 @@ def get_config(preset: str = "shapes") -> ConfigDict:
         example="views",
         features=True,
         batch_size=128,
-        duration="600 steps",
+        duration="400 steps",
         optimizer={"learning_rate": 1e-3, "schedule": "cosine", "warmup": "25%"},
     )
     config.stage.distil.data.crop = (0.8, 1.0)  # of the query's image: share of the area

@@ -85,8 +85,8 @@ def test_the_sheet_has_them_beside_what_was_retrieved(shown, tmp_path):
     for line in range(4):
         y = sheets.HEADER + line * sheets.ROW + 4 + sheets.TILE // 2
         assert sheet.getpixel((sheets._decoded(text) + 64, y)) == (line + 1, 200, 90)
-    # nothing else has changed
-    y = (sheets.HEADER, plain.height)
+    # nothing else has changed; the line at the foot begins at the left of both
+    y = (sheets.HEADER, plain.height - sheets.FOOTER)
     old = plain.crop((columns[0] - wider - sheets.FRAME, y[0], plain.width, y[1]))
     assert (
         old.tobytes() == sheet.crop((columns[0] - sheets.FRAME, y[0], sheet.width, y[1])).tobytes()
