@@ -18,7 +18,8 @@ SIDE = 16
 
 def diffusers() -> Any:
     """The package; without it the test is skipped, but fails where CI is set."""
-    pytest.importorskip("torch")
+    torch = pytest.importorskip("torch")
+    torch.set_num_threads(1)  # of networks this small, threads wait for each other
     if os.environ.get("CI"):
         return importlib.import_module("diffusers")
     return pytest.importorskip("diffusers", reason="needs diffusers: pip install 'cir_jax[synth]'")
@@ -71,7 +72,7 @@ def karlo(folder: Path, dim: int) -> Path:
     fixed = package.UnCLIPScheduler(
         variance_type="fixed_small_log", prediction_type="epsilon", num_train_timesteps=1000
     )
-    tokenizer, config = _texts(folder, projection_dim=dim)
+    tokenizer, config = _texts(folder, width=dim, projection_dim=dim)
     made = kind(
         decoder=decoder,
         text_encoder=CLIPTextModelWithProjection(config),
@@ -83,7 +84,11 @@ def karlo(folder: Path, dim: int) -> Path:
         decoder_scheduler=learned,
         super_res_scheduler=fixed,
     )
-    return _saved(made, folder)
+    _saved(made, folder)
+    index = json.loads((folder / "model_index.json").read_text())
+    index["text_proj"] = ["unclip", project.__name__]  # as published
+    (folder / "model_index.json").write_text(json.dumps(index))
+    return folder
 
 
 def stable_unclip(folder: Path, dim: int) -> Path:
@@ -114,8 +119,8 @@ def _saved(pipeline: Any, folder: Path) -> Path:
     return folder
 
 
-def _texts(folder: Path, **changes: Any) -> tuple[Any, Any]:
-    """A tokenizer of letters, and the config of a text encoder of width 16."""
+def _texts(folder: Path, width: int = 16, **changes: Any) -> tuple[Any, Any]:
+    """A tokenizer of letters, and the config of a text encoder."""
     from transformers import CLIPTextConfig, CLIPTokenizer
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -127,7 +132,7 @@ def _texts(folder: Path, **changes: Any) -> tuple[Any, Any]:
     tokenizer = CLIPTokenizer(*files, model_max_length=LENGTH)
     config = CLIPTextConfig(
         vocab_size=len(tokens),
-        hidden_size=16,
+        hidden_size=width,
         intermediate_size=16,
         num_hidden_layers=1,
         num_attention_heads=2,

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import importlib
+from collections.abc import Mapping
 from typing import Any
 
 from cir_jax.errors import ConfigError, WeightsError
@@ -36,11 +37,16 @@ def load(kinds: tuple[str, ...], name: str, flag: str, scheduler: str = "") -> P
             "pip install 'cir_jax[synth]'."
         ) from error
     wanted = " or ".join(kinds)
-    options = {"torch_dtype": torch.float16} if torch.cuda.is_available() else {}
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.float16 if device == "cuda" else torch.float32
     try:
-        kind = diffusers.DiffusionPipeline.load_config(name)["_class_name"]
-        if kind in kinds:
-            run = _kind(kind).from_pretrained(name, **options, **_apart(kind, name, options))
+        index = diffusers.DiffusionPipeline.load_config(name)
+        kind = index["_class_name"]
+        if kind == KARLO and kind in kinds:
+            run = _karlo(name, index, dtype)
+        elif kind in kinds:
+            options = {} if dtype == torch.float32 else {"torch_dtype": dtype}
+            run = _kind(kind).from_pretrained(name, **options)
     except Exception as error:  # diffusers, transformers and the hub raise many types
         raise WeightsError(
             f"{flag}={name}: no {wanted} there "
@@ -62,7 +68,6 @@ def load(kinds: tuple[str, ...], name: str, flag: str, scheduler: str = "") -> P
             digest.update(f"{part} {key} {tuple(tensor.shape)} {tensor.dtype}".encode())
             digest.update(tensor.contiguous().cpu().flatten().view(torch.uint8).numpy().tobytes())
     run.set_progress_bar_config(disable=True)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     return Pipeline(run.to(device), kind, digest.hexdigest()[:24])
 
 
@@ -70,10 +75,19 @@ def _kind(name: str) -> Any:
     return getattr(importlib.import_module("diffusers"), name)
 
 
-def _apart(kind: str, name: str, options: dict[str, Any]) -> dict[str, Any]:
-    """Parts that diffusers finds no more by what `model_index.json` calls them."""
-    if kind != KARLO:
-        return {}
-    place = _kind(kind).__module__.rpartition(".")[0]
-    project = importlib.import_module(f"{place}.text_proj").UnCLIPTextProjModel
-    return {"text_proj": project.from_pretrained(name, subfolder="text_proj", **options)}
+def _karlo(name: str, index: Mapping[str, Any], dtype: Any) -> Any:
+    """Part by part: recent diffusers does not find the class of text_proj, which is its own."""
+    transformers = importlib.import_module("transformers")
+    place = _kind(KARLO).__module__.rpartition(".")[0]
+    own = {
+        "text_proj": importlib.import_module(f"{place}.text_proj").UnCLIPTextProjModel,
+        "feature_extractor": transformers.CLIPImageProcessor,  # it had another name once
+    }
+
+    def part(key: str, library: str, kind: str) -> Any:
+        found = own.get(key) or getattr(importlib.import_module(library), kind)
+        made = found.from_pretrained(name, subfolder=key)
+        other = getattr(made, "dtype", dtype) != dtype
+        return made.to(dtype) if other else made
+
+    return _kind(KARLO)(**{k: part(k, *v) for k, v in index.items() if isinstance(v, list | tuple)})
