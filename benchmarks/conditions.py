@@ -165,6 +165,9 @@ def _shapes(trained: Trained) -> list[tuple[int, str, Any]]:
 
 def region(trained: Trained, count: int) -> dict[str, dict[str, float]]:
     """Mask -> rates in percent: "right before other" and "first" of five, A's place being right."""
+    from PIL import Image
+
+    from cir_jax.composers.conditions import masked
     from cir_jax.input import masks
     from cir_jax.retrieval import features
     from data.shapes.edits import Goal
@@ -190,12 +193,10 @@ def region(trained: Trained, count: int) -> dict[str, dict[str, float]]:
 
         def reference(row: int, name: str = name) -> tuple[np.ndarray, np.ndarray]:
             scene = cases[row][0]
-            pixels = render(scene)
+            image = Image.fromarray(render(scene))
             if name == "none":
-                return pixels, np.zeros((masks.SIZE, masks.SIZE), np.float32)
-            mask = object_mask(scene, MASKS.index(name) // 2)
-            filled = masks.fill(pixels, mask, transform, composer.mask_fill, row)
-            return filled, masks.condition(mask)
+                return transform(image), np.zeros((masks.SIZE, masks.SIZE), np.float32)
+            return masked(composer, image, object_mask(scene, MASKS.index(name) // 2))
 
         composed = trained.compose(texts, reference_images=reference)
         scores = np.einsum("qd,qcd->qc", composed, gallery)

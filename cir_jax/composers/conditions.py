@@ -97,6 +97,13 @@ def masked(composer: Composer, image: Image.Image, mask: Any) -> tuple[np.ndarra
     return pixels, masks.condition(where)
 
 
+def without_image(composer: Composer) -> Composer:
+    """The composer for texts alone: without a reference, nothing can begin there."""
+    if getattr(composer, "noised_reference", 0):
+        return composer.varied(noised_reference=0.0)
+    return composer
+
+
 def check_query(conditions: Conditions, image: Any) -> None:
     """Raises DataError for conditions about an image where there is none."""
     for name in ("mask", "noised_reference"):

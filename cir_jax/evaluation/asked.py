@@ -4,7 +4,7 @@ import dataclasses
 from typing import Any
 
 from cir_jax.composers.base import Composer
-from cir_jax.composers.conditions import Conditions
+from cir_jax.composers.conditions import Conditions, without_image
 from cir_jax.errors import ConfigError, unknown
 
 USES = ("both", "text", "image")
@@ -46,4 +46,6 @@ class Asked:
             raise ConfigError("use='text': a mask and a noised reference are about the image.")
         settings = conditions.settings()
         varied = composer.varied(**settings) if settings else composer
+        if self.use == "text":
+            varied = without_image(varied)
         return varied, seed if conditions.seed is None else conditions.seed

@@ -58,6 +58,7 @@ def evaluate(
         )
     if asked is not None:
         conditions.check_query(asked.conditions, None)
+    composer = conditions.without_image(composer)
     began = time.perf_counter()
     options: dict[str, Any] = dict(mesh=mesh, batch_size=batch_size)
     gallery = features.gallery_features(

@@ -178,7 +178,7 @@ class Searcher:
             with images.limited(max_megapixels):
                 image = self._pixels(image, text, mask)
         if self.composer.alone or (image is not None and text is not None):
-            composer = self._varied(conditions)
+            composer = self._varied(conditions, image is None)
             query = self._compose(composer, image, text or "", conditions)
             ranked = ranking.rank(query, self._gallery, k=most, **self._scoring)
         else:
@@ -202,9 +202,11 @@ class Searcher:
         )
         return own, features.unit(raw)
 
-    def _varied(self, conditions: Conditions) -> Composer:
+    def _varied(self, conditions: Conditions, text_alone: bool) -> Composer:
         """The method with the settings of a query: one object of each, which is one program."""
         settings = conditions.settings()
+        if text_alone and getattr(self.composer, "noised_reference", 0):
+            settings["noised_reference"] = 0.0  # without a reference, nothing can begin there
         if not settings:
             return self.composer
         key = tuple(sorted(settings.items()))

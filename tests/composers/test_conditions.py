@@ -227,6 +227,10 @@ def test_captions_find_images_by_a_sampled_embedding(made, mesh):
     query = jax.jit(composer.compose)(params, frozen, by_hand, jax.random.key(np.uint32(0)))
     order = np.argsort(-(features.unit(images) @ np.asarray(query)[0]), kind="stable")
     np.testing.assert_array_equal(found.top[2][:6], order)
+    started = composer.varied(noised_reference=0.5)  # by an image, of which there is none
+    same = captions.evaluate(started, params, frozen, benchmark, mesh=mesh)
+    np.testing.assert_array_equal(same.top, found.top)
+    assert Asked(use="text").of(started, 0)[0].noised_reference == 0
     with pytest.raises(DataError, match="mask is about the reference image: give one"):
         asked = Asked(Conditions(mask=np.ones((16, 16), bool)))
         captions.evaluate(composer, params, frozen, benchmark, mesh=mesh, asked=asked)
