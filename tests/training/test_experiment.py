@@ -444,15 +444,20 @@ def test_full_disk_is_named(stand_in, small_disk):
 @pytest.mark.parametrize(
     "name",
     ["compodiff", "pretrain", "slerp", "image_only", "text_only"]
-    + ["pic2word", "lincir", "searle", "palavra"],
+    + ["pic2word", "lincir", "searle", "palavra", "isa"],
 )
-def test_every_preset_of_every_experiment_builds(name, tiny):
+def test_every_preset_of_every_experiment_builds(name, tiny, tiny_blip):
     config = loading.read_experiment(f"experiments/{name}.py")
     module = __import__(f"experiments.{name}", fromlist=["PRESETS"])
     for preset in module.PRESETS:
         config = module.get_config(preset)
         settings = config.composer.to_dict()
-        composer = composers.build(settings.pop("name"), tiny[0], **settings)
+        if "pretrained" in settings:
+            settings["pretrained"] = False  # of the hub
+        blip = name == "isa" or "blip" in config.backbone
+        composer = composers.build(
+            settings.pop("name"), (tiny_blip if blip else tiny)[0], **settings
+        )
         jax.eval_shape(composer.init, jax.random.key(0))
         for stage in experiments.stage_names(config):
             recipe = config.stage[stage]
