@@ -211,6 +211,18 @@ def test_speeds_are_the_committed_measurements():
     )
 
 
+def test_the_figures_of_ranking_are_the_committed_measurement():
+    found = json.loads((ROOT / "benchmarks" / "ranking.json").read_text())["contenders"]
+
+    def said(name):
+        return f"{found[name]['cpu_seconds']:.1f} and {found[name]['added_mib']:.0f}"
+
+    ours = said("cir_jax").replace(" and ", " seconds of CPU time\nand ")
+    assert f"takes {ours} MiB beside the features" in README
+    others = f"PyTorch {said('torch')}, faiss {said('faiss')}, numpy {said('numpy')})."
+    assert others in README
+
+
 def test_files_that_the_readme_names_exist():
     for name in re.findall(
         r"(?:experiments|benchmarks|data/shapes|tests)/[\w/]+\.(?:py|md|png|json)", README

@@ -52,12 +52,57 @@ def test_blocked_ranks_are_the_dense_ranks(data, gallery_block, query_block):
 def test_a_gallery_that_does_not_stay_on_the_device_ranks_the_same(data, monkeypatch):
     queries, gallery, targets = data
     options = dict(k=9, targets=targets, gallery_block=17, query_block=5)
+    sent = ranking.rank(queries, gallery, **options)  # by block: this is a CPU
+    monkeypatch.setattr(ranking, "SCORE_BYTES", 4 * 5 * 6)  # six images at a time
+    fewer = ranking.rank(queries, gallery, **options)
+    monkeypatch.setattr(ranking.jax, "default_backend", lambda: "gpu")
     kept = ranking.rank(queries, gallery, **options)
     monkeypatch.setattr(ranking, "RESIDENT_BYTES", 0)
-    monkeypatch.setattr(ranking, "SCORE_BYTES", 4 * 2 * 102)  # two queries at a time
-    sent = ranking.rank(queries, gallery, **options)
-    for ours, theirs in zip(sent, kept, strict=True):
-        np.testing.assert_array_equal(ours, theirs)
+    large = ranking.rank(queries, gallery, **options)
+    for ours, *others in zip(sent, fewer, kept, large, strict=True):
+        for theirs in others:
+            np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize("bits", [1, -1])
+def test_ranks_are_exact_where_the_last_bit_of_a_target_differs(data, bits, monkeypatch):
+    """Its score is computed once alone and once in its block; the latter counts."""
+    queries, gallery, targets = data
+    top, ranks = dense(queries @ gallery.T, 20, targets)
+    alone, passes = ranking._target_scores, []
+
+    def other(*arguments):
+        return np.nextafter(alone(*arguments), np.float32(bits * np.inf))
+
+    def counted(*arguments):
+        passes.append(1)
+        return once(*arguments)
+
+    once = ranking._pass
+    monkeypatch.setattr(ranking, "_pass", counted)
+    options = dict(k=20, targets=targets, gallery_block=17, query_block=5)
+    ranking.rank(queries, gallery, **options)
+    assert len(passes) == 3  # blocks of queries: the gallery passes once for each
+    monkeypatch.setattr(ranking, "_target_scores", other)
+    found = ranking.rank(queries, gallery, **options)
+    np.testing.assert_array_equal(found.target_ranks, ranks)
+    np.testing.assert_array_equal(found.top, top)
+    assert len(passes) == 3 + 6
+
+
+def test_equal_images_tie_wherever_they_lie():
+    """Of many dimensions and in other blocks: the order of equal images is their position's."""
+    rng = np.random.default_rng(0)
+    gallery = rng.standard_normal((90, 300)).astype(np.float32)
+    same = [3, 16, 17, 40, 41, 64, 89]
+    gallery[same] = gallery[3]
+    queries = rng.standard_normal((5, 300)).astype(np.float32)
+    targets = np.tile(np.asarray(same, np.int32), (5, 1))
+    for block in (17, 64, 90):
+        found = ranking.rank(queries, gallery, k=90, targets=targets, gallery_block=block)
+        for row, ranks in zip(found.top, found.target_ranks, strict=True):
+            assert ranks.tolist() == list(range(ranks[0], ranks[0] + len(same)))
+            assert row[ranks].tolist() == same
 
 
 def test_reference_and_other_categories_are_not_ranked(data):
