@@ -2,8 +2,8 @@
 
     python launch/main.py --config=experiments/tat.py
 
-Takes 1 to 2 minutes on two CPU cores. On val of the embedded world it does not gain: CIRCO-like
-mAP@10 21.4, where Slerp has 21.5 (benchmarks/tune.json). One reason may be that this world's CLIP
+Takes 1 to 2 minutes on two CPU cores. On the embedded world (three seeds) it does not gain:
+CIRCO-like mAP@10 22.3 +- 2.8, where Slerp has 22.4 +- 2.8. One reason may be that this world's CLIP
 was pretrained on captions of the same kind.
 
 The tuned backbone is for other methods, too: the presets `tat` of experiments/slerp.py and
