@@ -18,8 +18,8 @@ as in the paper (--config.stage.distil.data.features=True), they are 605 kB an i
 draws what each token of the sentence attends to.
 
 The embedded world trains with dropout, which the paper does not mention. On val, one run each,
-CIRCO-like mAP@10: 7.9 with it and 7.6 without, at 600 steps; without LAR 6.6; two tokens 8.0, one
-word of an MLP 7.0; symmetric 8.8. Pic2Word on the same BLIP has 8.6, image + text 11.1: its
+CIRCO-like mAP@10: 7.9 with it and 7.6 without, at 600 steps; without LAR 6.6; two tokens 8.0;
+symmetric 8.8. Pic2Word on the same BLIP has 8.6, image + text 11.1: its
 features add up well there, as those of the small CLIP do.
 """
 

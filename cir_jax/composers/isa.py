@@ -92,10 +92,10 @@ class TokenLearner(nn.Module):
 
     @nn.compact
     def __call__(
-        self, feature_map: jax.Array, train: bool = False
+        self, feature_map: jax.Array, rngs: jax.Array | None = None
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """float32[..., pixels, channels] -> float32[..., tokens, token_dim], and what was attended
-        to: "groups" and "cross", float32[..., tokens, pixels]."""
+        """float32[batch, pixels, channels] -> float32[batch, tokens, token_dim], and what was
+        attended to: "groups" and "cross", float32[batch, tokens, pixels]. rngs: a key per row."""
         f = feature_map
         if self.width:
             f = split_rows(linear(f.shape[-1], self.width, "reduce")(f))
@@ -115,7 +115,7 @@ class TokenLearner(nn.Module):
         if self.cross_attention:
             mix, maps["cross"] = Attention(axis, name="cross")(z, f)
             z = feed_forward(z + mix, self.hidden[1], "select")
-        z = nn.Dropout(self.dropout, deterministic=not train)(z)
+        z = dropped(z, self.dropout, rngs)
         return split_rows(linear(dim, self.token_dim, "out")(z)), maps
 
 
@@ -128,11 +128,19 @@ class PooledWord(nn.Module):
 
     @nn.compact
     def __call__(
-        self, feature_map: jax.Array, train: bool = False
+        self, feature_map: jax.Array, rngs: jax.Array | None = None
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """float32[..., pixels, channels] -> float32[..., 1, token_dim], and no maps."""
-        phi = Phi(self.token_dim, self.dropout, self.hidden_dim, name="phi")
-        return phi(feature_map.mean(axis=-2), train)[..., None, :], {}
+        """float32[batch, pixels, channels] -> float32[batch, 1, token_dim], and no maps."""
+        pooled = dropped(feature_map.mean(axis=1), self.dropout, rngs)
+        return Phi(self.token_dim, 0.0, self.hidden_dim, name="phi")(pooled)[:, None], {}
+
+
+def dropped(x: jax.Array, share: float, rngs: jax.Array | None) -> jax.Array:
+    """Dropout of float32[batch, ...] by a key per row; None = not in training."""
+    if rngs is None or not share:
+        return x
+    kept = each_row(lambda rng: jax.random.bernoulli(rng, 1 - share, x.shape[1:]))(rngs)
+    return split_rows(jnp.where(split_rows(kept), x / (1 - share), 0))
 
 
 class Isa(PseudoWord):
@@ -294,12 +302,7 @@ class Isa(PseudoWord):
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """float32[batch, pixels, channels] -> U, float32[batch, tokens, token_dim], and its maps of
         attention, float32[batch, tokens, pixels] each. rngs: a key per row, for dropout."""
-        variables, feature_map = {"params": params["learner"]}, split_rows(feature_map)
-        if rngs is None or not self.learner.dropout:
-            return self.learner.apply(variables, feature_map)
-        apply = self.learner.apply
-        train = each_row(lambda x, rng: apply(variables, x, True, rngs={"dropout": rng}))
-        return split_rows(train(feature_map, rngs))
+        return self.learner.apply({"params": params["learner"]}, split_rows(feature_map), rngs)
 
     def invert(self, params: Params, frozen: Params, query: Query, rng: jax.Array) -> jax.Array:
         images = query["reference_images"]

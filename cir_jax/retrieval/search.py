@@ -190,7 +190,8 @@ class Searcher:
     def query(self, image: str | Path | Image.Image | np.ndarray, text: str) -> np.ndarray:
         """What the gallery is ranked by for an image, as `search` takes it, and a text:
         float32[1, dim], of unit norm for most methods. Needs no index."""
-        return self._compose(self.composer, self._pixels(image, text), text)
+        pixels = self._pixels(image, text)
+        return self._compose(self.composer, pixels, text, Conditions())
 
     def _features(self, source: Files, options: Any) -> tuple[np.ndarray, np.ndarray]:
         """Of the gallery, as the method embeds it and as the backbone does."""

@@ -55,7 +55,7 @@ def test_smoke(name, scratch, tmp_path):
     assert status == 0, output
     trained, read = results(tmp_path / "run"), results(tmp_path / "again")
     stored = json.loads((tmp_path / "run" / "results.json").read_text())["results"]
-    assert {r["dtype"] for r in stored} == {"float32"}
+    assert {r["setting"]["dtype"] for r in stored} == {"float32"}
     if name == "lincir":
         rows = logs.read(tmp_path / "run" / "smp" / "metrics.jsonl")
         assert [row["step"] for row in rows if "val/shapes_tiny/cirr R@1" in row] == [4, 8]
