@@ -31,7 +31,7 @@ import re
 import shutil
 import sys
 import textwrap
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -237,7 +237,7 @@ def prepare(
         if is_built(folder):
             continue
         try:
-            with _locked(folder.parent):
+            with locked(folder.parent):
                 if not is_built(folder):  # another process may have built it meanwhile
                     _build(dataset, table, folder, found, Path(source) if source else None)
         except Exception as error:  # TFDS and ArrayRecord wrap the system's errors
@@ -334,20 +334,39 @@ def _build(
             case "continued":
                 print(f"  keeping {shards.finished_shards(scratch)} finished shard(s)",
                       file=sys.stderr, flush=True)  # fmt: skip
-        with _quiet_tfds():
-            shards.write(builder, splits, scratch)
-        if found is not None:
-            mark: dict[str, Any] = {
+
+        def mark() -> dict[str, Any] | None:
+            if found is None:
+                return None
+            return {
                 "stamp": _stamp(splits),
                 "source": str(source.expanduser().absolute()) if source else None,
+                "splits": {name: report.mark() for name, report in found.reports.items()},
             }
-            mark["splits"] = {name: report.mark() for name, report in found.reports.items()}
-            (scratch / MARK).write_text(json.dumps(mark, indent=2) + "\n")
-        os.rename(scratch, folder)
-        (folder / shards.JOURNAL).unlink()
+
+        write_table(builder, splits, scratch, folder, mark)
     finally:
         if not shards.finished_shards(scratch):
             shutil.rmtree(scratch, ignore_errors=True)
+
+
+def write_table(
+    builder: tfds.core.GeneratorBasedBuilder,
+    splits: Mapping[str, Split],
+    scratch: Path,
+    folder: Path,
+    mark: Callable[[], Mapping[str, Any] | None],
+) -> None:
+    """Writes what is not yet in `scratch` of the table, which then becomes `folder`.
+
+    mark: what its MARK says, asked when all records are written; None = it has none.
+    """
+    with quiet_tfds():
+        shards.write(builder, splits, scratch)
+    if (content := mark()) is not None:
+        (scratch / MARK).write_text(json.dumps(content, indent=2) + "\n")
+    os.rename(scratch, folder)
+    (folder / shards.JOURNAL).unlink()
 
 
 def _open(
@@ -356,7 +375,7 @@ def _open(
     """The builder of a table, and what it writes."""
     cls = _builder_class(dataset)
     if found is None:
-        with _quiet_tfds():
+        with quiet_tfds():
             builder = cls(config=table, data_dir=scratch)
         stamp = f"{dataset} {cls.VERSION}"
 
@@ -368,7 +387,7 @@ def _open(
         names = builder._split_generators(None)
         splits = {n: Split(lambda start, n=n: made(n, start), stamp) for n in names}
         return builder, splits
-    with _quiet_tfds():
+    with quiet_tfds():
         builder = cls(config=table, data_dir=scratch, splits=found.splits[table])
 
     def shown(name: str, split: Split, start: int) -> Iterator[dict[str, Any]]:
@@ -383,7 +402,7 @@ def _open(
 
 
 @contextlib.contextmanager
-def _quiet_tfds() -> Iterator[None]:
+def quiet_tfds() -> Iterator[None]:
     """Hides what TFDS says about its scratch folder, and its bars, which do not know the totals."""
     verbosity = logging.get_verbosity()
     logging.set_verbosity(min(verbosity, logging.WARNING))
@@ -397,7 +416,7 @@ def _quiet_tfds() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path) -> Iterator[None]:
     """Holds the lock on the folder, waiting for it if another process has it."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "w") as file:
@@ -433,7 +452,7 @@ def check(
                 continue
             problems.append(f"table {table!r} is missing in {folder.parent}")
             continue
-        with _quiet_tfds():
+        with quiet_tfds():
             builder = tfds.builder_from_directory(str(folder))
         counts[table] = {name: info.num_examples for name, info in builder.info.splits.items()}
         for split, count in counts[table].items():

@@ -8,7 +8,6 @@ image does not decode. Training reads such tables as it reads images, with `feat
 weights they are of stands in `source.json`, under "features".
 """
 
-import contextlib
 import json
 import os
 import re
@@ -31,7 +30,7 @@ from cir_jax.retrieval.features import Rows, image_features
 from cir_jax.sharding.mesh import make_mesh
 from cir_jax.storage.places import default_data_dir
 from data import build, progress, shards
-from data.source import Split, stamp
+from data.source import SourceBuilder, Split, stamp
 
 FIELDS = {
     "captions": ("image",),
@@ -48,12 +47,11 @@ TOGETHER = 1024
 """Records whose features are computed before they are written."""
 
 
-class Features(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+class Features(SourceBuilder, skip_registration=True):
     """TFDS builder of one table, whose fields are those of the table it is made of."""
 
     BUILDER_CONFIGS = [tfds.core.BuilderConfig(name=table, version=VERSION) for table in FIELDS]
     VERSION = tfds.core.Version(VERSION)
-    url_infos = None  # as data.source
 
     def __init__(self, *, fields: Mapping[str, Any], **kwargs: Any):
         self.fields = dict(fields)
@@ -66,12 +64,6 @@ class Features(tfds.core.GeneratorBasedBuilder, skip_registration=True):
             features=tfds.features.FeaturesDict(self.fields),
             disable_shuffling=True,  # record i is example i
         )
-
-    def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
-        raise NotImplementedError("written by data.shards")
-
-    def _generate_examples(self) -> Any:
-        raise NotImplementedError("written by data.shards")
 
 
 def prepare(
@@ -113,7 +105,7 @@ def prepare(
     folders = {}
     for table, source in sources.items():
         folders[table] = folder = root / name / table / VERSION
-        with build._locked(folder.parent):
+        with build.locked(folder.parent):
             made = _made_of(source, model)
             if build.is_built(folder):
                 _refuse_other(folder, made)
@@ -153,25 +145,20 @@ def _build(
     ).info.features
     vector = tfds.features.Tensor(shape=(backbone.dim,), dtype=np.float32)
     stored = {**dict(original.items()), **dict.fromkeys(fields, vector)}
-    with build._quiet_tfds():
-        builder = Features(config=source.table, data_dir=scratch, fields=stored)
 
     def records(start: int) -> Iterator[dict[str, Any]]:
         rows = _records(source, fields, backbone, params, start, batch_size)
         label = f"{folder.parent.parent.name}/{source.table}"
         return progress(rows, len(source), label, start)
 
-    split = Split(records, made["stamp"][SPLIT], len(source))
+    splits = {SPLIT: Split(records, made["stamp"][SPLIT], len(source))}
+    with build.quiet_tfds():
+        builder = Features(config=source.table, data_dir=scratch, fields=stored, splits=splits)
+    whole = {"complete": True, "counts": {"records": len(source)}}
+    mark = {**made, "source": str(source.data_dir / source.dataset)}
+    mark["splits"] = source.mark().get("splits") or {SPLIT: whole}
     try:
-        with contextlib.redirect_stdout(sys.stderr):
-            shards.write(builder, {SPLIT: split}, scratch)
-        before = source.mark()
-        whole = {"complete": True, "counts": {"records": len(source)}}
-        mark = {**made, "source": str(source.data_dir / source.dataset)}
-        mark["splits"] = before.get("splits") or {SPLIT: whole}
-        (scratch / build.MARK).write_text(json.dumps(mark, indent=2) + "\n")
-        os.rename(scratch, folder)
-        (folder / shards.JOURNAL).unlink()
+        build.write_table(builder, splits, scratch, folder, lambda: mark)
     finally:
         if not shards.finished_shards(scratch):
             shutil.rmtree(scratch, ignore_errors=True)

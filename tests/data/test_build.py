@@ -121,10 +121,10 @@ def test_two_builders_at_once(built, tmp_path):
 
 def test_second_builder_waits_for_the_lock(tmp_path):
     folder = tmp_path / "table"
-    with build._locked(folder):
+    with build.locked(folder):
         code = (
             "from pathlib import Path; from data import build\n"
-            f"with build._locked(Path({str(folder)!r})): print('in')"
+            f"with build.locked(Path({str(folder)!r})): print('in')"
         )
         waiting = subprocess.Popen(
             [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True
