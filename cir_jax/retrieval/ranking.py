@@ -52,12 +52,13 @@ class Held:
     float32 as it is multiplied.
     """
 
-    def __init__(self, pieces: Iterable[np.ndarray], rows: int):
-        """pieces: float16 or float32 [some, dim], together [rows, dim], which are not kept beside.
+    def __init__(self, pieces: Iterable[np.ndarray], at_most: int):
+        """pieces: float16 or float32 [some, dim], of which few are held at once. at_most: rows in
+        all, as far as is known: small galleries come in one small block.
 
         Raises CirError for rows that are not finite.
         """
-        self.rows, self.width = rows, min(HELD_BLOCK, 1 << max(6, (rows - 1).bit_length()))
+        self.width = min(HELD_BLOCK, 1 << max(6, (at_most - 1).bit_length()))
         self.blocks: list[jax.Array] = []
         waiting, held, done = [], 0, 0
         for piece in pieces:
@@ -71,8 +72,7 @@ class Held:
                     waiting, held = self._keep(waiting), 0
         if held:
             self._keep(waiting)
-        if done != rows:
-            raise ValueError(f"{done} rows of features, expected {rows}")
+        self.rows = done
 
     def _keep(self, parts: list[np.ndarray]) -> list[np.ndarray]:
         self.blocks.append(jax.device_put(_pad(np.concatenate(parts), self.width)))

@@ -189,8 +189,12 @@ def test_a_gallery_that_is_held_ranks_as_it_did_before(dtype, monkeypatch):
     ranked = rng.random((1, 150)) < 0.7
     ranked[:, [7, 120]] = True
     pieces = (gallery[start : start + 40] for start in range(0, 150, 40))
-    held = ranking.Held(pieces, 150)
-    assert len(held.blocks) == 3 and {block.dtype for block in held.blocks} == {np.dtype(dtype)}
+    held = ranking.Held(pieces, 170)
+    assert (
+        len(held) == 150
+        and len(held.blocks) == 3
+        and {block.dtype for block in held.blocks} == {np.dtype(dtype)}
+    )
     for members in (None, ranked):
         found = ranking.rank(queries, held, k=150, members=members)
         whole = ranking.rank(queries, gallery.astype(np.float32), k=150, members=members)
@@ -202,8 +206,6 @@ def test_a_gallery_that_is_held_ranks_as_it_did_before(dtype, monkeypatch):
 
 def test_what_cannot_be_held():
     rows = np.ones((5, 2), np.float16)
-    with pytest.raises(ValueError, match="5 rows of features, expected 6"):
-        ranking.Held([rows], 6)
     rows[4, 0] = np.inf
     with pytest.raises(CirError, match="gallery features: row 9 is not finite"):
         ranking.Held([np.ones((5, 2), np.float16), rows], 10)
