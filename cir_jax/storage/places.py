@@ -24,6 +24,11 @@ def default_data_dir() -> Path:
     return Path(value).expanduser() if value else Path.home() / ".cache" / "cir_jax" / "data"
 
 
+def default_compiled_dir() -> Path:
+    """Where compiled programs are kept, if `$JAX_COMPILATION_CACHE_DIR` says nothing."""
+    return Path.home() / ".cache" / "cir_jax" / "xla"
+
+
 def default_library_dir() -> Path:
     """`$CIR_JAX_LIBRARY`, else `~/.cache/cir_jax/libraries`."""
     value = os.environ.get(LIBRARY_VARIABLE)
