@@ -36,6 +36,11 @@ CONTROLS = tuple(
 )
 """What `search` passes on to methods that take it: see `composers.conditions.Conditions`."""
 
+NEGATIVE = 0.5
+"""What a negative text is subtracted with, where that is vector arithmetic. Of the embedded world's
+photos "of a star", not "of a red star", a half leaves no red one and all stars, as does a quarter;
+the whole leaves few stars of any colour."""
+
 
 class Update(NamedTuple):
     """What an update found. problems: files (or folders) that could not be read, and why; of those
@@ -314,7 +319,7 @@ class Library:
                 )
             query = features.unit(query)
             for negative in negatives:
-                query = query - composing.compose(None, negative).features
+                query = query - NEGATIVE * composing.compose(None, negative).features
             arithmetic.append("the negative text is subtracted")
         if arithmetic:
             query = features.unit(query)

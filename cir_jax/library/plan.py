@@ -15,9 +15,13 @@ class Plan:
     def __init__(self, folder: Path, found: photos.Found, known: Sequence[Photo]):
         by_path = {photo.path: photo for photo in known}
         closed = tuple(below + b"/" if below else b"" for below in found.closed)
-        missing = [p for p in known if p.path not in found.files]
         # of a folder that cannot be read now, what was known stays
-        self.gone = [p for p in missing if not (closed and p.path.startswith(closed))]
+        self.gone = [
+            photo
+            for photo in known
+            if photo.path not in found.files and not (closed and photo.path.startswith(closed))
+        ]
+        missing = len(self.gone)
         self.touched: list[tuple[Photo, File]] = []
         self.moved: list[tuple[Photo, File]] = []
         self.copied: list[tuple[Photo, File]] = []
@@ -42,12 +46,13 @@ class Plan:
         new = [*self.unknown, *(file for _, file in self.copied)]
         self.changed = sum(file.path in by_path for file in new)
         self.added = len(new) - self.changed
-        self.deleted = sum(photo.path not in found.files for photo in self.gone)
+        renamed = sum(file.path not in by_path for _, file in self.moved)
+        self.deleted = missing - renamed
 
     def _recognise(self, known: Sequence[Photo], digests: dict[bytes, bytes | None]) -> None:
         """Files whose content is known: a photo that went has moved there, another is copied."""
         free: dict[bytes, list[Photo]] = {}
-        for photo in self.gone:
+        for photo in reversed(self.gone):  # those whose name went, too, are taken first
             free.setdefault(photo.digest, []).append(photo)
         gone = {photo.id for photo in self.gone}
         kept = {photo.digest: photo for photo in known if photo.id not in gone}

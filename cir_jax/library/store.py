@@ -102,17 +102,16 @@ class Store:
             self.reads_only = f"{self.path} cannot be written"
             return self._opened_to_read()
         db = self._connect(f"file:{quote(str(self.path))}")
+        tables, version = "SELECT count(*) FROM sqlite_master", "PRAGMA user_version"
+        if db.execute(tables).fetchone()[0] and not db.execute(version).fetchone()[0]:
+            db.close()
+            raise DataError(f"{self.path}: a database of another program. Give another --store.")
         db.execute(f"PRAGMA page_size = {PAGE}")
         db.execute("PRAGMA journal_mode = WAL")
         db.execute("PRAGMA synchronous = NORMAL")  # whole after a power cut, if a batch behind
         db.execute("PRAGMA foreign_keys = ON")
         db.execute("BEGIN IMMEDIATE")
-        if not db.execute("PRAGMA user_version").fetchone()[0]:
-            if db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
-                db.execute("ROLLBACK")
-                raise DataError(
-                    f"{self.path}: a database of another program. Give another --store."
-                )
+        if not db.execute(version).fetchone()[0]:
             for statement in _SCHEMA.split(";")[:-1]:
                 db.execute(statement)
             db.execute(f"PRAGMA application_id = {APPLICATION}")
