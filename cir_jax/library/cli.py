@@ -135,7 +135,7 @@ def _search(args: argparse.Namespace) -> int:
 
 
 def _open(args: argparse.Namespace) -> "Library":
-    if not args.demo and args.photos is not None and not args.photos.expanduser().is_dir():
+    if args.photos is not None and not args.photos.expanduser().is_dir():
         raise ConfigError(f"{args.photos}: no such folder. Give the folder of your photos.")
     _say_what_is_fetched(args)
     import jax
