@@ -22,6 +22,7 @@ from cir_jax.composers.conditions import Conditions
 from cir_jax.errors import CirError, ConfigError, DataError, unknown
 from cir_jax.input import images
 from cir_jax.library import photos
+from cir_jax.library.gallery import Gallery
 from cir_jax.library.photos import File
 from cir_jax.library.plan import Plan
 from cir_jax.library.store import New, Store
@@ -63,13 +64,6 @@ class Results(list):
     approximate: str = ""
 
 
-class _Gallery(NamedTuple):
-    """photos: int64[n], numbers in the store of what is ranked."""
-
-    photos: np.ndarray
-    held: ranking.Held
-
-
 class Library:
     """The photos below a folder. `update` brings it up to date, `search` asks it.
 
@@ -100,7 +94,7 @@ class Library:
         self._embeds = shared and method.embed_features is not Composer.embed_features
         self._by_cosine = method.score is Composer.score
         self._scoring = ranking.scoring(self.composer, searcher.params)
-        self._galleries: dict[bool, _Gallery] = {}
+        self._galleries: dict[bool, Gallery] = {}
         self._version = self.store.version()
 
     def __enter__(self) -> "Library":
@@ -334,7 +328,7 @@ class Library:
         self,
         query: np.ndarray,
         own: bool,
-        gallery: _Gallery,
+        gallery: Gallery,
         ranked: np.ndarray,
         k: int,
         min_score: float | None,
@@ -359,7 +353,7 @@ class Library:
             if path is not None:  # it went since the gallery was read
                 yield self._path(path), score
 
-    def _distinct(self, gallery: _Gallery, rows: np.ndarray, k: int, most: float) -> list[int]:
+    def _distinct(self, gallery: Gallery, rows: np.ndarray, k: int, most: float) -> list[int]:
         """Positions in `rows` of at most k photos no two of which are more alike than that."""
         plain = self._plain
         vectors = self.store.vectors_of(plain.number, gallery.photos[rows])
@@ -370,7 +364,7 @@ class Library:
         return kept
 
     def _ranked(
-        self, gallery: _Gallery, under: str | Path, after: Any, left_out: Sequence[int]
+        self, gallery: Gallery, under: str | Path, after: Any, left_out: Sequence[int]
     ) -> np.ndarray:
         """bool[n]: which photos may be found."""
         ranked = np.ones(len(gallery.photos), bool)
@@ -399,29 +393,19 @@ class Library:
             self._galleries.clear()
             self._version = version
 
-    def _gallery(self, own: bool) -> _Gallery:
+    def _gallery(self, own: bool) -> Gallery:
         other = own and (self._own is not self._plain or self._embeds)
         if other not in self._galleries:
-            self._galleries[other] = self._read(self._own if other else self._plain, other)
+            made = (self._own.number, self._embedded) if other else (self._plain.number,)
+            self._galleries[other] = Gallery.read(self.store, *made)
         return self._galleries[other]
 
-    def _read(self, kept: "_Kept", own: bool) -> _Gallery:
-        numbers: list[np.ndarray] = []
-
-        def pieces() -> Iterator[np.ndarray]:
-            for some, norms, units in kept.vectors():
-                numbers.append(some)
-                if not own:
-                    yield units
-                    continue
-                raw = units.astype(np.float32) * norms[:, None]
-                if self._embeds:
-                    s = self.searcher
-                    raw = features.embedded(self.composer, s.params, s.frozen, raw, mesh=s.mesh)
-                yield raw
-
-        held = ranking.Held(pieces(), self.store.count())
-        return _Gallery(np.concatenate([np.int64([]), *numbers]), held)
+    def _embedded(self, raw: np.ndarray) -> np.ndarray:
+        """What the method ranks by, of rows of its encoder."""
+        if not self._embeds:
+            return raw
+        made = (self.composer, self.searcher.params, self.searcher.frozen)
+        return features.embedded(*made, raw, mesh=self.searcher.mesh)
 
     def _path(self, below: bytes) -> Path:
         return self.folder / os.fsdecode(below)
@@ -447,9 +431,6 @@ class _Kept:
         if not self._number:
             self._number = self._store.encoder(self._identity, self._description)
         return self._number
-
-    def vectors(self) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        return self._store.vectors(self.number) if self.number else iter(())
 
 
 def _day(after: Any) -> str:

@@ -30,7 +30,7 @@ PAGE = 16384
 PATIENCE = 30.0
 """Seconds that a transaction waits for another process's."""
 
-ROWS = 4096
+ROWS = 2048
 """Vectors that are read at once."""
 
 _SCHEMA = """

@@ -23,7 +23,7 @@ from cir_jax.sharding.placement import to_host
 SCORE_BYTES = 16 << 20
 GALLERY_BLOCK = 4096
 QUERY_BLOCK = 1024
-HELD_BLOCK = 16384
+HELD_BLOCK = 8192
 RESIDENT_BYTES = 2 << 30
 """A gallery up to this size stays on an accelerator; a larger one is sent again per query block. On
 a CPU it is never copied as a whole."""
@@ -60,23 +60,21 @@ class Held:
         """
         self.width = min(HELD_BLOCK, 1 << max(6, (at_most - 1).bit_length()))
         self.blocks: list[jax.Array] = []
-        waiting, held, done = [], 0, 0
+        self.rows, block = 0, None
         for piece in pieces:
-            _check_finite("gallery", piece, done)
-            done += len(piece)
+            _check_finite("gallery", piece, self.rows)
             while len(piece):
-                part = piece[: self.width - held]
-                waiting.append(part)
-                piece, held = piece[len(part) :], held + len(part)
-                if held == self.width:
-                    waiting, held = self._keep(waiting), 0
-        if held:
-            self._keep(waiting)
-        self.rows = done
-
-    def _keep(self, parts: list[np.ndarray]) -> list[np.ndarray]:
-        self.blocks.append(jax.device_put(_pad(np.concatenate(parts), self.width)))
-        return []
+                filled = self.rows % self.width
+                if block is None:
+                    block = np.zeros((self.width, piece.shape[1]), piece.dtype)
+                part, piece = np.split(piece, [self.width - filled])
+                block[filled : filled + len(part)] = part
+                self.rows += len(part)
+                if not self.rows % self.width:
+                    self.blocks.append(jax.device_put(block))
+                    block = None
+        if block is not None:
+            self.blocks.append(jax.device_put(block))
 
     def __len__(self) -> int:
         return self.rows

@@ -75,7 +75,7 @@ def changes(done):
 def vectors(lib):
     """Path below the folder -> un-normalised vector, of the backbone."""
     found = {}
-    for numbers, norms, units in lib._plain.vectors():
+    for numbers, norms, units in lib.store.vectors(lib._plain.number):
         rows = units.astype(np.float32) * norms[:, None]
         found |= dict(zip(map(os.fsdecode, lib.store.paths(numbers)), rows, strict=True))
     return found
