@@ -5,12 +5,16 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from cir_jax.composers import compodiff
 from cir_jax.composers.compodiff import CompoDiff
 from cir_jax.diffusion.schedule import q_sample
 from cir_jax.errors import ConfigError, DataError
+from cir_jax.sharding import placement
+from cir_jax.sharding.mesh import make_mesh
+from cir_jax.training.step import Step, init_state
 from cir_jax.weights.convert import flatten
 
 SIZES = {"depth": 2, "heads": 2, "dim_head": 8, "cross_heads": 2}
@@ -141,6 +145,36 @@ def test_draws_have_the_rates_of_the_config_and_both_ends_of_time_are_finite(mad
     # the time does not depend on the rates
     ends = np.array([int(time.argmin()), int(time.argmax())] * 3)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(step(batch, rngs[ends])))
+
+
+def test_twenty_steps_do_not_depend_on_the_mesh(made, batch):
+    """All three objectives; losses of each step and averaged parameters in the end."""
+    composer, params, frozen = made
+    batch = jax.tree.map(lambda x: np.concatenate([x, x, x])[:16], batch)
+    found = []
+    for sizes in ({"data": 1}, {"data": 2, "fsdp": 2, "tensor": 2}):
+        mesh = make_mesh(sizes, jax.devices()[: np.prod(list(sizes.values()))])
+        optimizer, held = optax.adamw(1e-3), placement.place(mesh, frozen)
+        given = placement.place(mesh, jax.tree.map(np.array, params))  # donated to the first step
+        state = init_state(composer, optimizer, seed=0, ema=True, params=given)
+        step = Step(
+            *(mesh, state, held),
+            composer=composer,
+            optimizer=optimizer,
+            ema_decay=0.9,
+            microbatches=1,
+        )
+        rows, losses = placement.global_batch(mesh, batch), []
+        for _ in range(20):
+            state, metrics = step(state, held, rows)
+            losses.append([metrics[name] for name in ("loss", "mse_masked", "mse_triplet")])
+        found.append((np.asarray(losses), jax.device_get(state.ema)))
+    (one, params_of_one), (eight, params_of_eight) = found
+    assert one[-1, 0] < 0.8 * one[0, 0]
+    np.testing.assert_allclose(eight, one, rtol=1e-4)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), params_of_eight, params_of_one
+    )
 
 
 def test_data_without_masks_has_no_metric_of_them(made):
