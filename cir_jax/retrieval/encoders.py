@@ -109,7 +109,7 @@ def _encode_images(
     mesh: Mesh,
     params: Params,
     batch: dict[str, jax.Array],
-    method: str = "encode_image",
+    method: str,
 ) -> jax.Array:
     with rows_over(mesh), backbone.full_precision():
         features = getattr(backbone, method)(params, batch["image"])

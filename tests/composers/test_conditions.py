@@ -38,7 +38,7 @@ def made(tiny):
     backbone, backbone_params = tiny
     composer = CompoDiff(backbone, **SIZES, steps=2, samples_per_query=1, source_mixing=0.0)
     params = jax.jit(composer.init)(jax.random.key(5))
-    return composer, params, {"backbone": backbone_params}
+    return composer, params, composer.freeze(backbone_params)
 
 
 @pytest.fixture(scope="module")

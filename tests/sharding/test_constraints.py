@@ -275,7 +275,12 @@ def test_features_of_images_move_no_activations(sizes, backbones):
     backbone, params = backbones("clip")
     mesh = meshes.make_mesh(dict(zip(meshes.AXES, sizes, strict=True)))
     batch = queries(mesh, backbone, image=IMAGES, unreadable="truth")
-    check(encoders._encode_images.lower(backbone, mesh, abstract(mesh, params), batch), sizes)
+    check(
+        encoders._encode_images.lower(
+            backbone, mesh, abstract(mesh, params), batch, "encode_image"
+        ),
+        sizes,
+    )
 
 
 @pytest.mark.parametrize("name", ["compodiff", "palavra"])
