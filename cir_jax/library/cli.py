@@ -139,12 +139,10 @@ def _open(args: argparse.Namespace) -> "Library":
         raise ConfigError(f"{args.photos}: no such folder. Give the folder of your photos.")
     _say_what_is_fetched(args)
     import jax
-    from absl import logging
 
     from cir_jax import loading
     from cir_jax.library.library import Library
 
-    logging.set_verbosity(logging.ERROR)  # photos that are not read have lines of ours
     if not jax.config.jax_compilation_cache_dir:  # $JAX_COMPILATION_CACHE_DIR
         jax.config.update("jax_compilation_cache_dir", str(default_compiled_dir()))
     try:

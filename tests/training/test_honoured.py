@@ -58,7 +58,8 @@ def images(experiment):
     size = experiment.backbone.image_transform.crop
     batch = shapes(image=((8, size, size, 3), np.uint8), unreadable=((8,), bool))
     parameters = experiment.frozen["backbone"]
-    return encoders._encode_images.lower(experiment.backbone, experiment.mesh, parameters, batch)
+    given = (experiment.backbone, experiment.mesh, parameters, batch, "encode_image")
+    return encoders._encode_images.lower(*given)
 
 
 def queries(experiment):
