@@ -163,7 +163,8 @@ def _backbone(args: argparse.Namespace) -> str | None:
     """None = as the preset or the workdir says."""
     if args.backbone or args.demo:
         return args.backbone or DEMO["backbone"]
-    own = ":" in args.method or Path(args.method).expanduser().exists()
+    workdir = (Path(args.method).expanduser() / "config.json").is_file()
+    own = workdir or ":" in args.method or args.method.endswith(".py")
     return None if own else BACKBONE
 
 

@@ -52,7 +52,7 @@ class Plan:
     def _recognise(self, known: Sequence[Photo], digests: dict[bytes, bytes | None]) -> None:
         """Files whose content is known: a photo that went has moved there, another is copied."""
         free: dict[bytes, list[Photo]] = {}
-        for photo in reversed(self.gone):  # those whose name went, too, are taken first
+        for photo in self.gone:
             free.setdefault(photo.digest, []).append(photo)
         gone = {photo.id for photo in self.gone}
         kept = {photo.digest: photo for photo in known if photo.id not in gone}

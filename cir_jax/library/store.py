@@ -274,14 +274,16 @@ class Store:
         units = (vectors / norms[:, None]).astype("<f2")
         with self._change() as db:
             for new, norm, unit in zip(news, norms, units, strict=True):
-                (photo,) = db.execute(
+                db.execute(
                     "INSERT INTO photos (path, size, mtime_ns, digest, taken, problem) "
                     "VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT (path) DO UPDATE SET "
                     "size = excluded.size, mtime_ns = excluded.mtime_ns, digest = excluded.digest, "
-                    "taken = excluded.taken, problem = excluded.problem RETURNING id",
+                    "taken = excluded.taken, problem = excluded.problem",
                     (*new.file, new.digest, new.taken, new.problem),
-                ).fetchone()
+                )
                 if not new.problem:
+                    query = "SELECT id FROM photos WHERE path = ?"
+                    (photo,) = db.execute(query, (new.file.path,)).fetchone()
                     db.execute(
                         f"INSERT OR REPLACE INTO vectors_{encoder} VALUES (?, ?, ?)",
                         (photo, float(norm), unit.tobytes()),

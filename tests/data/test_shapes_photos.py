@@ -1,5 +1,8 @@
 """The folder of photos that ships, and whether a search finds in such folders what is right."""
 
+import re
+
+import numpy as np
 import pytest
 
 from cir_jax.library import Library
@@ -44,7 +47,14 @@ def test_a_right_answer_is_among_the_first_five(tmp_path):
                 hits += bool(names & query.targets)
         return hits
 
-    both = found("slerp", "image", "text")
-    assert both >= 80
-    assert both > found("image_text", "image", "text")
-    assert both > max(found("slerp", "image"), found("slerp", "text"))
+    measured = [
+        found("slerp", "image", "text"),
+        found("slerp", "image"),
+        found("slerp", "text"),
+        found("image_text", "image", "text"),
+    ]
+    assert measured[0] >= 80 and measured[0] > max(measured[1:])
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    said = re.search(r"for (\d+) \(image alone (\d+), text alone (\d+), their sum (\d+)\)", readme)
+    # another processor may round one of them to the other side
+    np.testing.assert_allclose(measured, [int(number) for number in said.groups()], atol=2)

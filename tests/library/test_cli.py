@@ -195,9 +195,24 @@ def test_the_backbone_is_the_methods_or_a_real_one(tmp_path):
     assert chosen() == "openai/clip-vit-base-patch32"
     assert chosen("--method", "searle") == "openai/clip-vit-base-patch32"
     assert chosen("--method", "searle:vit_l14") is None  # the preset says it
+    assert chosen("--method", str(tmp_path)) == "openai/clip-vit-base-patch32"  # any folder
+    (tmp_path / "config.json").write_text("{}")
     assert chosen("--method", str(tmp_path)) is None  # the workdir does
+    assert chosen("--method", "mine.py") is None
     assert chosen("--demo") == "data/shapes/clip"
     assert chosen("--backbone", "mine", "--demo") == "mine"
+
+
+def test_weights_of_image_and_text_are_guidance():
+    def asked(*argv):
+        args = cli._parser().parse_args(["search", *argv])
+        return cli._controls(args, types.SimpleNamespace(composer=composer))
+
+    composer = types.SimpleNamespace(guidance=(1.5, 7.5))
+    assert asked() == {}
+    assert asked("--image_weight", "2") == {"guidance": (2.0, 7.5)}
+    assert asked("--text_weight", "0", "--steps", "3") == {"guidance": (1.5, 0.0), "steps": 3}
+    assert asked("--alpha", "0.5", "--seed", "0") == {"alpha": 0.5, "seed": 0}
 
 
 def test_the_first_use_says_what_is_fetched(run, monkeypatch):
