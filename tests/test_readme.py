@@ -107,7 +107,7 @@ def test_python_example_runs(tmp_path, monkeypatch, capsys):
     (tmp_path / "photos").mkdir()
     for name in ("photos/a.png", "photos/b.png", "reference.jpg"):
         Image.fromarray(rng.integers(0, 255, (64, 64, 3), np.uint8)).save(tmp_path / name)
-    code = re.search(r"```python\n(import cir_jax\n.*?)```", README, re.S)[1]
+    code = re.search(r"```python\n(import cir_jax\n\n.*?)```", README, re.S)[1]
     code = code.replace('cir_jax.load("runs/compodiff/shapes")', "load")
     assert '# or: cir_jax.load("slerp")' in code
     code = code.replace("load  ", 'cir_jax.load("slerp")')
@@ -128,14 +128,14 @@ def test_searching_ones_own_photos_runs(tmp_path, monkeypatch, capsys):
     ):
         Image.open(source).save(tmp_path / f"{name}.jpg")
     load = functools.cache(loading.load)
-    monkeypatch.setattr(loading, "load", lambda method, **_: load(method))
+    monkeypatch.setattr(loading, "load", lambda method, *_, **__: load(method))
     commands = re.findall(r"^    (cir .*)$", README, re.M)
     assert len(commands) == 5
     for command in commands:
         demo = [] if "--demo" in command else ["--demo"]
         assert cli.main(shlex.split(command)[1:] + demo) == 0, command
     assert (tmp_path / "found.html").is_file()
-    code = re.search(r"```python\n(from cir_jax.library.*?)```", README, re.S)[1]
+    code = re.search(r"```python\n(import cir_jax\nfrom cir_jax.library.*?)```", README, re.S)[1]
     capsys.readouterr()
     exec(code, {})
     assert len(capsys.readouterr().out.splitlines()) == 5

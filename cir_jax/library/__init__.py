@@ -1,8 +1,10 @@
 """One's own photos: a folder that is indexed once, kept fresh, and searched.
 
+    import cir_jax
     from cir_jax.library import Library
 
-    with Library("photos/", "slerp") as library:
+    slerp = cir_jax.load("slerp", backbone="openai/clip-vit-base-patch32")
+    with Library("photos/", slerp) as library:
         library.update()
         library.search(image="photos/dog.jpg", text="at night", k=5)
 

@@ -67,7 +67,8 @@ class Results(list):
 class Library:
     """The photos below a folder. `update` brings it up to date, `search` asks it.
 
-    composer: what `cir_jax.load` gives or takes: a searcher, a method's name, a workdir.
+    composer: what `cir_jax.load` gives; or what it takes, a workdir or a method's name, with the
+    backbone that its config names, which without a preset is the embedded world's.
     store: its file; None = one of the folder's name in `places.default_library_dir()`.
     Raises DataError as `Store`, and what `cir_jax.load` raises.
     """
