@@ -24,12 +24,11 @@ import numpy as np
 from cir_jax.errors import DataError
 from cir_jax.evaluation import metrics, protocols
 from cir_jax.evaluation.queries import Benchmark
-from cir_jax.evaluation.result import Result
+from cir_jax.evaluation.result import UNIMODAL, Result
 from cir_jax.evaluation.submissions import image_names
 from cir_jax.storage.atomic import write_atomically
 
 FILE = "queries.jsonl"
-UNIMODAL = ("image_only", "text_only")
 
 
 def write(path: Path, sections: Sequence[tuple[Benchmark, Sequence[Result]]]) -> None:

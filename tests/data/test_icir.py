@@ -37,6 +37,16 @@ def test_the_folder_may_have_any_name_and_images_may_be_linked(tmp_path):
     assert linked[0]["image"] == (source / "database/star_7/0.jpg").read_bytes()
 
 
+def test_an_image_listed_twice_for_an_instance_counts_once(tmp_path):
+    source = copy("icir", tmp_path)
+    with open(source / "database_files.csv", "a") as file:
+        file.write("icir/database/star_7/0.jpg,in snow,star_7\n")
+    build.prepare("icir", None, tmp_path / "data", source=source, allow_partial=True)
+    gallery = rows(tmp_path / "data", "icir", "gallery", "test")
+    assert len(gallery) == 7 and gallery[0]["categories"] == [b"star_7"]
+    assert len(rows(tmp_path / "data", "icir", "queries", "test")[0]["targets"]) == 2
+
+
 def test_lost_references_and_answers_lose_their_queries(tmp_path):
     source = copy("icir", tmp_path)
     (source / "query/star_7/0.jpg").unlink()
