@@ -40,6 +40,9 @@ METHODS = (
     Method("searle_oti", "11.03 (SEARLE)"),
     Method("searle", "12.73 (CompoDiff)"),
     Method("lincir", "13.58 (Slerp)"),
+    Method("image_text:blip"),
+    Method("slerp:blip"),
+    Method("pic2word:blip"),
     Method("isa", "12.25 (ISA, BLIP; here on the small BLIP, too)"),
     Method("isa:symmetric", "10.32 (ISA, BLIP; likewise)"),
     Method("compodiff", "13.36 (CompoDiff)", triplets=True),
@@ -64,6 +67,8 @@ EXPECTED = (
     *(("combiner", "image_text"), ("combiner", "slerp"), ("palavra", "image_text")),
     *(("rtd", "pic2word"), ("pdv", "pic2word"), ("tat", "slerp"), ("clip4cir", "image_text")),
     ("compodiff:shapes_long", "compodiff"),
+    *(("isa", other) for other in ("image_text:blip", "pic2word:blip")),
+    ("isa:symmetric", "isa"),
 )
 """The better one first: what the papers let one expect, and what is built on what."""
 

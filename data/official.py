@@ -4,7 +4,7 @@ from pathlib import Path
 
 from cir_jax.errors import DataError
 from cir_jax.evaluation.submissions import HIDDEN
-from cir_jax.evaluation.validator import Asked, Facts
+from cir_jax.evaluation.validator import Facts, OfficialQuery
 from data.benchmark import AbsentError, check, check_ids
 from data.circo.circo_dataset_builder import Circo
 from data.cirr.cirr_dataset_builder import Cirr
@@ -43,7 +43,9 @@ def _facts(builder: type[Circo] | type[Cirr], source: Path, split: str) -> Facts
         check(raw)
         questions, images = raw.questions, frozenset(picture.name for picture in raw.pictures)
     queries = {
-        str(one.id): Asked(one.reference, frozenset(one.candidates), one.targets, one.aspects)
+        str(one.id): OfficialQuery(
+            one.reference, frozenset(one.candidates), one.targets, one.aspects
+        )
         for one in questions
     }
     return Facts(split, queries, images, where)

@@ -4,7 +4,8 @@
     python launch/eval.py --config=experiments/image_text.py:bge_vl_base --split=test
 
 BGE-VL (MegaPairs, arXiv 2412.14475) is a CLIP trained for its sum. Its CIRCO numbers are of texts
-that say what the images share (circo:bge_vl); circo, beside it, has the captions alone.
+that say what the images share (circo:bge_vl); circo, beside it, has the captions alone. Preset blip
+is on the small BLIP of experiments/isa.py.
 """
 
 from ml_collections import ConfigDict
@@ -17,6 +18,7 @@ BGE_VL = {
 }
 PRESETS = {
     "shapes": {},
+    "blip": {"backbone": "data/shapes/blip"},
     "smoke": {"evaluation.benchmarks": base.benchmarks("shapes_tiny")},
     "vit_b32": {"backbone": "openai/clip-vit-base-patch32"},
     "vit_l14": {"backbone": "openai/clip-vit-large-patch14"},

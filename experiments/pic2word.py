@@ -6,11 +6,11 @@ Takes 2 to 3 minutes on two CPU cores. Expected on the embedded world (three see
 mAP@10 17.5 +- 1.9, where image + text has 14.5 +- 1.7 and text alone 4.2 +- 0.2. The
 paper has no numbers on CIRCO; others give its L/14 weights 9.51 there (Slerp's table).
 
-Presets: shapes (embedded world), smoke (seconds, for tests), and the paper's recipe on vit_l14 and
-vit_b32: 3 million images (CC3M) in a prepared dataset with a table `images`, named with
---config.stage.contrastive.data.dataset, batch 1024, 30 epochs. vit_l14_code and vit_b32_code are
-what the released code makes of it on 8 devices (`cir_jax/composers/pic2word.py`). Released weights
-need no training:
+Presets: shapes (embedded world), blip (there, on the small BLIP of experiments/isa.py), smoke
+(seconds, for tests), and the paper's recipe on vit_l14 and vit_b32: 3 million images (CC3M) in a
+prepared dataset with a table `images`, named with --config.stage.contrastive.data.dataset, batch
+1024, 30 epochs. vit_l14_code and vit_b32_code are what the released code makes of it on 8 devices
+(`cir_jax/composers/pic2word.py`). Released weights need no training:
 
     python launch/eval.py --config=experiments/pic2word.py:vit_l14 \\
         --config.init_from=official:pic2word_large.pt
@@ -48,6 +48,7 @@ RELEASED = {
 EIGHT_DEVICES = {"stage.contrastive.optimizer.eps": 8e-6}
 PRESETS = {
     "shapes": {},
+    "blip": {"backbone": "data/shapes/blip"},
     "smoke": {
         "composer.hidden_dim": 32,
         "stage.contrastive.data.dataset": "shapes_tiny",

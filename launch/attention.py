@@ -28,11 +28,12 @@ def main(argv: list[str]) -> None:
     import cir_jax
     from cir_jax.errors import CirError
     from cir_jax.evaluation import attention_maps
+    from cir_jax.retrieval.search import find
 
     given = [Path(name).expanduser() for name in _IMAGES.value]
     try:
         folder = len(given) == 1 and given[0].is_dir()
-        paths = attention_maps.images_in(given[0]) if folder else given
+        paths = find(given[0] if folder else given)
         search = cir_jax.load(_WORKDIR.value)
         output = Path(_OUTPUT.value).expanduser()
         for path in attention_maps.write(search, paths[: _LIMIT.value], output):

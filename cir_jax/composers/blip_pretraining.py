@@ -4,25 +4,20 @@
 
 over the global batch. Without what makes BLIP robust to wrong captions of the web: momentum
 encoders with their queue and soft labels, and captioning with its filter; the released training has
-them. The temperature stays as it is given (BLIP learns it, from 0.07). Not a way to compose: as
-one, it is text-to-image retrieval.
+them. The temperature stays as it is given (BLIP learns it, from 0.07).
 """
 
 import jax
 
-from cir_jax.composers.base import Composer, Params, Query, normalise
+from cir_jax.composers.base import Params, normalise
 from cir_jax.composers.losses import info_nce, pair_recall
 from cir_jax.composers.matching import matching_loss
+from cir_jax.composers.pretraining import Pretraining
 from cir_jax.errors import ConfigError
 from cir_jax.models.backbone import Backbone
 
 
-class BlipPretraining(Composer):
-    """`params` are the backbone's."""
-
-    trained = True
-    pretrained_backbone = False
-
+class BlipPretraining(Pretraining):
     def __init__(self, backbone: Backbone, temperature: float = 0.07):
         """Raises ConfigError for a backbone that is no BLIP."""
         super().__init__(backbone)
@@ -34,12 +29,6 @@ class BlipPretraining(Composer):
         if not temperature > 0:
             raise ConfigError(f"temperature={temperature}: expected more than 0, such as 0.07")
         self.scale = 1 / float(temperature)
-
-    def freeze(self, backbone_params: Params, shapes_only: bool = False) -> Params:
-        return {}
-
-    def init(self, rng: jax.Array) -> Params:
-        return self.backbone.init(rng)
 
     def encode(
         self, params: Params, frozen: Params, batch: dict[str, jax.Array], rngs: jax.Array
@@ -79,9 +68,3 @@ class BlipPretraining(Composer):
             "in_batch_recall": pair_recall(scores),
         }
         return contrastive + matching, metrics
-
-    def compose(self, params: Params, frozen: Params, query: Query, rng: jax.Array) -> jax.Array:
-        return normalise(self.backbone.encode_text(params, query["token_ids"]))
-
-    def embed_gallery(self, params: Params, frozen: Params, images: jax.Array) -> jax.Array:
-        return normalise(self.backbone.encode_image(params, images))

@@ -1,14 +1,14 @@
 """Contrastive image-text pretraining (CLIP, arXiv 2103.00020): the backbone itself is trained.
 
-Symmetric InfoNCE over the global batch. Not a way to compose: as one, it is text-to-image
-retrieval, which is how the pretrained model is judged.
+Symmetric InfoNCE over the global batch.
 """
 
 import jax
 import jax.numpy as jnp
 
-from cir_jax.composers.base import Composer, Params, Query, normalise
+from cir_jax.composers.base import Params, normalise
 from cir_jax.composers.losses import info_nce, pair_recall
+from cir_jax.composers.pretraining import Pretraining
 from cir_jax.errors import ConfigError
 from cir_jax.models.backbone import Backbone
 from cir_jax.models.resnet import ResNetConfig
@@ -16,10 +16,7 @@ from cir_jax.models.resnet import ResNetConfig
 MAX_SCALE = 100.0  # CLIP clips the learned scale here
 
 
-class ClipPretraining(Composer):
-    trained = True
-    pretrained_backbone = False
-
+class ClipPretraining(Pretraining):
     def __init__(self, backbone: Backbone, learned_scale: bool = True):
         """learned_scale: False keeps the scale at the config's logit_scale_init_value."""
         super().__init__(backbone)
@@ -35,12 +32,6 @@ class ClipPretraining(Composer):
                 "statistics. Set config.backbone to a CLIP with a ViT image tower."
             )
         self.learned_scale = learned_scale
-
-    def freeze(self, backbone_params: Params, shapes_only: bool = False) -> Params:
-        return {}
-
-    def init(self, rng: jax.Array) -> Params:
-        return self.backbone.init(rng)
 
     def encode(
         self, params: Params, frozen: Params, batch: dict[str, jax.Array], rngs: jax.Array
@@ -59,9 +50,3 @@ class ClipPretraining(Composer):
         loss = info_nce(rows["image"], rows["text"], scale)
         recall = pair_recall(rows["text"] @ rows["image"].T)
         return loss, {"scale": scale, "in_batch_recall": recall}
-
-    def compose(self, params: Params, frozen: Params, query: Query, rng: jax.Array) -> jax.Array:
-        return normalise(self.backbone.encode_text(params, query["token_ids"]))
-
-    def embed_gallery(self, params: Params, frozen: Params, images: jax.Array) -> jax.Array:
-        return normalise(self.backbone.encode_image(params, images))

@@ -64,9 +64,26 @@ class Conditions:
                     f"{', '.join(able) or 'none'}."
                 )
 
-    def settings(self) -> dict[str, Any]:
-        """Those for `Composer.varied`."""
-        return {name: value for name, value in self.given.items() if name in STATIC}
+    def settings(self, composer: Composer, text_alone: bool = False) -> dict[str, Any]:
+        """Those for `composer.varied`, {} = none. text_alone: of a query without an image."""
+        found = {name: value for name, value in self.given.items() if name in STATIC}
+        if text_alone and getattr(composer, "noised_reference", 0):
+            found["noised_reference"] = 0.0  # without a reference, nothing can begin there
+        return found
+
+    def vary(self, composer: Composer, text_alone: bool = False) -> Composer:
+        """The composer with these `settings`."""
+        settings = self.settings(composer, text_alone)
+        return composer.varied(**settings) if settings else composer
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What is given, as JSON has it; of a mask, a hash of its content. Raises DataError for a
+        mask that cannot be read."""
+        said = self.given
+        if self.mask is not None:
+            said["mask"] = masks.content_id(self.mask)
+        return said
 
 
 def fields(composer: Composer, conditions: Conditions, rows: int) -> dict[str, np.ndarray]:
@@ -95,13 +112,6 @@ def masked(composer: Composer, image: Image.Image, mask: Any) -> tuple[np.ndarra
     where = masks.region(masks.read(mask, image.size), image.size, transform)
     pixels = masks.fill(transform(image), where, transform, composer.mask_fill)
     return pixels, masks.condition(where)
-
-
-def without_image(composer: Composer) -> Composer:
-    """The composer for texts alone: without a reference, nothing can begin there."""
-    if getattr(composer, "noised_reference", 0):
-        return composer.varied(noised_reference=0.0)
-    return composer
 
 
 def check_query(conditions: Conditions, image: Any) -> None:

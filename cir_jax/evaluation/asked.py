@@ -4,7 +4,7 @@ import dataclasses
 from typing import Any
 
 from cir_jax.composers.base import Composer
-from cir_jax.composers.conditions import Conditions, without_image
+from cir_jax.composers.conditions import Conditions
 from cir_jax.errors import ConfigError, unknown
 
 USES = ("both", "text", "image")
@@ -28,7 +28,16 @@ class Asked:
     def said(self) -> dict[str, Any]:
         """For results, as JSON has it."""
         given = {name: str(value) for name, value in self.conditions.given.items()}
-        return given | ({} if self.use == "both" else {"use": self.use})
+        return given | self._used
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What moves the numbers, as JSON has it: of a mask its content. {} = nothing is asked."""
+        return self.conditions.identity | self._used
+
+    @property
+    def _used(self) -> dict[str, str]:
+        return {} if self.use == "both" else {"use": self.use}
 
     def of(self, composer: Composer, seed: int) -> tuple[Composer, int]:
         """The composer and the seed that answer so.
@@ -44,8 +53,5 @@ class Asked:
             )
         if self.use == "text" and (conditions.mask is not None or conditions.noised_reference):
             raise ConfigError("use='text': a mask and a noised reference are about the image.")
-        settings = conditions.settings()
-        varied = composer.varied(**settings) if settings else composer
-        if self.use == "text":
-            varied = without_image(varied)
+        varied = conditions.vary(composer, text_alone=self.use == "text")
         return varied, seed if conditions.seed is None else conditions.seed

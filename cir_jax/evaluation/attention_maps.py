@@ -7,10 +7,10 @@ import jax
 import numpy as np
 from PIL import Image, ImageDraw
 
-from cir_jax.errors import ConfigError, DataError
+from cir_jax.errors import ConfigError
 from cir_jax.evaluation.contact_sheet import BACKGROUND, FAINT, GAP, INK, MARGIN, TILE, font
 from cir_jax.input import images
-from cir_jax.retrieval.search import SUFFIXES, Searcher
+from cir_jax.retrieval.search import Searcher
 from cir_jax.storage.atomic import write_atomically
 
 HOT = np.array((255, 80, 0), np.float32)
@@ -69,14 +69,6 @@ def write(search: Searcher, paths: Sequence[Path], directory: Path) -> list[Path
     write_atomically(drawn, lambda file: picture.save(file, format="PNG"))
     write_atomically(numbers, lambda file: np.savez(file, names=names, **maps))
     return [drawn, numbers]
-
-
-def images_in(folder: Path) -> list[Path]:
-    """The images of a folder, by name. Raises DataError where none is."""
-    found = sorted(path for path in folder.glob("*") if path.suffix.lower() in SUFFIXES)
-    if not found:
-        raise DataError(f"{folder}: a folder without images. Give another, or files.")
-    return found
 
 
 def _seen(search: Searcher, path: Path) -> np.ndarray:

@@ -58,7 +58,7 @@ def evaluate(
         )
     if asked is not None:
         conditions.check_query(asked.conditions, None)
-    composer = conditions.without_image(composer)
+    composer = (asked or Asked()).conditions.vary(composer, text_alone=True)
     began = time.perf_counter()
     options: dict[str, Any] = dict(mesh=mesh, batch_size=batch_size)
     gallery = features.gallery_features(
@@ -87,7 +87,7 @@ def evaluate(
     found, headline, ranked = measured(benchmark, queries, gallery, owner)
     ended = time.perf_counter()
     return Result(
-        **Result.what(composer, benchmark, seed),
+        **Result.what(composer, benchmark, seed, asked),
         method=method or type(composer).__name__,
         metrics=found,
         headline=headline,

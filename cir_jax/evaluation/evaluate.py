@@ -95,7 +95,7 @@ def evaluate(
         )
     protocol = benchmark.protocol
     return Result(
-        **Result.what(composer, benchmark, seed),
+        **Result.what(composer, benchmark, seed, asked),
         method=method,
         metrics=protocols.measure(protocol, outcome) if outcome else {},
         headline=protocol.headline,

@@ -9,6 +9,7 @@ import numpy as np
 from cir_jax.composers.base import Composer
 from cir_jax.evaluation import protocols
 from cir_jax.evaluation import setting as settings
+from cir_jax.evaluation.asked import Asked
 from cir_jax.evaluation.metrics import Estimate, best_rank
 from cir_jax.evaluation.protocols import Outcome, Protocol
 from cir_jax.evaluation.queries import Benchmark, CaptionBenchmark
@@ -57,7 +58,10 @@ class Result:
 
     @staticmethod
     def what(
-        composer: Composer, benchmark: Benchmark | CaptionBenchmark, seed: int
+        composer: Composer,
+        benchmark: Benchmark | CaptionBenchmark,
+        seed: int,
+        asked: Asked | None = None,
     ) -> dict[str, Any]:
         """The fields that say what was measured on what, as keyword arguments."""
         return {
@@ -67,7 +71,7 @@ class Result:
             "counts": benchmark.counts,
             "weights_id": composer.backbone.weights_id,
             "seed": seed,
-            "setting": settings.of(composer, benchmark, seed),
+            "setting": settings.of(composer, benchmark, seed, asked),
             "data": benchmark.data,
             "partial": benchmark.partial,
         }

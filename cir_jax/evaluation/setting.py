@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from cir_jax.composers.base import Composer
+from cir_jax.evaluation.asked import Asked
 from cir_jax.evaluation.queries import Benchmark, CaptionBenchmark
 
 TIES = "equal scores: lowest gallery position first"
@@ -17,7 +18,12 @@ ILLUSTRATION = ("example",)
 """Fields that show the others at work; they are no part of the id."""
 
 
-def of(composer: Composer, benchmark: Benchmark | CaptionBenchmark, seed: int) -> dict[str, Any]:
+def of(
+    composer: Composer,
+    benchmark: Benchmark | CaptionBenchmark,
+    seed: int,
+    asked: Asked | None = None,
+) -> dict[str, Any]:
     """The setting of an evaluation, as JSON holds it.
 
     prompts: what is tokenised, with {text} for the caption, or {c1} and {c2} of two, and {concept};
@@ -25,7 +31,8 @@ def of(composer: Composer, benchmark: Benchmark | CaptionBenchmark, seed: int) -
     example: the texts of the first query so, and their token ids.
     method: the constructor's arguments, defaults included; beside: hashes of what it reads beside
         the backbone. trained: name and hash of trained parameters, "" = none; whoever has them adds
-        it. seed: of methods that draw noise.
+        it. seed: of methods that draw noise. asked: of every query beside what the benchmark says;
+        left out where that is nothing.
     """
     backbone, protocol = composer.backbone, benchmark.protocol
     shown: dict[str, Any] = {"prompts": [composer.prompt("{text}")]}
@@ -41,6 +48,7 @@ def of(composer: Composer, benchmark: Benchmark | CaptionBenchmark, seed: int) -
         ]
         tokens = [backbone.tokenizer([text])[0].tolist() for text in texts]
         shown["example"] = {"query": query.id, "texts": texts, "token_ids": tokens}
+    identity = asked.identity if asked else {}
     return {
         "benchmark": benchmark.name,
         "split": benchmark.split,
@@ -55,6 +63,7 @@ def of(composer: Composer, benchmark: Benchmark | CaptionBenchmark, seed: int) -
         "trained": "",
         "seed": seed,
         "ties": TIES,
+        **({"asked": identity} if identity else {}),
     }
 
 

@@ -45,7 +45,7 @@ BEHIND = 1 << 20
 
 
 @dataclasses.dataclass(frozen=True)
-class Asked:
+class OfficialQuery:
     """A query as the official files say it, images by name.
 
     members: CIRR's image set. targets: empty where the labels are not public, single one first.
@@ -61,11 +61,12 @@ class Asked:
 class Facts:
     """What is known of one split.
 
-    queries: query id -> `Asked`. images: of the gallery, None = not known. where: what says so.
+    queries: query id -> `OfficialQuery`. images: of the gallery, None = not known. where: what says
+    so.
     """
 
     split: str
-    queries: Mapping[str, Asked]
+    queries: Mapping[str, OfficialQuery]
     images: frozenset[str] | None
     where: str
 
@@ -210,7 +211,7 @@ def prepared(data_dir: Path) -> dict[str, list[Facts]]:
             queries = {}
             for i in range(len(table)):
                 r = table[i]
-                queries[str(int(r["id"]))] = Asked(
+                queries[str(int(r["id"]))] = OfficialQuery(
                     names[int(r["reference"])],
                     frozenset(names[int(c)] for c in r["candidates"]),
                     tuple(names[int(t)] for t in r["targets"]),
@@ -310,7 +311,7 @@ def _check_keys(benchmark: str, split: str, keys: Sequence[str], facts: Facts | 
 
 
 def _check_list(
-    kind: str, split: str, row: Any, asked: Asked | None, images: frozenset[str] | None
+    kind: str, split: str, row: Any, asked: OfficialQuery | None, images: frozenset[str] | None
 ) -> list[str]:
     if not isinstance(row, list):
         return [f"holds a {type(row).__name__}, expected a list"]

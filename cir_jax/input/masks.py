@@ -4,6 +4,7 @@ A mask is bool[SIZE, SIZE], rows from the top, squashed to a square whatever the
 are; True = the region that the text is about. Stored, it is its bits, 512 bytes.
 """
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -77,18 +78,8 @@ def read(given: Any, size: tuple[int, int]) -> np.ndarray:
     (or 0 and 255): 1 = the region to edit. Raises DataError for another size or mode, for other
     values, and for an empty region.
     """
-    what = str(given) if isinstance(given, str | Path) else "mask"
-    if isinstance(given, str | Path):
-        given = images.read(Path(given))
-    if isinstance(given, Image.Image):
-        if given.mode not in ("1", "L"):
-            raise DataError(
-                f"{what}: a mask of mode {given.mode!r}; expected 1 or L, black and white: white = "
-                'the region to edit. Convert it: Image.open(FILE).convert("L").'
-            )
-        with images.reading(what):
-            given = np.asarray(given)
-    given = np.asarray(given)
+    what = _name(given)
+    given = _pixels(given)
     if given.shape != size[::-1]:
         shape = " x ".join(map(str, given.shape[::-1]))
         raise DataError(
@@ -104,6 +95,32 @@ def read(given: Any, size: tuple[int, int]) -> np.ndarray:
     if not given.any():
         raise DataError(f"{what}: an empty mask, no pixel is set. Leave it out, or mark a region.")
     return given > 0
+
+
+def content_id(given: Any) -> str:
+    """A hash of the region, of a mask as `read` takes it. Raises its DataError for what is none."""
+    pixels = _pixels(given) > 0
+    return hashlib.sha256(f"{pixels.shape} ".encode() + pixels.tobytes()).hexdigest()[:16]
+
+
+def _name(given: Any) -> str:
+    return str(given) if isinstance(given, str | Path) else "mask"
+
+
+def _pixels(given: Any) -> np.ndarray:
+    """Of a mask as `read` takes it. Raises its DataError for another mode."""
+    what = _name(given)
+    if isinstance(given, str | Path):
+        given = images.read(Path(given))
+    if not isinstance(given, Image.Image):
+        return np.asarray(given)
+    if given.mode not in ("1", "L"):
+        raise DataError(
+            f"{what}: a mask of mode {given.mode!r}; expected 1 or L, black and white: white = "
+            'the region to edit. Convert it: Image.open(FILE).convert("L").'
+        )
+    with images.reading(what):
+        return np.asarray(given)
 
 
 def condition(where: np.ndarray) -> np.ndarray:

@@ -74,19 +74,14 @@ def image_features(
     transform: None = the backbone's. label: of the progress bar, "" = none.
     Raises WeightsError naming weights, dtype and images for features that are not finite.
     """
-    description = {
-        "features": "backbone image features, un-normalised",
-        **backbone.identity,
-        "parameters": "" if cache_dir is None else fingerprint(params),
-    }
-    params = on_mesh(mesh, params)
-    features = _embed(
-        lambda batch: _encode_images(backbone, mesh, params, batch),
-        backbone.image_transform if transform is None else transform,
+    features = _encoded(
+        "encode_image",
+        "backbone image features, un-normalised",
+        backbone,
+        params,
         source,
         field,
-        description,
-        backbone,
+        backbone.image_transform if transform is None else transform,
         mesh=mesh,
         batch_size=batch_size,
         cache_dir=cache_dir,
@@ -101,23 +96,44 @@ def visual_tokens(
     params: Params,
     source: Records,
     field: str = "image",
+    **options: Any,
+) -> np.ndarray:
+    """The tokens of a ViT's last layer, of all records: float32[n, tokens, width], computed once
+    and stored: 605 kB of an image for BLIP's ViT-B/16 at 224.
+
+    options: mesh, batch_size, cache_dir and skip_unreadable of `image_features`.
+    """
+    transform = backbone.image_transform
+    what = ("visual_tokens", "backbone visual tokens")
+    rows = _encoded(*what, backbone, params, source, field, transform, **options)
+    return rows.reshape(len(rows), *backbone.visual_shape)
+
+
+def _encoded(
+    method: str,
+    what: str,
+    backbone: Backbone,
+    params: Params,
+    source: Records,
+    field: str,
+    transform: ImageTransform,
     *,
     mesh: Mesh,
-    batch_size: int = 256,
     cache_dir: Path | None = None,
+    batch_size: int = 256,
     skip_unreadable: bool = False,
+    label: str = "image features",
 ) -> np.ndarray:
-    """The tokens of a ViT's last layer, of all records: float32[n, tokens, width], as
-    `image_features` computed once and stored: 605 kB of an image for BLIP's ViT-B/16 at 224."""
+    """What a method of the backbone gives of all images, a row each."""
     description = {
-        "features": "backbone visual tokens",
+        "features": what,
         **backbone.identity,
         "parameters": "" if cache_dir is None else fingerprint(params),
     }
     params = on_mesh(mesh, params)
-    rows = _embed(
-        lambda batch: _encode_images(backbone, mesh, params, batch, "visual_tokens"),
-        backbone.image_transform,
+    return _embed(
+        lambda batch: _encode_images(backbone, mesh, params, batch, method),
+        transform,
         source,
         field,
         description,
@@ -126,8 +142,8 @@ def visual_tokens(
         batch_size=batch_size,
         cache_dir=cache_dir,
         skip_unreadable=skip_unreadable,
+        label=label,
     )
-    return rows.reshape(len(rows), *backbone.visual_shape)
 
 
 def uses_backbone_gallery(composer: Composer) -> bool:
@@ -429,7 +445,7 @@ def _encode_images(
     mesh: Mesh,
     params: Params,
     batch: dict[str, jax.Array],
-    method: str = "encode_image",
+    method: str,
 ) -> jax.Array:
     with rows_over(mesh), backbone.full_precision():
         features = getattr(backbone, method)(params, batch["image"])

@@ -1,7 +1,7 @@
 """Composed search in one's own images: index a folder once, then one call per query."""
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -95,12 +95,7 @@ class Searcher:
         max_megapixels (None = 200).
         Raises DataError when there is no folder, or no readable image in it.
         """
-        paths = list(_find(where))
-        if not paths:
-            raise DataError(
-                f"{where}: no images. Give a folder that holds files ending in "
-                f"{', '.join(sorted(SUFFIXES))}, or a list of files."
-            )
+        paths = find(where)
         source = Files(paths)
         options = dict(
             mesh=self.mesh,
@@ -205,9 +200,7 @@ class Searcher:
 
     def _varied(self, conditions: Conditions, text_alone: bool) -> Composer:
         """The method with the settings of a query: one object of each, which is one program."""
-        settings = conditions.settings()
-        if text_alone and getattr(self.composer, "noised_reference", 0):
-            settings["noised_reference"] = 0.0  # without a reference, nothing can begin there
+        settings = conditions.settings(self.composer, text_alone)
         if not settings:
             return self.composer
         key = tuple(sorted(settings.items()))
@@ -261,14 +254,26 @@ class Searcher:
         )
 
 
-def _find(where: str | Path | Sequence[str | Path]) -> Iterator[Path]:
+def find(where: str | Path | Sequence[str | Path]) -> list[Path]:
+    """The image files of a folder and its subfolders, in the order of their names; a list as it is.
+
+    Raises DataError where there is no such folder, or no such file in it.
+    """
     if not isinstance(where, str | Path):
-        yield from map(Path, where)
-        return
-    folder = Path(where).expanduser()
-    if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder. Give a folder of images, or a list of files.")
-    # sorted: the order decides ties, and the name of the cache
-    yield from sorted(
-        path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file()
-    )
+        found = [Path(path) for path in where]
+    else:
+        folder = Path(where).expanduser()
+        if not folder.is_dir():
+            raise DataError(
+                f"{folder}: no such folder. Give a folder of images, or a list of files."
+            )
+        # sorted: the order decides ties, and the name of the cache
+        found = sorted(
+            path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file()
+        )
+    if not found:
+        raise DataError(
+            f"{where}: no images. Give a folder that holds files ending in "
+            f"{', '.join(sorted(SUFFIXES))}, or a list of files."
+        )
+    return found

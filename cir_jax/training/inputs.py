@@ -14,6 +14,7 @@ from cir_jax.experiment import Experiment
 from cir_jax.input import identity, images, keywords, masks, objects, records, text
 from cir_jax.input.pipeline import Part, Pipeline, Source
 from cir_jax.input.tables import Table
+from cir_jax.models.backbone import Backbone
 from cir_jax.retrieval.features import image_features, visual_tokens
 from cir_jax.storage.places import default_cache_dir
 from cir_jax.training import inversion
@@ -234,7 +235,21 @@ def _features(experiment: Experiment, table: Table, field: str) -> Any:
     backbone = experiment.backbone
     if getattr(experiment.composer, "phrases", None) is not None:
         backbone = backbone.with_dtype(np.float32)  # they choose the concepts of an image
-    return image_features(
+    return _computed(image_features, backbone, experiment, table, field)
+
+
+def _tokens(experiment: Experiment, table: Table, field: str) -> np.ndarray:
+    return _computed(visual_tokens, experiment.backbone, experiment, table, field)
+
+
+def _computed(
+    make: Callable[..., np.ndarray],
+    backbone: Backbone,
+    experiment: Experiment,
+    table: Table,
+    field: str,
+) -> np.ndarray:
+    return make(
         backbone,
         experiment.frozen["backbone"],
         table,
@@ -257,19 +272,6 @@ def _view(
         name: make(experiment, table, field)
         for name, make in zip(records.STORED_VIEW, makers, strict=False)
     }
-
-
-def _tokens(experiment: Experiment, table: Table, field: str) -> np.ndarray:
-    return visual_tokens(
-        experiment.backbone,
-        experiment.frozen["backbone"],
-        table,
-        field,
-        mesh=experiment.mesh,
-        batch_size=experiment.config.evaluation.batch_size,
-        cache_dir=default_cache_dir(),
-        skip_unreadable=True,
-    )
 
 
 def _no_tokens(experiment: Experiment, table: Table, field: str) -> np.ndarray:

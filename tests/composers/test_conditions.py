@@ -193,6 +193,7 @@ def test_an_evaluation_asks_the_same_of_every_query(made, mesh):
             *(composer, params, frozen, benchmark), mesh=mesh, batch_size=8, asked=asked
         )
     assert result.metrics and asked.said["negative_text"] == "a star"
+    assert result.setting["asked"] == asked.identity
     tokenizer, transform = composer.backbone.tokenizer, composer.backbone.image_transform
     query = benchmark.queries[3]
     image = Image.open(io.BytesIO(benchmark.gallery[query.reference]["image"]))
@@ -230,6 +231,9 @@ def test_captions_find_images_by_a_sampled_embedding(made, mesh):
     started = composer.varied(noised_reference=0.5)  # by an image, of which there is none
     same = captions.evaluate(started, params, frozen, benchmark, mesh=mesh)
     np.testing.assert_array_equal(same.top, found.top)
+    asked = Asked(Conditions(negative_text="a star"))
+    other = captions.evaluate(composer, params, frozen, benchmark, mesh=mesh, asked=asked)
+    assert other.setting_id != found.setting_id
     assert Asked(use="text").of(started, 0)[0].noised_reference == 0
     with pytest.raises(DataError, match="mask is about the reference image: give one"):
         asked = Asked(Conditions(mask=np.ones((16, 16), bool)))

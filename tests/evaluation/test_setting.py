@@ -4,10 +4,14 @@ import dataclasses
 import json
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from PIL import Image
 
 from cir_jax import composers
+from cir_jax.composers.conditions import Conditions
 from cir_jax.evaluation import protocols, setting
+from cir_jax.evaluation.asked import Asked
 from cir_jax.evaluation.protocols import variant
 from tests.evaluation import worlds
 
@@ -21,6 +25,7 @@ def test_the_id_changes_with_what_moves_numbers(tiny):
     benchmark = worlds.benchmark()
     slerp = composers.build("slerp", backbone)
     base = ident(slerp, benchmark)
+    assert base == setting.short_id(setting.of(slerp, benchmark, 0, Asked()))  # nothing is asked
     assert len(base) == 8 and base == ident(composers.build("slerp", backbone), benchmark)
     assert base == ident(composers.build("slerp", backbone, alpha=0.8), benchmark)  # the default
     same = dataclasses.replace(benchmark, queries=benchmark.queries[::-1])  # another example
@@ -49,7 +54,29 @@ def test_the_id_changes_with_what_moves_numbers(tiny):
     others["dtype"] = ident(composers.build("slerp", half), benchmark)
     trained = setting.of(slerp, benchmark, 0) | {"trained": "slerp@1"}
     others["trained"] = setting.short_id(trained)
+    for name, asked in {
+        "negative_text": Asked(Conditions(negative_text="a star")),
+        "guidance": Asked(Conditions(guidance=(1.0, 2.0))),
+        "use": Asked(use="text"),
+        "mask": Asked(Conditions(mask=np.eye(4))),
+        "another mask": Asked(Conditions(mask=1 - np.eye(4))),
+    }.items():
+        others[name] = setting.short_id(setting.of(slerp, benchmark, 0, asked))
     assert len({base, *others.values()}) == 1 + len(others), others
+
+
+def test_a_mask_is_known_by_its_region(tmp_path):
+    region = np.zeros((4, 6), bool)
+    region[1:3, 2:5] = True
+    picture = Image.fromarray(region.astype(np.uint8) * 255)
+    picture.save(tmp_path / "mask.png")
+    forms = [region, region.astype(np.uint8), picture, tmp_path / "mask.png"]
+    said = [Asked(Conditions(mask=form)).identity["mask"] for form in forms]
+    picture.save(tmp_path / "elsewhere.png")
+    said.append(Asked(Conditions(mask=str(tmp_path / "elsewhere.png"))).identity["mask"])
+    assert len(set(said)) == 1
+    picture.rotate(180).save(tmp_path / "mask.png")  # another region under the name of before
+    assert Asked(Conditions(mask=tmp_path / "mask.png")).identity["mask"] not in said
 
 
 @pytest.mark.parametrize(

@@ -91,6 +91,28 @@ def test_load_gives_a_search_of_a_folder(finished, tmp_path):
     assert scores == sorted(scores, reverse=True)
 
 
+def test_isa_is_trained_and_its_attention_drawn(scratch, tmp_path):
+    folder, workdir = tmp_path / "images", tmp_path / "isa"
+    (folder / "below").mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for name in ("b.png", "a.png", "below/c.jpg"):
+        Image.fromarray(rng.integers(0, 255, (40, 50, 3), np.uint8)).save(folder / name)
+    flags = ("--config=experiments/isa.py:smoke", f"--workdir={workdir}")
+    only = "--config.evaluation.benchmarks=('shapes_tiny/circo',)"
+    status, output = run("main", *flags, only, scratch=scratch)
+    assert status == 0, output
+    assert ("shapes_tiny/circo", "isa") in metrics(workdir)
+    flags = (f"--workdir={workdir}", f"--output={tmp_path / 'out'}")
+    status, output = run("attention", *flags, f"--images={folder}", "--limit=2", scratch=scratch)
+    assert status == 0, output
+    found = np.load(tmp_path / "out" / "attention.npz")
+    assert found["names"].tolist() == [str(folder / "a.png"), str(folder / "b.png")]
+    assert len(found["cross"]) == 2
+    assert Image.open(tmp_path / "out" / "attention.png").width > 500
+    status, output = run("attention", *flags, f"--images={workdir / 'distil'}", scratch=scratch)
+    assert status == 2 and "no images. Give a folder" in output
+
+
 def test_killed_at_any_moment_the_same_command_ends_with_the_same_numbers(finished, tmp_path):
     unbroken, _ = finished
     scratch, workdir, log = tmp_path / "scratch", tmp_path / "run", tmp_path / "log"
