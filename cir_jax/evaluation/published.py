@@ -64,6 +64,10 @@ _TABLES: Mapping[tuple[str, str], str] = {
         isa, unstated | searle     | blip_b | 29.72 48.53 22.11 41.79 31.03 52.37 27.62 47.56
         isa, unstated | isa        | blip_b, EfficientNet-B2 | 30.03 48.58 25.33 46.26 33.45 53.80 29.60 49.54
         isa, unstated | isa        | blip_b, EfficientViT-M2 | 29.64 48.68 25.48 45.51 32.94 54.31 29.35 49.50
+        isa, unstated | isa        | blip_b, symmetric | 30.79 50.05 24.69 43.88 33.91 53.65 29.79 49.19
+        isa, unstated | isa        | blip_b, EfficientNet-B0 | 28.95 48.04 25.19 45.56 32.53 52.78 28.89 48.79
+        isa, unstated | isa        | blip_b, MobileNetV2 | 28.95 47.35 24.34 45.51 32.02 54.11 28.44 48.99
+        isa, unstated | isa        | blip_b, MobileViTV2 | 26.35 43.23 22.16 40.46 27.84 49.01 25.45 44.23
         rtd | pic2word | clip_b32     | 13.40 28.46 8.48 20.77 13.31 29.68 11.73 26.30
         rtd | pic2word | clip_b32+rtd | 23.06 40.48 20.33 41.75 24.12 46.35 22.50 42.86
         rtd | searle   | clip_b32     | 24.78 41.85 17.90 36.99 25.24 46.71 22.64 41.85
@@ -115,6 +119,7 @@ _TABLES: Mapping[tuple[str, str], str] = {
         slerp | text_only  | blip_l | 26.48 51.45 62.10 79.66 66.27 84.53 92.31
         slerp | slerp      | blip_l | 28.60 55.37 65.66 84.05 65.16 83.90 92.05
         slerp | slerp      | blip_l+tat | 33.98 61.74 72.70 88.94 68.55 85.11 93.21
+        slerp | slerp      | blip_l, tuned on COCO | 39.08 65.57 75.45 89.83 72.96 88.10 94.87
         slerp | combiner   | clip_b32 supervised | 30.99 61.28 73.69 91.40 59.64 79.95 90.65
         slerp | combiner   | clip_l14 supervised | 30.31 61.11 73.52 90.75 60.84 80.22 90.02
         isa | image_only | blip_b | 7.52 21.83 31.21 52.94 - - -
@@ -124,6 +129,7 @@ _TABLES: Mapping[tuple[str, str], str] = {
         isa | searle     | blip_b | 29.27 54.86 66.57 86.16 - - -
         isa | isa | blip_b, EfficientNet-B2 | 30.84 61.06 73.57 92.43 - - -
         isa | isa | blip_b, EfficientViT-M2 | 29.63 58.99 71.37 91.47 - - -
+        isa | isa | blip_b, symmetric | 29.68 58.72 70.79 90.33 - - -
         rtd | pic2word | clip_b32     | 13.64 37.45 52.22 - - - -
         rtd | pic2word | clip_b32+rtd | 23.59 51.76 65.16 - - - -
         rtd | searle   | clip_b32     | 23.71 53.30 66.84 - - - -
@@ -164,6 +170,10 @@ _TABLES: Mapping[tuple[str, str], str] = {
         isa | searle     | blip_b | 28.03 60.74 71.41 88.82 - - -
         isa | isa | blip_b, EfficientNet-B2 | 31.48 63.42 77.27 93.16 - - -
         isa | isa | blip_b, EfficientViT-M2 | 31.26 62.31 75.70 92.38 - - -
+        isa | isa | blip_b, symmetric | 30.21 61.52 74.09 90.81 - - -
+        isa | isa | blip_b, EfficientNet-B0 | 32.02 64.57 76.12 92.29 - - -
+        isa | isa | blip_b, MobileNetV2 | 30.50 63.51 74.27 91.18 - - -
+        isa | isa | blip_b, MobileViTV2 | 27.63 58.66 70.85 88.68 - - -
         rtd | lincir | clip_l14     | - 54.29 67.76 - - - -
         rtd | lincir | clip_l14+rtd | - 57.90 71.13 - - - -
     """,
@@ -209,6 +219,7 @@ _TABLES: Mapping[tuple[str, str], str] = {
         isa | searle     | blip_b | 10.65 11.34 12.40 13.02
         isa | isa | blip_b, EfficientNet-B2 | 11.33 12.25 13.42 13.97
         isa | isa | blip_b, EfficientViT-M2 | 9.82 10.50 11.61 12.09
+        isa | isa | blip_b, symmetric | 9.67 10.32 11.26 11.61
         rtd | pic2word | clip_b32     | 2.85 3.24 3.89 4.31
         rtd | pic2word | clip_b32+rtd | 6.39 6.66 7.64 8.16
         rtd | searle   | clip_b32     | 8.90 9.42 10.64 11.34
@@ -256,6 +267,10 @@ _TABLES: Mapping[tuple[str, str], str] = {
         isa | searle     | blip_b | 11.52 11.74 12.91 13.56
         isa | isa | blip_b, EfficientNet-B2 | 13.19 13.83 15.20 15.85
         isa | isa | blip_b, EfficientViT-M2 | 12.24 12.75 13.80 14.27
+        isa | isa | blip_b, symmetric | 11.03 12.01 13.17 13.81
+        isa | isa | blip_b, EfficientNet-B0 | 11.11 12.04 13.14 13.67
+        isa | isa | blip_b, MobileNetV2 | 10.50 10.82 12.09 12.44
+        isa | isa | blip_b, MobileViTV2 | 9.44 9.68 10.49 10.96
         rtd | lincir | clip_l14     | - 12.67 14.45 -
         rtd | lincir | clip_l14+rtd | - 16.10 17.84 -
     """,
@@ -313,6 +328,16 @@ class Row:
     method: str
     backbone: str
     metrics: Mapping[str, float]
+
+    @property
+    def paper(self) -> str:
+        """Its short name alone."""
+        return self.source.partition(",")[0]
+
+
+def of_paper(paper: str) -> list[Row]:
+    """All rows of a paper, of all benchmarks."""
+    return [row for key in _TABLES for row in _parse(*key) if row.paper == paper]
 
 
 def rows(benchmark: str, split: str, methods: Sequence[str], weights_id: str = "") -> list[Row]:
