@@ -4,11 +4,11 @@
     python benchmarks/reproduce.py --paper=searle          # runs what can be run
     python benchmarks/reproduce.py --paper=slerp --weights=weights/ --data_dir=data/
 
-Papers: searle, slerp (with TAT), rtd, isa, compodiff; their ablations are not listed. Weights lie
-in --weights under their published names (`openai/clip-vit-base-patch32`, `SEARLE_ViT-B32.pt`), or
-in the hub's cache; benchmarks are prepared as for launch/eval.py. What the authors have not
-released is trained by the command that is shown, seed by seed in --workdir/train, and then
-evaluated like the rest.
+Papers: searle, slerp (with TAT), rtd, isa, compodiff; of their ablations those of SEARLE, TAT and
+ISA's encoders. Weights lie in --weights under their published names (`SEARLE_ViT-B32.pt`,
+`openai/clip-vit-base-patch32`), or in the hub's cache; benchmarks are prepared as for
+launch/eval.py. What the authors have not released is trained by the command that is shown, seed by
+seed in --workdir/train, and then evaluated like the rest.
 
 Each run is kept in --workdir with its results.json, and made again only if its config, weights or
 data have changed. Of test splits without public labels it writes the file for the server; put the
@@ -20,10 +20,8 @@ import argparse
 import dataclasses
 import hashlib
 import json
-import math
-import statistics
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,15 +30,10 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks import reproduce_recipes as recipes  # noqa: E402
 from benchmarks.reproduce_recipes import PAPERS, Recipe  # noqa: E402
+from benchmarks.reproduce_table import SERVER, STAMP, document, listing, what  # noqa: E402
 from cir_jax.errors import CirError, DataError  # noqa: E402
 from cir_jax.evaluation import published  # noqa: E402
 from cir_jax.evaluation.published import Row  # noqa: E402
-
-ROUNDING = 0.05
-"""Differences up to it are none: papers print two decimals of numbers that GPUs round otherwise."""
-
-STAMP = "made_of.json"
-SERVER = "server.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,7 +118,8 @@ def lines(paper: str, places: Places, seeds: Sequence[int]) -> list[Line]:
             here = tuple(seed for seed in seeds if _is_trained(places.train(recipe, seed)))
             if not here:
                 training = _training(recipe, places, seeds[0])
-                missing.append(f"training {recipe.config}: {training}")
+                what = f"{recipe.config}, {row.variant}" if row.variant else recipe.config
+                missing.append(f"training {what}: {training}")
         protocol = benchmarks.find(row.benchmark).protocol.id
         found.append(Line(row, recipe, protocol, tuple(missing), here if not missing else ()))
     return found
@@ -147,8 +141,8 @@ def _lacks_data(row: Row, places: Places) -> str:
 def _lacks_weights(recipe: Recipe, places: Places) -> Iterator[str]:
     backbone = _config(recipe).backbone
     if recipe.made and not places.located(backbone):
-        maker, export = Recipe(recipe.made), places.weights / backbone
-        yield f"{backbone}: {_training(maker, places, 0, f'--config.export_to={export}')}"
+        export = f"--config.export_to={places.weights / backbone}"
+        yield f"{backbone}: {_training(recipe.maker, places, 0, export)}"
     elif not places.located(backbone):
         for part in backbone.split("+"):
             if not places.located(part):
@@ -176,6 +170,10 @@ def _training(recipe: Recipe, places: Places, seed: int, *more: str) -> str:
         run = Recipe(begins)
         changes["init_from"] = places.train(run, seed) / _config(run).stages[-1]
         where = f", from a run of {begins}"
+    for stage in config.stages:
+        if config.stage[stage].composer.get("phrases") == recipes.PHRASES:
+            phrases = places.located(recipes.PHRASES) or recipes.PHRASES
+            changes[f"stage.{stage}.composer.phrases"] = phrases
     words = [f"python launch/main.py --config=experiments/{method}.py:{preset}"]
     words += [f"--config.{name}={_shell(value)}" for name, value in changes.items()]
     words += [
@@ -184,7 +182,7 @@ def _training(recipe: Recipe, places: Places, seed: int, *more: str) -> str:
         if not config.stage[stage].data.dataset
     ]
     words += [*more, f"--config.seed={seed}", f"--workdir={places.train(recipe, seed)}"]
-    corpus = recipes.CORPORA[method]
+    corpus = recipe.corpus or recipes.CORPORA[method]
     return f"no weights are released; train on {corpus}{where}: {' '.join(words)}"
 
 
@@ -284,135 +282,6 @@ def run(line: Line, places: Places, seed: int) -> bool:
     return True
 
 
-@dataclasses.dataclass(frozen=True)
-class Found:
-    """What a run gave. metrics: percent; from_server: they are the server's."""
-
-    metrics: Mapping[str, float]
-    seed: int
-    weights_id: str
-    setting_id: str
-    partial: bool
-    from_server: bool = False
-
-
-def found(line: Line, places: Places) -> list[Found]:
-    """The results there are, seed by seed."""
-    out = []
-    for seed in line.seeds:
-        output = places.run(line.recipe, line.row, seed)
-        if not (output / STAMP).is_file():
-            continue
-        (result,) = json.loads((output / "results.json").read_text())["results"]
-        metrics = {name: value["value"] for name, value in result["metrics"].items()}
-        server = output / SERVER
-        if not metrics and server.is_file():
-            try:
-                metrics = {
-                    name: float(value) for name, value in json.loads(server.read_text()).items()
-                }
-            except (ValueError, AttributeError, TypeError) as error:
-                raise DataError(
-                    f'{server}: not readable ({error}); expected {{"mAP@5": 8.9, ...}}.'
-                ) from error
-        ids = result["weights_id"], result["setting_id"], result["partial"]
-        out.append(Found(metrics, seed, *ids, from_server=server.is_file()))
-    return out
-
-
-def listing(listed: Sequence[Line]) -> str:
-    """What there is of a paper, for people."""
-    out: list[str] = []
-    where = None
-    for line in listed:
-        if where != (here := (line.row.benchmark, line.row.split)):
-            where = here
-            out += ["", f"{here[0]} {here[1]}, protocol {line.protocol}"]
-        numbers = "  ".join(f"{name} {value:g}" for name, value in line.row.metrics.items())
-        names = dict.fromkeys(one.partition(": ")[0] for one in line.missing)
-        short = "here" if not line.missing else f"needs {'; '.join(names)}"
-        source = line.row.source.partition(",")[2]
-        mark = f" ({source.strip()})" if source else ""
-        out += [f"  {line.row.method}, {line.row.backbone}{mark}: {numbers}", f"      {short}"]
-    missing = dict.fromkeys(one for line in listed for one in line.missing)
-    cells = sum(len(line.row.metrics) for line in listed)
-    ready = sum(len(line.row.metrics) for line in listed if not line.missing)
-    out += ["", f"{cells} cells in {len(listed)} rows; {ready} can be run with what is here"]
-    if missing:
-        out += ["", "to get:", *(f"  {one}" for one in missing)]
-    return "\n".join(out).lstrip("\n")
-
-
-def document(paper: str, listed: Sequence[Line], places: Places, failed: Mapping[str, str]) -> str:
-    """REPRODUCTION.md. failed: what could not be run -> why."""
-    results = [(line, found(line, places)) for line in listed]
-    done = [(line, runs) for line, runs in results if any(run.metrics for run in runs)]
-    waiting = [(line, runs) for line, runs in results if runs and not runs[0].metrics]
-    cells = sum(len(line.row.metrics) for line, _ in done)
-    every = sum(len(line.row.metrics) for line in listed)
-    out = [
-        f"# The tables of {paper}, computed",
-        "",
-        f"`python benchmarks/reproduce.py --paper={paper}`: {cells} of {every} cells. Percent; "
-        "ours is the mean over seeds, with the deviation between them where there are several. "
-        "What a setting is, results.json in the run's folder says.",
-    ]
-    if any(one.partial for _, runs in done for one in runs):
-        out += ["", "**PARTIAL DATA: these numbers are not comparable.**"]
-    unlike: list[str] = []
-    where = None
-    for line, runs in done:
-        row = line.row
-        if where != (here := (row.benchmark, row.split)):
-            where = here
-            out += ["", f"## {here[0]} {here[1]}", "", f"Protocol `{line.protocol}`.", ""]
-            out += [
-                "| method | backbone | metric | paper | ours | difference | seeds | weights | "
-                "setting |",
-                "|---|---|---|---|---|---|---|---|---|",
-            ]
-        for name, paper_value in row.metrics.items():
-            values = [one.metrics[name] for one in runs if name in one.metrics]
-            if not values:
-                continue
-            mean = statistics.fmean(values)
-            spread = statistics.stdev(values) if len(values) > 1 else 0.0
-            ours = f"{mean:.2f}" + (f" ± {spread:.2f}" if len(values) > 1 else "")
-            off = mean - paper_value
-            weights = ", ".join(dict.fromkeys(one.weights_id for one in runs))
-            setting = ", ".join(dict.fromkeys(one.setting_id for one in runs))
-            seeds = ", ".join(str(one.seed) for one in runs)
-            server = " (server)" if runs[0].from_server else ""
-            out.append(
-                f"| {row.method} | {row.backbone} | {name} | {paper_value:g} | {ours}{server} | "
-                f"{off:+.2f} | {seeds} | `{weights}` | `{setting}` |"
-            )
-            if abs(off) > max(spread, ROUNDING) and not math.isclose(abs(off), ROUNDING):
-                why = recipes.known_reason(row) or (
-                    "not explained: compare the setting in results.json with the paper's"
-                )
-                unlike.append(
-                    f"* {row.benchmark} {row.split}, {row.method}, {row.backbone}, {name}: "
-                    f"{off:+.2f}; {why}"
-                )
-    if unlike:
-        out += ["", "## Differences above the spread of seeds", "", *unlike]
-    if waiting:
-        out += ["", "## Waiting for the test server", ""]
-        out += [
-            f"* {line.row.benchmark} {line.row.split}, {line.row.method}, {line.row.backbone}: "
-            f"`{places.run(line.recipe, line.row, runs[0].seed)}`; put its numbers there as "
-            f"`{SERVER}`"
-            for line, runs in waiting
-        ]
-    if failed:
-        out += ["", "## Failed", "", *(f"* {what}: {why}" for what, why in failed.items())]
-    missing = dict.fromkeys(one for line in listed for one in line.missing)
-    if missing:
-        out += ["", "## Not here", "", *(f"* {one}" for one in missing)]
-    return "\n".join(out) + "\n"
-
-
 def reproduce(paper: str, places: Places, seeds: Sequence[int], output: Path) -> bool:
     """Runs what can be run; returns whether there was anything, and all of it ran. Writes `output`
     after each run."""
@@ -437,14 +306,13 @@ def reproduce(paper: str, places: Places, seeds: Sequence[int], output: Path) ->
     for line, seed in todo.values():
         forget_stale(line, places, seed)
     for number, (line, seed) in enumerate(todo.values(), 1):
-        row = line.row
-        what = f"{row.benchmark} {row.split}, {row.method}, {row.backbone}, seed {seed}"
-        print(f"[{number}/{len(todo)}] {what}", flush=True)
+        name = f"{what(line.row)}, seed {seed}"
+        print(f"[{number}/{len(todo)}] {name}", flush=True)
         try:
             if not run(line, places, seed):
                 print("  done before", flush=True)
         except CirError as error:  # the others may do
-            failed[what] = str(error)
+            failed[name] = str(error)
             print(f"  failed: {error}", file=sys.stderr, flush=True)
         write()
     print(f"{output}: {len(todo) - len(failed)} of {len(todo)} runs")

@@ -71,6 +71,29 @@ CORPORA = {
 """Method -> what the paper trains it on; `data/*/README.md` say how to get or make it."""
 
 
+def _images_of(dataset: str) -> dict[str, Any]:
+    """SEARLE's stages on the training images of a benchmark."""
+    own = {"dataset": dataset, "split": "train", "tables.images": 0.0, "tables.gallery": 1.0}
+    stages = ("oti", "distil")
+    return {f"stage.{stage}.data.{name}": x for stage in stages for name, x in own.items()}
+
+
+VARIANTS: Mapping[tuple[str, str], Mapping[str, Any]] = {
+    ("searle_oti", "L2 loss"): {"composer.image_loss": "l2"},
+    ("searle_oti", "concept alone"): {"composer.regulariser": "concept"},
+    ("searle_oti", "random concepts"): {"composer.regulariser": "random"},
+    ("searle_oti", "no regulariser"): {"composer.regulariser": "none"},
+    ("searle", "cosine distillation"): {"stage.distil.composer.distillation": "cosine"},
+    ("searle", "no distillation"): {"stage.distil.composer.distillation": "none"},
+    ("searle", "no regulariser"): {"stage.distil.composer.weight_gpt": 0.0},
+    ("searle", "on FashionIQ"): _images_of("fashioniq"),
+    ("searle", "on CIRR"): _images_of("cirr"),
+    ("tat", "no anchor"): {"composer.tuned": "both"},
+    ("tat", "image anchor"): {"composer.tuned": "text"},
+}
+"""Experiment and what an ablation changes -> the fields that do it; others are other corpora."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Recipe:
     """One run of `launch/eval.py`.
@@ -78,7 +101,9 @@ class Recipe:
     config: experiment and preset. changes: fields of it that are other than there.
     official: files of the method's own weights, together. beside: field -> another file it reads.
     trained: the method has to be trained here, by this config, and is in a workdir of its own.
-    made: (experiment and preset) that exports the backbone, where nobody has released it.
+    made: experiment and preset that exports the backbone, where nobody has released it; made_with:
+        fields of it that are other than there.
+    corpus: what the one that is trained is trained on, if it is not the paper's usual one.
     """
 
     config: str
@@ -87,6 +112,13 @@ class Recipe:
     beside: tuple[tuple[str, str], ...] = ()
     trained: bool = False
     made: str = ""
+    made_with: tuple[tuple[str, Any], ...] = ()
+    corpus: str = ""
+
+    @property
+    def maker(self) -> "Recipe":
+        """What exports the backbone."""
+        return Recipe(self.made, self.made_with, corpus=self.corpus)
 
     @property
     def method(self) -> str:
@@ -96,7 +128,8 @@ class Recipe:
     @property
     def slug(self) -> str:
         """A folder for it; equal recipes share one."""
-        parts = [self.config, *(str(value) for _, value in self.changes)]
+        parts = [self.config, *(str(value) for _, value in self.changes), self.corpus]
+        parts = [part for part in parts if part]
         return "-".join("".join(c if c.isalnum() else "_" for c in part) for part in parts)
 
 
@@ -118,9 +151,19 @@ def recipe(row: Row) -> Recipe:
             changes["preprocessing"] = "targetpad"
         if tuned == "tat":
             made = f"tat:{'blip_l' if base == 'blip_l' else PRESETS[base]}"
-            changes["backbone"] = made.replace(":", "-")
-            return Recipe(f"{row.method}:vit_b32", _items(changes), made=made)
+            changed = VARIANTS.get(("tat", row.variant), {})
+            name = f"{made} {row.variant}".strip().lower()
+            changes["backbone"] = "".join(c if c.isalnum() or c == "_" else "-" for c in name)
+            return Recipe(
+                f"{row.method}:vit_b32",
+                _items(changes),
+                made=made,
+                made_with=_items(changed),
+                corpus="" if changed else row.variant,
+            )
         return Recipe(f"{row.method}:vit_b32", _items(changes))
+    changes |= VARIANTS.get((row.method, row.variant), {})
+    corpus = f"the train split of {row.variant[3:]}" if row.variant.startswith("on ") else ""
     if row.method == "searle_oti":
         return Recipe(
             f"searle_oti:{PRESETS[base]}", _items(changes), beside=(("composer.phrases", PHRASES),)
@@ -144,10 +187,14 @@ def recipe(row: Row) -> Recipe:
     preset = PRESETS.get(base, "vit_b32")
     if tuned == "rtd":
         return Recipe(f"rtd:{row.method}_{preset}", _items(changes), trained=True)
-    released = RELEASED.get((row.method, base))
+    released = "" if row.variant else RELEASED.get((row.method, base))
     official = (released,) if released else ()
     return Recipe(
-        f"{row.method}:{preset}", _items(changes), official=official, trained=not official
+        f"{row.method}:{preset}",
+        _items(changes),
+        official=official,
+        trained=not official,
+        corpus=corpus,
     )
 
 
@@ -168,12 +215,14 @@ def _items(changes: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
 
 def known_reason(row: Row) -> str:
     """What is known of a difference from the paper's number, "" = nothing."""
+    if row.variant:
+        return ""
     if row.paper == "searle" and row.method == "searle" and row.backbone == "clip_l14":
         return (
             "the released weights are not those of the paper's first version: they give CIRCO test "
             "11.68 12.73 14.33 15.12, FashionIQ 25.56 46.23 (compodiff, slerp)"
         )
-    if "unstated" in row.source:
+    if "unstated" in row.source and row.method != "image_only":
         return "the paper does not say how it joins captions, or what it samples with"
     if row.method in ("image_only", "text_only", "image_text") and row.paper in ("slerp", "isa"):
         return "the paper does not state its preprocessing and prompts, and released no evaluation"

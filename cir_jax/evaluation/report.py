@@ -17,6 +17,7 @@ from cir_jax.evaluation.published import Row
 from cir_jax.evaluation.result import UNIMODAL, Result
 from cir_jax.storage.atomic import write_atomically
 
+LISTED = 6  # groups of a gallery that are counted one by one
 PACKAGES = ("cir_jax", "jax", "jaxlib", "flax", "numpy", "pillow")
 
 
@@ -122,7 +123,8 @@ def _elsewhere(row: Row, first: Result) -> str:
 
 def _counts(counts: Mapping[str, int]) -> str:
     groups = [f"{name.partition(' ')[2]} {n}" for name, n in counts.items() if " " in name]
-    per_group = f" ({', '.join(groups)})" if groups else ""
+    listed = ", ".join(groups) if len(groups) <= LISTED else f"in {len(groups)} groups"
+    per_group = f" ({listed})" if groups else ""
     return f"{counts['queries']} queries, {counts['gallery']} gallery images{per_group}"
 
 

@@ -142,3 +142,16 @@ def test_texts_of_the_real_annotations_are_those_of_m_beir(dataset, count, sampl
     assert len(found) == count
     for number, expected in samples.items():  # number: of the id in CIRCUS's own lists
         assert found[number - 1] == expected
+
+
+@pytest.mark.skipif(not ANNOTATIONS.is_dir(), reason="no real annotation files here")
+def test_queries_of_circo_are_told_apart_by_image_and_text():
+    entries = json.loads((ANNOTATIONS / "circo/val.json").read_text())
+    found = {
+        (str(e["reference_img_id"]), circus.plain([e["relative_caption"]])): e["id"]
+        for e in entries
+    }
+    assert len(found) == len(entries) == 220
+    # of CIRCUS's own lists: 000000280105.jpg, circo_q_test_134
+    assert found["280105", "instead of having a mirror has a window over the sink"] == 134
+    assert found["15820", "has a plane instead of a truck"] == 210

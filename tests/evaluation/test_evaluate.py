@@ -234,6 +234,18 @@ def test_table_and_json(oracle, tmp_path):
     assert whole["published"] == [] and first["partial"] is False and first["seed"] == 0
 
 
+def test_many_groups_of_a_gallery_are_not_listed(oracle):
+    result = evaluate.evaluate(*oracle, worlds.benchmark(), mesh=worlds.mesh(1))
+
+    def first_line(groups):
+        counts = {"queries": 9, "gallery": 70} | {f"gallery object {i}": 7 for i in range(groups)}
+        text = report.format_table([dataclasses.replace(result, counts=counts)])
+        return text.splitlines()[0].partition(";")[0]
+
+    assert first_line(2).endswith("70 gallery images (object 0 7, object 1 7)")
+    assert first_line(202).endswith("70 gallery images (in 202 groups)")
+
+
 def test_composition_gap_is_that_to_the_better_modality(oracle, tmp_path):
     result = evaluate.evaluate(*oracle, worlds.benchmark(), mesh=worlds.mesh(1))
 
