@@ -21,7 +21,7 @@ import dataclasses
 import hashlib
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -246,7 +246,40 @@ def made_of(line: Line, places: Places, config: Any) -> dict[str, Any]:
     ]
     text = json.dumps(listed)
     fields = json.loads(config.to_json_best_effort())
-    return {"config": fields, "files": hashlib.sha256(text.encode()).hexdigest()[:16]}
+    files_id = hashlib.sha256(text.encode()).hexdigest()[:16]
+    return {"config": fields, "files": files_id, "differs": differing(line, config)}
+
+
+FREE = ("seed", "preset", "backbone", "init_from", "export_to", "data_dir", "workers", "mesh",
+        "frozen", "remat", "log_every", "evaluation", "checkpoint")  # fmt: skip
+"""Fields of a training run that may be other than in the preset: they do not change the method."""
+
+PLACES = ("data.dataset", "phrases", "names", "microbatches")
+"""The same, as the ends of fields."""
+
+
+def differing(line: Line, config: Any) -> list[str]:
+    """Fields in which a training run is another than the one that the paper's row wants."""
+    if not line.recipe.trained:
+        return []
+    wanted, run = (
+        _flat(json.loads(one.to_json_best_effort())) for one in (_config(line.recipe), config)
+    )
+    return [
+        name
+        for name in sorted(wanted.keys() | run.keys())
+        if wanted.get(name) != run.get(name)
+        and name.partition(".")[0] not in FREE
+        and not name.endswith(PLACES)
+    ]
+
+
+def _flat(fields: Mapping[str, Any], before: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in fields.items():
+        inner = isinstance(value, Mapping) and value
+        found |= _flat(value, f"{before}{name}.") if inner else {before + name: value}
+    return found
 
 
 def forget_stale(line: Line, places: Places, seed: int) -> None:

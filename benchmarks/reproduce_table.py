@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 ROUNDING = 0.05
 """Differences up to it are none: papers print two decimals of numbers that GPUs round otherwise."""
 
+UNEXPLAINED = "not explained: compare the setting in results.json with the paper's"
+
 STAMP = "made_of.json"
 """In a run's folder: what it was made of; written last."""
 
@@ -28,7 +30,8 @@ SERVER = "server.json"
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-    """What a run gave. metrics: percent; from_server: they are the server's."""
+    """What a run gave. metrics: percent; from_server: they are the server's. differs: fields of a
+    training run that are other than the row wants."""
 
     metrics: Mapping[str, float]
     seed: int
@@ -36,6 +39,7 @@ class Found:
     setting_id: str
     partial: bool
     from_server: bool = False
+    differs: tuple[str, ...] = ()
 
 
 def found(line: Line, places: Places) -> list[Found]:
@@ -58,7 +62,8 @@ def found(line: Line, places: Places) -> list[Found]:
                     f'{server}: not readable ({error}); expected {{"mAP@5": 8.9, ...}}.'
                 ) from error
         ids = result["weights_id"], result["setting_id"], result["partial"]
-        out.append(Found(metrics, seed, *ids, from_server=server.is_file()))
+        differs = tuple(json.loads((output / STAMP).read_text())["differs"])
+        out.append(Found(metrics, seed, *ids, from_server=server.is_file(), differs=differs))
     return out
 
 
@@ -110,7 +115,7 @@ def document(paper: str, listed: Sequence[Line], places: Places, failed: Mapping
     ]
     if any(one.partial for _, runs in done for one in runs):
         out += ["", "**PARTIAL DATA: these numbers are not comparable.**"]
-    unlike: list[tuple[Row, list[str]]] = []
+    unlike: list[tuple[Row, list[str], str]] = []
     where = None
     for line, runs in done:
         row = line.row
@@ -140,14 +145,16 @@ def document(paper: str, listed: Sequence[Line], places: Places, failed: Mapping
             )
             if abs(off) > max(spread, ROUNDING) and not math.isclose(abs(off), ROUNDING):
                 if not unlike or unlike[-1][0] is not row:
-                    unlike.append((row, []))
+                    fields = dict.fromkeys(name for one in runs for name in one.differs)
+                    unlike.append((row, [], ", ".join(fields)))
                 unlike[-1][1].append(f"{name} {off:+.2f}")
     if unlike:
         out += ["", "## Differences above the spread of seeds", ""]
-    for row, values in unlike:
-        why = recipes.known_reason(row) or (
-            "not explained: compare the setting in results.json with the paper's"
-        )
+    for row, values, fields in unlike:
+        if fields:
+            why = f"the training run differs from the preset in {fields}"
+        else:
+            why = recipes.known_reason(row) or UNEXPLAINED
         out.append(f"* {what(row)}: {', '.join(values)}; {why}")
     if waiting:
         out += ["", "## Waiting for the test server", ""]

@@ -209,7 +209,7 @@ def test_seeds_are_averaged_and_their_spread_counts(tmp_path):
         result = {"metrics": {"mAP@5": {"value": value}}, "weights_id": "b@1", "partial": False,
                   "setting_id": f"s{seed}"}  # fmt: skip
         (folder / "results.json").write_text(json.dumps({"results": [result]}))
-        (folder / reproduce.STAMP).write_text("{}")
+        (folder / reproduce.STAMP).write_text('{"differs": []}')
     text = reproduce.document("isa", [line], places, {})
     assert "| 10.00 | 10.50 ± 1.80 | +0.50 | 0, 1, 2 | `b@1` | `s0, s1, s2` |" in text
     assert "## Differences" not in text and "PARTIAL" not in text  # within the spread
@@ -235,6 +235,27 @@ def test_a_training_run_is_found_by_its_checkpoints(tmp_path, monkeypatch):
     assert "init_from=official:SEARLE_ViT-B32.pt/here" in wanted["rtd:searle_vit_b32"]
     inside = places.train(reproduce.Recipe("pic2word:vit_b32"), 0) / "contrastive"
     assert f"init_from={inside}" in wanted["rtd:pic2word_vit_b32"]
+
+
+def test_a_training_run_of_other_settings_is_told(tmp_path):
+    row = next(r for r in published.of_paper("rtd") if (r.method, r.backbone) == (
+        "lincir", "clip_b32"))  # fmt: skip
+    line = reproduce.Line(row, recipes.recipe(row), "", (), (0,))
+    config = read_experiment("lincir:vit_b32")
+    config.seed, config.backbone, config.stage.smp.data.dataset = 3, "elsewhere", "cc3m"
+    assert reproduce.differing(line, config) == []
+    config.composer.dropout, config.stage.smp.duration = 0.1, "8 steps"
+    fields = reproduce.differing(line, config)
+    assert fields == ["composer.dropout", "stage.smp.duration"]
+    places = reproduce.Places(tmp_path, tmp_path, tmp_path)
+    folder = places.run(line.recipe, row, 0)
+    folder.mkdir(parents=True)
+    metrics = {name: {"value": value + 1} for name, value in row.metrics.items()}
+    result = {"metrics": metrics, "weights_id": "b@1", "partial": False, "setting_id": "s"}
+    (folder / "results.json").write_text(json.dumps({"results": [result]}))
+    (folder / reproduce.STAMP).write_text(json.dumps({"differs": fields}))
+    text = reproduce.document("rtd", [line], places, {})
+    assert "the training run differs from the preset in composer.dropout, stage.smp.dur" in text
 
 
 def test_the_config_of_an_evaluation_names_what_lies_where(here, tmp_path, monkeypatch):
