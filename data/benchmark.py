@@ -22,7 +22,7 @@ import tensorflow_datasets as tfds
 
 from cir_jax.errors import DataError
 from cir_jax.input import links
-from data.held import Held
+from data.held import Place
 from data.lookup import first_image
 from data.source import (
     Options,
@@ -58,7 +58,7 @@ class Picture:
 
     key: str
     name: str
-    path: Path | Held
+    path: Place
     categories: tuple[str, ...] = ()
     box: tuple[float, ...] | None = None
     renamed: bool = False
@@ -245,6 +245,11 @@ class BenchmarkBuilder(SourceBuilder, skip_registration=True):
     ) -> Split:
         """The records of images that are all there; with the gallery's `others` of their fields."""
         link = options.images == "link"
+        if link and (held := [p.path for p in pictures if not isinstance(p.path, Path)]):
+            raise DataError(
+                f"--images=link: {held[0]} is inside of another file, which cannot be linked. "
+                "Leave the flag out, or unpack the images."
+            )
 
         def records(start: int) -> Iterator[dict[str, Any]]:
             rest = pictures[start:]

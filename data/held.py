@@ -44,6 +44,33 @@ class Held:
         return f"{self.file} row {self.row}"
 
 
+@dataclasses.dataclass(frozen=True)
+class Archived:
+    """A file in a tar file."""
+
+    member: formats.Member
+
+    @property
+    def name(self) -> str:
+        """For stamps and messages."""
+        return f"{self.member.archive.name} {self.member.name}"
+
+    def stat(self) -> os.stat_result:
+        """That of the tar file. Raises FileNotFoundError."""
+        return self.member.archive.stat()
+
+    def read_bytes(self) -> bytes:
+        """Raises Unusable when the tar file is truncated."""
+        return self.member.read()
+
+    def __str__(self) -> str:
+        return f"{self.member.archive} {self.member.name}"
+
+
+Place = Path | Held | Archived
+"""Where an image lies."""
+
+
 class _Images:
     """The images of a Parquet file by row; the row groups read last are kept."""
 

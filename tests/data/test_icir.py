@@ -1,6 +1,10 @@
 """i-CIR: a database per instance, several right answers, reference images beside it."""
 
+import io
+import json
 import shutil
+import tarfile
+from pathlib import Path
 
 import pytest
 
@@ -45,6 +49,52 @@ def test_an_image_listed_twice_for_an_instance_counts_once(tmp_path):
     gallery = rows(tmp_path / "data", "icir", "gallery", "test")
     assert len(gallery) == 7 and gallery[0]["categories"] == [b"star_7"]
     assert len(rows(tmp_path / "data", "icir", "queries", "test")[0]["targets"]) == 2
+
+
+def shards(source: Path, size: int = 3) -> Path:
+    """The dummy as the hub has it: tar files of an image and its JSON each."""
+    for kind in ("query", "database"):
+        lines = (source / f"{kind}_files.csv").read_text().splitlines()
+        (source / "webdataset" / kind).mkdir(parents=True)
+        for first in range(0, len(lines), size):
+            path = source / "webdataset" / kind / f"{kind}-{first // size:06d}.tar"
+            with tarfile.open(path, "w") as archive:
+                for i, line in enumerate(lines[first : first + size], first):
+                    image, text, instance = line.split(",")
+                    fields = {"img_path": image, "text": text, "instance": instance}
+                    pixels = (source / image.removeprefix("icir/")).read_bytes()
+                    contents = {"jpg": pixels, "json": json.dumps(fields).encode()}
+                    for extension, content in contents.items():
+                        info = tarfile.TarInfo(f"{i:09d}.{extension}")
+                        info.size = len(content)
+                        archive.addfile(info, io.BytesIO(content))
+    for name in ("query", "database"):
+        shutil.rmtree(source / name)
+        (source / f"{name}_files.csv").unlink()
+    return source
+
+
+def test_the_hubs_shards_give_the_same_tables(tmp_path):
+    build.prepare("icir", None, tmp_path / "a", source=dummy("icir"), allow_partial=True)
+    source = shards(copy("icir", tmp_path))
+    build.prepare("icir", None, tmp_path / "b", source=source, allow_partial=True)
+    for table in ("gallery", "references", "queries", "names"):
+        found, expected = (rows(tmp_path / x, "icir", table, "test") for x in "ba")
+        assert str(found) == str(expected)
+    with pytest.raises(DataError, match="database-000000.tar .*cannot be linked"):
+        build.prepare("icir", None, tmp_path / "c", source=source, allow_partial=True, link=True)
+
+
+def test_damaged_shards_are_named(tmp_path):
+    source = shards(copy("icir", tmp_path))
+    shard = source / "webdataset" / "query" / "query-000000.tar"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole.replace(b'"instance"', b'"instanze"'))
+    with pytest.raises(DataError, match="query-000000.tar key 000000000: no sample of i-CIR"):
+        build.survey("icir", source)
+    shard.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(DataError, match="query-000000.tar.*truncated"):
+        build.survey("icir", source)
 
 
 def test_lost_references_and_answers_lose_their_queries(tmp_path):
