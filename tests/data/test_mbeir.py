@@ -4,8 +4,6 @@ import io
 import shutil
 
 import numpy as np
-import pyarrow
-import pyarrow.parquet
 import pytest
 from PIL import Image
 
@@ -14,6 +12,9 @@ from cir_jax.evaluation import benchmarks, circus
 from data import build
 from data.held import Held
 from tests.data.dummies import copy, dummy, rows
+
+pyarrow = pytest.importorskip("pyarrow")
+pytest.importorskip("pyarrow.parquet")
 
 
 @pytest.fixture(scope="module")
