@@ -77,6 +77,21 @@ def test_queries_that_are_not_there_are_named(tmp_path):
     assert circus.select(listed, "cirr", queries, {0: "b"}.get, [], partial=True) == []
 
 
+def test_lists_of_other_annotations_are_refused_where_data_are_complete(tmp_path, monkeypatch):
+    source = copy("circus", tmp_path)
+    for file in source.rglob("*circo*.jsonl"):
+        file.write_text(file.read_text().replace("white background", "red background"))
+    for dataset, files in (("circus", source), ("circo", dummy("circo"))):
+        build.prepare(dataset, None, tmp_path / "data", source=files, allow_partial=True)
+    name = "circo:shortcut_free"
+    partial = benchmarks.load(name, "", tmp_path / "data", allow_partial=True)
+    assert [query.id for query in partial.queries] == [2] and partial.partial
+    for check in ("incomplete", "_unfinished"):
+        monkeypatch.setattr(benchmarks, check, lambda *args: "")
+    with pytest.raises(DataError, match=r"1 of its 2 queries .*red background.*other annotations"):
+        benchmarks.load(name, "", tmp_path / "data")
+
+
 def test_damaged_lists_are_named(tmp_path):
     source = copy("circus", tmp_path)
     (file,) = (source / "shortcut_free_subsets/cirr/shortcut_free").glob("*modal.jsonl")
