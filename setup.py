@@ -41,7 +41,12 @@ EXTRAS = {
 }
 
 # what the library reads at run time, beside its own code
-BUNDLED = ("experiments/*.py", "data/shapes/*.json", "data/shapes/clip/*")
+BUNDLED = (
+    "experiments/*.py",
+    "data/shapes/*.json",
+    "data/shapes/clip/*",
+    "data/shapes/photos/*/*.png",
+)
 
 
 class BuildWithBundle(build_py):
@@ -78,4 +83,5 @@ setup(
     packages=find_namespace_packages(include=["cir_jax", "cir_jax.*"]),
     install_requires=(ROOT / "requirements.txt").read_text().splitlines(),
     extras_require=EXTRAS,
+    entry_points={"console_scripts": ["cir = cir_jax.library.cli:main"]},
 )

@@ -48,7 +48,7 @@ RELEASED = {
 EIGHT_DEVICES = {"stage.contrastive.optimizer.eps": 8e-6}
 PRESETS = {
     "shapes": {},
-    "blip": {"backbone": "data/shapes/blip"},
+    "blip": {"backbone": "data/shapes/blip", "composer.scale": 1 / 0.07},  # as it was pretrained
     "smoke": {
         "composer.hidden_dim": 32,
         "stage.contrastive.data.dataset": "shapes_tiny",

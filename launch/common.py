@@ -10,6 +10,7 @@ from absl import logging as absl_logging
 from ml_collections import ConfigDict, config_flags
 
 from cir_jax.errors import CirError, ConfigError, unknown
+from cir_jax.storage import places
 from launch import ending, huge_pages
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -58,9 +59,7 @@ def join(joining: ModuleType) -> None:
 
     if not jax.config.jax_compilation_cache_dir:  # $JAX_COMPILATION_CACHE_DIR
         # a resumed run, and an evaluation after training, need not compile again
-        jax.config.update(
-            "jax_compilation_cache_dir", str(Path.home() / ".cache" / "cir_jax" / "xla")
-        )
+        jax.config.update("jax_compilation_cache_dir", str(places.default_compiled_dir()))
     joining.initialize(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
 
 

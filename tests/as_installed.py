@@ -3,6 +3,8 @@
 python -m pip install . && cd / && python .../tests/as_installed.py
 """
 
+import os
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -41,6 +43,10 @@ def main() -> None:
         found = search.search(Path(folder) / "red.png", "is blue", k=3)
         names = sorted(path.name for path, _ in found)
         assert names == ["blue.png", "green.png", "red.png"], names
+        os.environ["CIR_JAX_LIBRARY"] = folder
+        command = [Path(sys.executable).with_name("cir"), "search", "--demo", "--text", "a star"]
+        lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        assert len(lines.splitlines()) == 10, lines
     # files beside the config: phrases and parts of speech travel, too
     stage = loading.read_experiment("searle").stage.oti.composer
     from cir_jax.composers.phrases import Phrases

@@ -11,6 +11,7 @@ from cir_jax.storage.places import SHIPPED
 
 pytest.importorskip("importlinter")
 UPWARDS = {
+    "loading.py": "cir_jax.library.library",
     "composers/phrases.py": "cir_jax.retrieval.features",
     "input/keywords.py": "cir_jax.weights.files",
     "input/objects.py": "cir_jax.weights.kinds",

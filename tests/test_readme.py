@@ -1,8 +1,10 @@
 """The README is true: its commands run, its table is the committed measurement."""
 
+import functools
 import json
 import re
 import shlex
+import shutil
 import statistics
 import sys
 
@@ -11,6 +13,8 @@ import pytest
 from PIL import Image
 
 from benchmarks import compare_table
+from cir_jax import loading
+from cir_jax.library import cli
 from tests.launch.binaries import ROOT, environment, run_command
 
 README = (ROOT / "README.md").read_text()
@@ -103,7 +107,7 @@ def test_python_example_runs(tmp_path, monkeypatch, capsys):
     (tmp_path / "photos").mkdir()
     for name in ("photos/a.png", "photos/b.png", "reference.jpg"):
         Image.fromarray(rng.integers(0, 255, (64, 64, 3), np.uint8)).save(tmp_path / name)
-    code = re.search(r"```python\n(.*?)```", README, re.S)[1]
+    code = re.search(r"```python\n(import cir_jax\n.*?)```", README, re.S)[1]
     code = code.replace('cir_jax.load("runs/compodiff/shapes")', "load")
     assert '# or: cir_jax.load("slerp")' in code
     code = code.replace("load  ", 'cir_jax.load("slerp")')
@@ -112,6 +116,29 @@ def test_python_example_runs(tmp_path, monkeypatch, capsys):
     exec(code, {})
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2 and all(line.endswith(".png") for line in lines)
+
+
+def test_searching_ones_own_photos_runs(tmp_path, monkeypatch, capsys):
+    """On the embedded world's CLIP: the commands and the Python of that section."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CIR_JAX_LIBRARY", str(tmp_path / "stores"))
+    shutil.copytree(ROOT / "data/shapes/photos/navy", tmp_path / "photos" / "2024")
+    for source, name in zip(
+        (tmp_path / "photos" / "2024").iterdir(), ("dog", "beach"), strict=False
+    ):
+        Image.open(source).save(tmp_path / f"{name}.jpg")
+    load = functools.cache(loading.load)
+    monkeypatch.setattr(loading, "load", lambda method, **_: load(method))
+    commands = re.findall(r"^    (cir .*)$", README, re.M)
+    assert len(commands) == 5
+    for command in commands:
+        demo = [] if "--demo" in command else ["--demo"]
+        assert cli.main(shlex.split(command)[1:] + demo) == 0, command
+    assert (tmp_path / "found.html").is_file()
+    code = re.search(r"```python\n(from cir_jax.library.*?)```", README, re.S)[1]
+    capsys.readouterr()
+    exec(code, {})
+    assert len(capsys.readouterr().out.splitlines()) == 5
 
 
 MEASURED = json.loads((ROOT / "benchmarks" / "compare.json").read_text())

@@ -57,6 +57,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from cir_jax.composers.base import Composer, Params, Query, normalise
 from cir_jax.diffusion.sampling import ddim, guided, stack_branches
@@ -65,6 +66,7 @@ from cir_jax.errors import ConfigError, DataError, unknown
 from cir_jax.input import masks
 from cir_jax.models.backbone import Backbone, visible
 from cir_jax.models.denoiser import CONDITIONING, Conditions, Denoiser, DenoiserConfig, TextStates
+from cir_jax.sharding.placement import to_host
 from cir_jax.weights import compodiff as released
 from cir_jax.weights import files, official
 
@@ -204,6 +206,18 @@ class CompoDiff(Composer):
         )
         return self.denoiser.init(rng, *one)["params"]
 
+    def freeze(self, backbone_params: Params, shapes_only: bool = False) -> Params:
+        """And the hidden states of the null text, which every query and training row needs."""
+        compute = jax.jit(self.backbone.text_conditions)
+        if shapes_only:
+            states = jax.eval_shape(compute, backbone_params, self.null_token_ids)
+            null = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), states)
+        else:
+            with self.backbone.full_precision():
+                null = compute(backbone_params, self.null_token_ids)
+            null = jax.tree.map(to_host, null)
+        return super().freeze(backbone_params, shapes_only) | {"null_text": null}
+
     def read_official(self, path: Path, frozen: Params) -> Params:
         del frozen
         return released.to_params(files.read_tensors(path), str(path))
@@ -232,7 +246,7 @@ class CompoDiff(Composer):
         masked = has_image & (mask > 0).any(axis=(1, 2))
         time, noise, no_text, no_image = jax.vmap(self.draw)(rngs)
         ids, null_ids = self.of_one_length(batch["token_ids"], self.null_token_ids)
-        text, null_text = self.hidden_states(frozen, ids), self.hidden_states(frozen, null_ids)
+        text, null_text = self.hidden_states(frozen, ids), self.null_states(frozen, ids.shape[1])
         seen, null_seen = self.visible(ids), self.visible(null_ids)
         error = self.errors(
             params,
@@ -348,9 +362,13 @@ class CompoDiff(Composer):
         """Conditions of the three passes of equation (4), as `guided` wants them."""
         mask = self.checked_mask(query.get("mask", self.no_mask()))
         negative = query.get("negative_token_ids", self.null_token_ids)
-        both = self.of_one_length(query["token_ids"], negative)
-        text, null_text = (self.hidden_states(frozen, ids) for ids in both)
-        seen, null_seen = map(self.visible, both)
+        ids, null_ids = self.of_one_length(query["token_ids"], negative)
+        text, length = self.hidden_states(frozen, ids), ids.shape[1]
+        if "negative_token_ids" in query:
+            null_text = self.hidden_states(frozen, null_ids)
+        else:
+            null_text = self.null_states(frozen, length)
+        seen, null_seen = self.visible(ids), self.visible(null_ids)
         passes = [
             self.denoiser.apply({"params": params}, *given, mask, shown, method="condition")
             for *given, shown in (
@@ -364,6 +382,15 @@ class CompoDiff(Composer):
     def hidden_states(self, frozen: Params, token_ids: jax.Array) -> TextStates:
         """int32[batch, length] -> float[batch, length, width]; of two text encoders, of each."""
         return self._one_of(self.backbone.text_conditions(frozen["backbone"], token_ids))
+
+    def null_states(self, frozen: Params, length: int) -> TextStates:
+        """Of the null text, float[1, length, width]; what is beyond it is hidden."""
+
+        def padded(states: jax.Array) -> jax.Array:
+            missing = 0 if not self.pools_text else length - states.shape[1]
+            return jnp.pad(states, ((0, 0), (0, missing), (0, 0)))
+
+        return self._one_of([padded(states) for states in frozen["null_text"]])
 
     def of_one_length(self, *texts: jax.Array) -> tuple[jax.Array, ...]:
         """Token ids [batch, length], padded: to the context where padding is read, as the towers

@@ -24,7 +24,7 @@ class Conditions:
     mask: the region of the reference to edit, see `masks.read`. steps: of denoising.
     samples_per_query: that are averaged. seed: of the noise. source_mixing: share of the reference
     in the result. noised_reference: share of the diffusion that the reference is spared, from which
-    it starts.
+    it starts. alpha: share of the text in an interpolation.
     Raises ConfigError for values that cannot be meant.
     """
 
@@ -36,15 +36,16 @@ class Conditions:
     seed: int | None = None
     source_mixing: float | None = None
     noised_reference: float | None = None
+    alpha: float | None = None
 
     def __post_init__(self) -> None:
         if (given := self.guidance) is not None:
             if len(given) != 2 or not all(map(math.isfinite, given)):
                 raise ConfigError(f"guidance={given}: expected two finite weights, (image, text)")
-        if self.source_mixing is not None and not 0 <= self.source_mixing <= 1:
-            raise ConfigError(
-                f"source_mixing={self.source_mixing}: expected a fraction from 0 to 1"
-            )
+        for name in ("source_mixing", "alpha"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= 1:
+                raise ConfigError(f"{name}={value}: expected a fraction from 0 to 1")
         if self.seed is not None and not 0 <= self.seed < 2**32:
             raise ConfigError(f"seed={self.seed}: expected 0 to {2**32 - 1}")
 
@@ -92,8 +93,9 @@ def fields(composer: Composer, conditions: Conditions, rows: int) -> dict[str, n
     found: dict[str, np.ndarray] = {}
     if conditions.guidance is not None:
         found["guidance"] = np.float32(conditions.guidance)
-    if conditions.source_mixing is not None:
-        found["source_mixing"] = np.float32(conditions.source_mixing)
+    for name in ("source_mixing", "alpha"):
+        if (value := getattr(conditions, name)) is not None:
+            found[name] = np.float32(value)
     if conditions.negative_text is not None:
         tokenizer = composer.backbone.tokenizer
         text = composer.prompt(conditions.negative_text)

@@ -18,8 +18,9 @@ from cir_jax.models.backbone import Backbone
 NEARLY_PARALLEL = 0.9995  # |cosine| above which the official code blends linearly
 
 
-def slerp(image: jax.Array, text: jax.Array, alpha: float) -> jax.Array:
-    """Unit float[..., dim] twice -> unit float[..., dim]; alpha in [0, 1] weighs `text`."""
+def slerp(image: jax.Array, text: jax.Array, alpha: float | jax.Array) -> jax.Array:
+    """Unit float[..., dim] twice -> unit float[..., dim]; alpha in [0, 1] weighs `text`, [..., 1]
+    or one for all."""
     cosine = jnp.sum(image * text, axis=-1, keepdims=True)
     near = jnp.abs(cosine) > NEARLY_PARALLEL
     angle = jnp.arccos(jnp.where(near, 0.0, cosine))  # a safe input on the branch not taken
@@ -28,7 +29,14 @@ def slerp(image: jax.Array, text: jax.Array, alpha: float) -> jax.Array:
     return normalise(jnp.where(near, line, arc / jnp.sin(angle)))
 
 
+def asked_alpha(query: Query, alpha: float) -> float | jax.Array:
+    """What the queries say of it, float32[batch] -> [batch, 1], else the method's own."""
+    return query["alpha"][:, None] if "alpha" in query else alpha
+
+
 class Slerp(Composer):
+    conditions = ("alpha",)
+
     def __init__(self, backbone: Backbone, alpha: float = 0.8):
         """alpha: in [0, 1]; 0 = the image alone, 1 = the text alone. Raises ConfigError."""
         super().__init__(backbone)
@@ -39,4 +47,4 @@ class Slerp(Composer):
     def compose(self, params: Params, frozen: Params, query: Query, rng: jax.Array) -> jax.Array:
         image = normalise(self.reference_features(frozen, query))
         text = normalise(self.backbone.encode_text(frozen["backbone"], query["token_ids"]))
-        return slerp(image, text, self.alpha)
+        return slerp(image, text, asked_alpha(query, self.alpha))

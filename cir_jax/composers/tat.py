@@ -29,7 +29,7 @@ from flax.traverse_util import unflatten_dict
 from cir_jax.composers.base import Composer, Params, Query, normalise
 from cir_jax.composers.losses import info_nce, pair_recall
 from cir_jax.composers.phi import check_share
-from cir_jax.composers.slerp import Slerp, slerp
+from cir_jax.composers.slerp import Slerp, asked_alpha, slerp
 from cir_jax.errors import ConfigError, WeightsError, unknown
 from cir_jax.models import lora
 from cir_jax.models.backbone import Backbone
@@ -48,6 +48,7 @@ class Tat(Composer):
 
     trained = True
     tunes_backbone = True
+    conditions = ("alpha",)
     inference_settings = ("alpha",)
     official_format = "a directory of PEFT with the adapter, or one that holds it as adapter/"
 
@@ -124,7 +125,7 @@ class Tat(Composer):
         tuned = self.encoders(params, frozen)
         image = normalise(self.backbone.encode_image(tuned, query["reference_images"]))
         text = normalise(self.backbone.encode_text(tuned, query["token_ids"]))
-        return slerp(image, text, self.alpha)
+        return slerp(image, text, asked_alpha(query, self.alpha))
 
     def read_official(self, path: Path, frozen: Params) -> Params:
         del frozen

@@ -21,13 +21,15 @@ from cir_jax.input import images, masks
 from cir_jax.input.identity import CROP, source_identity
 from cir_jax.input.images import ImageTransform
 from cir_jax.models.backbone import Backbone
+from cir_jax.retrieval import encoders
+from cir_jax.retrieval.encoders import Encoder, preprocessing
 from cir_jax.sharding.constraints import rows_over
 from cir_jax.sharding.mesh import replicated
 from cir_jax.sharding.placement import on_mesh
 from cir_jax.sharding.rows import map_rows
+from cir_jax.sharding.together import Together
 from cir_jax.storage.chunk_store import ChunkStore
 from cir_jax.weights import finite
-from cir_jax.weights.fingerprint import fingerprint
 
 Records = Sequence[Mapping[str, Any]]
 """Random access to records with an encoded image: a `Table`, or any list of dictionaries."""
@@ -74,14 +76,11 @@ def image_features(
     transform: None = the backbone's. label: of the progress bar, "" = none.
     Raises WeightsError naming weights, dtype and images for features that are not finite.
     """
-    features = _encoded(
-        "encode_image",
-        "backbone image features, un-normalised",
-        backbone,
-        params,
+    features = _embed(
+        encoders.of_backbone(backbone, params, mesh, identified=cache_dir is not None),
         source,
         field,
-        backbone.image_transform if transform is None else transform,
+        transform,
         mesh=mesh,
         batch_size=batch_size,
         cache_dir=cache_dir,
@@ -96,54 +95,20 @@ def visual_tokens(
     params: Params,
     source: Records,
     field: str = "image",
+    *,
+    mesh: Mesh,
     **options: Any,
 ) -> np.ndarray:
     """The tokens of a ViT's last layer, of all records: float32[n, tokens, width], computed once
     and stored: 605 kB of an image for BLIP's ViT-B/16 at 224.
 
-    options: mesh, batch_size, cache_dir and skip_unreadable of `image_features`.
+    options: batch_size, cache_dir and skip_unreadable of `image_features`.
     """
-    transform = backbone.image_transform
     what = ("visual_tokens", "backbone visual tokens")
-    rows = _encoded(*what, backbone, params, source, field, transform, **options)
+    identified = options.get("cache_dir") is not None
+    encoder = encoders.of_backbone(backbone, params, mesh, what, identified)
+    rows = _embed(encoder, source, field, mesh=mesh, **options)
     return rows.reshape(len(rows), *backbone.visual_shape)
-
-
-def _encoded(
-    method: str,
-    what: str,
-    backbone: Backbone,
-    params: Params,
-    source: Records,
-    field: str,
-    transform: ImageTransform,
-    *,
-    mesh: Mesh,
-    cache_dir: Path | None = None,
-    batch_size: int = 256,
-    skip_unreadable: bool = False,
-    label: str = "image features",
-) -> np.ndarray:
-    """What a method of the backbone gives of all images, a row each."""
-    description = {
-        "features": what,
-        **backbone.identity,
-        "parameters": "" if cache_dir is None else fingerprint(params),
-    }
-    params = on_mesh(mesh, params)
-    return _embed(
-        lambda batch: _encode_images(backbone, mesh, params, batch, method),
-        transform,
-        source,
-        field,
-        description,
-        backbone,
-        mesh=mesh,
-        batch_size=batch_size,
-        cache_dir=cache_dir,
-        skip_unreadable=skip_unreadable,
-        label=label,
-    )
 
 
 def uses_backbone_gallery(composer: Composer) -> bool:
@@ -177,24 +142,9 @@ def gallery_features(
         if raw is None:
             raw = image_features(backbone, frozen["backbone"], gallery, "image", **options)
         return embedded(composer, params, frozen, raw, mesh=mesh, batch_size=batch_size)
-    cached = cache_dir is not None
-    description = {
-        "features": f"{type(composer).__module__}.{type(composer).__qualname__}.embed_gallery",
-        # a setting whose repr holds an address never matches: computed again, never reused wrongly
-        "settings": {k: repr(v) for k, v in sorted(vars(composer).items()) if k != "backbone"},
-        **backbone.identity,
-        "parameters": fingerprint({"params": params, "frozen": frozen}) if cached else "",
-    }
-    params, frozen = on_mesh(mesh, params), on_mesh(mesh, frozen)
-    return _embed(
-        lambda batch: _embed_gallery(composer, mesh, params, frozen, batch),
-        backbone.image_transform,
-        gallery,
-        "image",
-        description,
-        backbone,
-        **options,
-    )
+    identified = cache_dir is not None
+    encoder = encoders.of_composer(composer, params, frozen, mesh, identified)
+    return _embed(encoder, gallery, "image", **options)
 
 
 def embedded(
@@ -332,29 +282,28 @@ def open_image(record: Mapping[str, Any], field: str, what: str) -> Image.Image:
 
 
 def _embed(
-    step: Callable[[Any], jax.Array],
-    transform: Any,
+    encoder: Encoder,
     source: Records,
     field: str,
-    description: Mapping[str, Any],
-    backbone: Backbone,
+    transform: Any = None,
     *,
     mesh: Mesh,
-    batch_size: int,
-    cache_dir: Path | None,
-    skip_unreadable: bool,
+    batch_size: int = 256,
+    cache_dir: Path | None = None,
+    skip_unreadable: bool = False,
     label: str = "image features",
 ) -> np.ndarray:
+    transform = encoder.backbone.image_transform if transform is None else transform
     n = len(source)
     if not n:
         raise DataError(f"{source!r} holds no images; expected at least one.")
     store, parts, done = None, [], 0
     if cache_dir is not None:
         identity = source_identity(source, field)
-        preprocessing = f"{type(transform).__module__}.{transform!r}"
+        made_of = {"preprocessing": preprocessing(transform), "images": f"{identity} {field}"}
         store = ChunkStore(
             cache_dir,
-            {**description, "preprocessing": preprocessing, "images": f"{identity} {field}"}
+            {**encoder.description, **made_of}
             | {"unreadable": _unreadable() if skip_unreadable else "error"},
             n,
         )
@@ -363,21 +312,14 @@ def _embed(
             parts, done = [stored], len(stored)
     if done < n:
         load = functools.partial(_load, source, field, transform, skip_unreadable)
-        pieces = map_rows(
-            step,
+        pieces = encoder.rows(
             load,
             n,
+            lambda row: _what(source, row, source[row]),
             first=done,
             mesh=mesh,
             batch_size=batch_size,
-            description=label,
-        )
-        pieces = finite.checked(
-            pieces,
-            done,
-            description["features"],
-            backbone,
-            lambda row: _what(source, row, source[row]),
+            label=label,
         )
         if store is None:
             parts += list(pieces)
@@ -439,31 +381,7 @@ def _what(source: Records, row: int, record: Mapping[str, Any]) -> str:
     return f"{_name(source, row)} ({name})" if name else _name(source, row)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 4))
-def _encode_images(
-    backbone: Backbone,
-    mesh: Mesh,
-    params: Params,
-    batch: dict[str, jax.Array],
-    method: str,
-) -> jax.Array:
-    with rows_over(mesh), backbone.full_precision():
-        features = getattr(backbone, method)(params, batch["image"])
-    features = features.reshape(len(features), -1)
-    marked = finite.marked(features, batch["unreadable"])
-    return jax.lax.with_sharding_constraint(marked, replicated(mesh))
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _embed_gallery(
-    composer: Composer, mesh: Mesh, params: Params, frozen: Params, batch: dict[str, jax.Array]
-) -> jax.Array:
-    with rows_over(mesh), composer.backbone.full_precision():
-        features = composer.embed_gallery(params, frozen, batch["image"])
-    marked = finite.marked(features, batch["unreadable"])
-    return jax.lax.with_sharding_constraint(marked, replicated(mesh))
-
-
+@Together
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _embed_features(
     composer: Composer, mesh: Mesh, params: Params, frozen: Params, raw: jax.Array
@@ -473,6 +391,7 @@ def _embed_features(
     return jax.lax.with_sharding_constraint(finite.marked(features), replicated(mesh))
 
 
+@Together
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _compose(
     composer: Composer,

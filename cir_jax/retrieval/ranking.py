@@ -9,7 +9,7 @@ accelerators the gallery, up to RESIDENT_BYTES. benchmarks/ranking.json has figu
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -23,6 +23,7 @@ from cir_jax.sharding.placement import to_host
 SCORE_BYTES = 16 << 20
 GALLERY_BLOCK = 4096
 QUERY_BLOCK = 1024
+HELD_BLOCK = 8192
 RESIDENT_BYTES = 2 << 30
 """A gallery up to this size stays on an accelerator; a larger one is sent again per query block. On
 a CPU it is never copied as a whole."""
@@ -45,6 +46,40 @@ def scoring(composer: Composer, params: Any) -> dict[str, Any]:
     return {"score": composer.score, "params": jax.tree.map(to_host, params)}
 
 
+class Held:
+    """A gallery of which many queries are asked one after the other: checked and brought to the
+    device once, in blocks, in the type that it comes in. float16 is half the memory, and widened to
+    float32 as it is multiplied.
+    """
+
+    def __init__(self, pieces: Iterable[np.ndarray], at_most: int):
+        """pieces: float16 or float32 [some, dim], of which few are held at once. at_most: rows in
+        all, as far as is known: small galleries come in one small block.
+
+        Raises CirError for rows that are not finite.
+        """
+        self.width = min(HELD_BLOCK, 1 << max(6, (at_most - 1).bit_length()))
+        self.blocks: list[jax.Array] = []
+        self.rows, block = 0, None
+        for piece in pieces:
+            _check_finite("gallery", piece, self.rows)
+            while len(piece):
+                filled = self.rows % self.width
+                if block is None:
+                    block = np.zeros((self.width, piece.shape[1]), piece.dtype)
+                part, piece = np.split(piece, [self.width - filled])
+                block[filled : filled + len(part)] = part
+                self.rows += len(part)
+                if not self.rows % self.width:
+                    self.blocks.append(jax.device_put(block))
+                    block = None
+        if block is not None:
+            self.blocks.append(jax.device_put(block))
+
+    def __len__(self) -> int:
+        return self.rows
+
+
 class Ranking(NamedTuple):
     """top: int32[queries, k] gallery positions, -1 where fewer than k images are ranked.
     scores: float32[queries, k], -inf there. target_ranks: int32[queries, targets], 0-based, -1 pad.
@@ -57,7 +92,7 @@ class Ranking(NamedTuple):
 
 def rank(
     queries: np.ndarray,
-    gallery: np.ndarray,
+    gallery: np.ndarray | Held,
     *,
     k: int,
     targets: np.ndarray | None = None,
@@ -71,7 +106,7 @@ def rank(
 ) -> Ranking:
     """The k best images, and the exact ranks of given targets.
 
-    queries float32[batch, dim], gallery float32[n, dim]
+    queries float32[batch, dim], gallery float32[n, dim], or one that is held: without targets
     targets: int32[batch, targets], -1 = none.
     exclude: int32[batch], an image that is not ranked for the query (its reference), -1 = none.
     groups, members: int32[batch] and bool[groups, n]: query i is ranked among members[groups[i]].
@@ -79,22 +114,30 @@ def rank(
     """
     batch, n = len(queries), len(gallery)
     _check_finite("query", queries)
-    _check_finite("gallery", gallery)
+    holds = isinstance(gallery, Held)
+    if not holds:
+        _check_finite("gallery", gallery)
+    elif targets is not None:
+        raise ValueError("targets are not looked for in a gallery that is held")
     k = min(k, n)
     targets = np.full((batch, 1), -1, np.int32) if targets is None else np.asarray(targets)
     exclude = np.full(batch, -1, np.int32) if exclude is None else np.asarray(exclude)
     groups = np.zeros(batch, np.int32) if groups is None else np.asarray(groups)
     step = min(batch, query_block)
-    width = max(1, min(gallery_block, n, SCORE_BYTES // (4 * step)))
+    width = gallery.width if holds else max(1, min(gallery_block, n, SCORE_BYTES // (4 * step)))
     starts = range(0, n, width)
     allowed = np.zeros((1 if members is None else len(members), len(starts) * width), bool)
     allowed[:, :n] = True if members is None else members  # the padding of the last block: never
 
     def block(start: int) -> tuple[Any, Any]:
-        rows = _pad(gallery[start : start + width], width)
+        if holds:
+            rows = gallery.blocks[start // width]
+        else:
+            rows = _pad(gallery[start : start + width], width)
         return rows, allowed[:, start : start + width]
 
-    keep = gallery.nbytes <= RESIDENT_BYTES and jax.default_backend() != "cpu"
+    accelerated = jax.default_backend() != "cpu"
+    keep = not holds and gallery.nbytes <= RESIDENT_BYTES and accelerated
     kept = [jax.device_put(block(start)) for start in starts] if keep else None
     parts = []
     # TPUs and GPUs would round to bfloat16 or TF32, and so change ranks
@@ -128,12 +171,12 @@ def rank(
     )
 
 
-def _check_finite(what: str, x: np.ndarray) -> None:
+def _check_finite(what: str, x: np.ndarray, first: int = 0) -> None:
     for start in range(0, len(x), GALLERY_BLOCK):  # a mask of all would be a quarter of it
         bad = ~np.isfinite(x[start : start + GALLERY_BLOCK]).all(axis=1)
         if bad.any():
             raise CirError(
-                f"{what} features: row {start + int(np.argmax(bad))} is not finite. "
+                f"{what} features: row {first + start + int(np.argmax(bad))} is not finite. "
                 "What it was computed with is damaged, or numbers overflow."
             )
 
@@ -200,6 +243,7 @@ def _scores(
     start: jax.Array,
 ) -> jax.Array:
     """float32[batch, block]; -inf for images that are not ranked."""
+    gallery = gallery.astype(jnp.float32)
     position = start + jnp.arange(len(gallery))
     ranked = members[group] & (position[None, :] != excluded[:, None])
     return jnp.where(ranked, score(params, queries, gallery).astype(jnp.float32), -jnp.inf)

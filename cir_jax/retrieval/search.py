@@ -8,15 +8,13 @@ from typing import Any
 import numpy as np
 from absl import logging
 from jax.sharding import Mesh
-from PIL import Image
 
-from cir_jax import composers
-from cir_jax.composers import conditions as conditions_of
 from cir_jax.composers.base import Composer, Params
 from cir_jax.composers.conditions import Conditions
 from cir_jax.errors import CirError, DataError
 from cir_jax.input import images
 from cir_jax.retrieval import features, ranking
+from cir_jax.retrieval.composing import Composing, Picture
 from cir_jax.sharding.mesh import make_mesh
 from cir_jax.sharding.placement import on_mesh
 from cir_jax.storage.places import default_cache_dir
@@ -76,14 +74,12 @@ class Searcher:
         self.mesh = make_mesh({"data": -1}) if mesh is None else mesh
         self.params, self.frozen = on_mesh(self.mesh, params), on_mesh(self.mesh, frozen)
         self.cache_dir = default_cache_dir() if cache_dir is None else Path(cache_dir)
-        self._text_only = composers.build("text_only", composer.backbone)
-        self._image_only = composers.build("image_only", composer.backbone)
+        self.composing = Composing(composer, self.params, self.frozen, self.mesh, seed)
         self._scoring = ranking.scoring(composer, params)
         self.paths: list[Path] = []
         self.unreadable: list[Path] = []
         self._gallery: np.ndarray | None = None
         self._plain: np.ndarray | None = None
-        self._variants: dict[tuple[Any, ...], Composer] = {}
 
     def index(
         self, where: str | Path | Sequence[str | Path], max_megapixels: float | None = None
@@ -120,31 +116,33 @@ class Searcher:
 
     def search(
         self,
-        image: str | Path | Image.Image | np.ndarray | None = None,
+        image: Picture | None = None,
         text: str | None = None,
         k: int = 10,
         max_megapixels: float | None = None,
         *,
         guidance: tuple[float, float] | None = None,
         negative_text: str | None = None,
-        mask: str | Path | Image.Image | np.ndarray | None = None,
+        mask: Picture | None = None,
         steps: int | None = None,
         samples_per_query: int | None = None,
         seed: int | None = None,
         source_mixing: float | None = None,
         noised_reference: float | None = None,
+        alpha: float | None = None,
     ) -> list[tuple[Path, float]]:
         """The k best images with their scores, best first (cosine similarity for most methods).
 
         image: the reference: a file, a PIL image, or an array [height, width, 3] of uint8, or of
         floats in [0, 1]. text: what to change. One of them may be None: then the search is by the
         other alone. max_megapixels: of the reference, None = 200.
-        The others are conditions that some methods take, CompoDiff all of them; None = as the
+        The others are conditions that some methods take, CompoDiff all but the last; None = as the
         method is set. guidance: weights of image and text. negative_text: what the results should
         not show. mask: the region of the reference to edit, a black and white PNG of its size,
         white = edit. steps: of denoising. samples_per_query: that are averaged. seed: of the noise.
         source_mixing: share of the reference in the result. noised_reference: share of the
-        diffusion that the reference is spared, from which it then starts.
+        diffusion that the reference is spared, from which it then starts. alpha: share of the text
+        in an interpolation (Slerp, TAT).
         Raises CirError without an index or a query and for a condition that the method does not
         take, DataError for an image or a mask that cannot be read.
         """
@@ -157,36 +155,26 @@ class Searcher:
             seed=seed,
             source_mixing=source_mixing,
             noised_reference=noised_reference,
+            alpha=alpha,
         )
         if self._gallery is None or self._plain is None:
             raise CirError("nothing is indexed yet: call index(folder) first.")
-        text = (text or "").strip() or None
-        if image is None and text is None:
-            raise CirError("an empty query: give an image, a text, or both.")
         if k < 1:
             raise CirError(f"k={k}: ask for at least one image.")
-        conditions.check(self.composer)
-        conditions_of.check_query(conditions, image)
+        query, own = self.composing.compose(image, text, conditions, max_megapixels)
         # few different k, so that few programs are compiled
         most = max(64, 1 << (k - 1).bit_length())
-        if image is not None:
-            with images.limited(max_megapixels):
-                image = self._pixels(image, text, mask)
-        if self.composer.alone or (image is not None and text is not None):
-            composer = self._varied(conditions, image is None)
-            query = self._compose(composer, image, text or "", conditions)
+        if own:
             ranked = ranking.rank(query, self._gallery, k=most, **self._scoring)
         else:
-            alone = self._text_only if image is None else self._image_only
-            ranked = ranking.rank(self._compose(alone, image, text or ""), self._plain, k=most)
+            ranked = ranking.rank(query, self._plain, k=most)
         found = zip(ranked.top[0][:k], ranked.scores[0][:k], strict=True)
         return [(self.paths[i], float(score)) for i, score in found if i >= 0]
 
-    def query(self, image: str | Path | Image.Image | np.ndarray, text: str) -> np.ndarray:
+    def query(self, image: Picture, text: str) -> np.ndarray:
         """What the gallery is ranked by for an image, as `search` takes it, and a text:
         float32[1, dim], of unit norm for most methods. Needs no index."""
-        pixels = self._pixels(image, text)
-        return self._compose(self.composer, pixels, text, Conditions())
+        return self.composing.compose(image, text).features
 
     def _features(self, source: Files, options: Any) -> tuple[np.ndarray, np.ndarray]:
         """Of the gallery, as the method embeds it and as the backbone does."""
@@ -197,61 +185,6 @@ class Searcher:
             composer, self.params, self.frozen, source, raw=raw, **options
         )
         return own, features.unit(raw)
-
-    def _varied(self, conditions: Conditions, text_alone: bool) -> Composer:
-        """The method with the settings of a query: one object of each, which is one program."""
-        settings = conditions.settings(self.composer, text_alone)
-        if not settings:
-            return self.composer
-        key = tuple(sorted(settings.items()))
-        if key not in self._variants:
-            self._variants[key] = self.composer.varied(**settings)
-        return self._variants[key]
-
-    def _pixels(self, image: Any, text: str | None, mask: Any = None) -> Any:
-        """uint8[height, width, 3] of what `search` takes, edited, if the method does that; with a
-        mask, what `masked` gives."""
-        what = str(image) if isinstance(image, str | Path) else "image"
-        with images.reading(what):
-            if isinstance(image, str | Path):
-                image = images.read(Path(image))
-            elif not isinstance(image, Image.Image):
-                image = images.of_array(image)
-            images.check_size(image.size, what)
-            if mask is not None:
-                return conditions_of.masked(self.composer, image, mask)
-            if text and self.composer.edits_reference:
-                image = self.composer.edit(image, text, str(self.seed))
-            return self.composer.backbone.image_transform(image)
-
-    def _compose(
-        self, composer: Composer, image: Any, text: str, conditions: Conditions | None = None
-    ) -> np.ndarray:
-        """float32[1, dim]; the same path as evaluation. image: None, or of `_pixels`."""
-        backbone = composer.backbone
-        length = None if composer.pools_text else backbone.context_length
-        references: dict[str, Any] = {}
-        if image is None:
-            references["reference_features"] = np.zeros((1, backbone.dim), np.float32)
-        else:
-            references["reference_images"] = lambda row: image
-        params, seed, fields = {}, self.seed, {}
-        if conditions is not None:  # the method's own query
-            params, fields = self.params, conditions_of.fields(composer, conditions, 1)
-            seed = self.seed if conditions.seed is None else conditions.seed
-        return features.query_features(
-            composer,
-            params,
-            self.frozen,
-            backbone.tokenizer([composer.prompt(text)], length),
-            np.zeros(1, np.int32),
-            **references,
-            has_reference=image is not None or not composer.alone,
-            fields=fields,
-            mesh=self.mesh,
-            batch_size=1,
-            seed=seed,
-        )
 
 
 def find(where: str | Path | Sequence[str | Path]) -> list[Path]:

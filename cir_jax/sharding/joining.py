@@ -2,32 +2,60 @@
 
 import ctypes
 import os
-import re
 import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
+from jax._src.clusters import ClusterEnv, K8sCluster
 
 from cir_jax.errors import ConfigError
 
 WAIT_SECONDS = 60
-ROLL_CALL_PORT = 8478  # beside those of jax.distributed; used only until everybody is there
+COMPLETION = "JOB_COMPLETION_INDEX"
+"""Which pod of a job of Kubernetes this is."""
 
 
-def detect(environment: Mapping[str, str]) -> str | None:
-    """What says that several processes belong together: "slurm", "tpu", or None.
+class Cluster(NamedTuple):
+    """name: JAX's for it: "gcetpu", "gketpu", "slurm", "ompi", "k8s". coordinator: "host:port" of
+    process 0. processes, index: how many there are, and which one this is."""
 
-    Only a count above one is proof: single-host TPU machines carry the same variables as pods.
+    name: str
+    coordinator: str
+    processes: int
+    index: int
+
+
+def detect(wait_seconds: int = WAIT_SECONDS) -> Cluster | None:
+    """Where JAX's own detection says that this process belongs (the metadata server of a TPU VM,
+    GKE, SLURM's, Open MPI's, Kubernetes' variables); None = it is alone.
+
+    One process of a cluster is alone: a TPU VM with one host, a SLURM job of one task, a pod of
+    Kubernetes that belongs to no indexed job.
+    Raises ConfigError where a cluster cannot be asked.
     """
-    if int(environment.get("SLURM_NTASKS", environment.get("SLURM_STEP_NUM_TASKS", "1"))) > 1:
-        return "slurm" if "SLURM_PROCID" in environment else None
-    hosts = [h for h in environment.get("TPU_WORKER_HOSTNAMES", "").split(",") if h]
-    if len(hosts) > 1 or int(environment.get("MEGASCALE_NUM_SLICES", "1")) > 1:
-        return "tpu"
+    # what jax.distributed.initialize asks; no public name tells it beforehand
+    for kind in ClusterEnv._cluster_types:
+        try:
+            if kind.opt_in_only_method or (kind is K8sCluster and COMPLETION not in os.environ):
+                continue
+            if not kind.is_env_present():
+                continue
+            processes = kind.get_process_count()
+            if processes < 2:
+                return None
+            port = os.environ.get("JAX_COORDINATOR_PORT")
+            coordinator = kind.get_coordinator_address(wait_seconds, port)
+            return Cluster(kind.name, coordinator, processes, kind.get_process_id())
+        except Exception as error:  # of whatever library a cluster is asked with
+            raise ConfigError(
+                f"JAX could not ask the cluster that it found ({kind.name or kind.__name__}): "
+                f"{error!r}. Give --coordinator=HOST:PORT --num_processes=N --process_id=ID; "
+                "localhost:1, 1 and 0 where this process is alone."
+            ) from error
     return None
 
 
@@ -39,8 +67,8 @@ def initialize(
 ) -> None:
     """Joins the other processes, if there are any; before any other use of JAX.
 
-    coordinator: "host:port" of process 0, with num_processes and process_id; else SLURM's or the
-    TPU's environment decides. Raises ConfigError naming the processes that did not come.
+    coordinator: "host:port" of process 0, with num_processes and process_id; else `detect` decides.
+    Raises ConfigError naming the processes that did not come.
     """
     given = [x is not None for x in (coordinator, num_processes, process_id)]
     if any(given) and not all(given):
@@ -53,14 +81,13 @@ def initialize(
             raise ConfigError(f"--process_id={process_id} is not in 0..{num_processes - 1}.")
         if num_processes == 1:
             return
-        if "jax_cpu_collectives_implementation" in jax.config.values:
-            jax.config.update("jax_cpu_collectives_implementation", "gloo")
         _roll_call(coordinator, num_processes, process_id, wait_seconds)
         _initialize(coordinator, num_processes, process_id, initialization_timeout=wait_seconds)
-    elif kind := detect(os.environ):
+    elif cluster := detect(wait_seconds):
         joined = threading.Event()
-        watch = (rendezvous(kind, os.environ), wait_seconds, joined)
+        watch = (roll_call_of(cluster), wait_seconds, joined)
         threading.Thread(target=_name_missing, args=watch, daemon=True).start()
+        # itself, so that JAX finds out which devices of a host are this process's
         _initialize(initialization_timeout=5 * wait_seconds)
         joined.set()
 
@@ -75,6 +102,8 @@ def _initialize(*args: Any, **kwargs: Any) -> None:
     reach of `give_notice`.
     """
     global _jax_handler
+    if "jax_cpu_collectives_implementation" in jax.config.values:
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")
     libc = ctypes.CDLL(None)
     libc.signal.restype, libc.signal.argtypes = ctypes.c_void_p, (ctypes.c_int, ctypes.c_void_p)
     before = libc.signal(signal.SIGTERM, None)
@@ -100,16 +129,11 @@ def give_notice() -> None:
         signal.raise_signal(signal.SIGTERM)
 
 
-def rendezvous(kind: str, environment: Mapping[str, str]) -> tuple[str, int, int]:
-    """Where to call the roll, how many processes there are, and which one this is."""
-    if kind == "tpu":
-        hosts = environment.get("TPU_WORKER_HOSTNAMES", "localhost").split(",")
-        return f"{hosts[0]}:{ROLL_CALL_PORT}", len(hosts), int(environment.get("TPU_WORKER_ID", 0))
-    nodes = environment.get("SLURM_STEP_NODELIST", environment.get("SLURM_JOB_NODELIST", ""))
-    # the first of "node[003-007,9],other" is node003
-    name, first = re.match(r"([^,\[]*)(?:\[([^,\-\]]*))?", nodes).groups(default="")
-    count = environment.get("SLURM_NTASKS", environment.get("SLURM_STEP_NUM_TASKS"))
-    return f"{name}{first}:{ROLL_CALL_PORT}", int(count), int(environment["SLURM_PROCID"])
+def roll_call_of(cluster: Cluster) -> tuple[str, int, int]:
+    """Where to call the roll, beside JAX's own port; how many processes there are; which one this
+    is."""
+    host, _, port = cluster.coordinator.rpartition(":")
+    return f"{host}:{int(port) - 1}", cluster.processes, cluster.index
 
 
 def _name_missing(where: tuple[str, int, int], seconds: int, joined: threading.Event) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 CACHE_VARIABLE = "CIR_JAX_CACHE"
 DATA_VARIABLE = "CIR_JAX_DATA"
+LIBRARY_VARIABLE = "CIR_JAX_LIBRARY"
 PACKAGE = Path(__file__).resolve().parents[1]
 BUNDLED = PACKAGE / "bundled"
 SHIPPED = BUNDLED if BUNDLED.is_dir() else PACKAGE.parent
@@ -21,6 +22,17 @@ def default_data_dir() -> Path:
     """`$CIR_JAX_DATA`, else `~/.cache/cir_jax/data`."""
     value = os.environ.get(DATA_VARIABLE)
     return Path(value).expanduser() if value else Path.home() / ".cache" / "cir_jax" / "data"
+
+
+def default_compiled_dir() -> Path:
+    """Where compiled programs are kept, if `$JAX_COMPILATION_CACHE_DIR` says nothing."""
+    return Path.home() / ".cache" / "cir_jax" / "xla"
+
+
+def default_library_dir() -> Path:
+    """`$CIR_JAX_LIBRARY`, else `~/.cache/cir_jax/libraries`."""
+    value = os.environ.get(LIBRARY_VARIABLE)
+    return Path(value).expanduser() if value else Path.home() / ".cache" / "cir_jax" / "libraries"
 
 
 def places(name_or_path: str | Path) -> tuple[Path, Path]:

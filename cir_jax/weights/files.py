@@ -180,6 +180,25 @@ def one_of(path: Path, names: Sequence[str]) -> Path | None:
     return next((found for name in names if (found := _fetch(str(path), name))), None)
 
 
+def to_fetch(name: str) -> str:
+    """How much comes from the hub before these weights can be loaded: "605 MB"; "" = nothing, or
+    nothing that is there."""
+    from huggingface_hub import HfApi, try_to_load_from_cache
+
+    names = [file for files in _WEIGHT_FILES.values() for file in files]
+    if not _is_hub_id(name) or any(path.exists() for path in places(name)):
+        return ""
+    if any(isinstance(try_to_load_from_cache(name, file), str) for file in names):
+        return ""
+    try:
+        found = HfApi().model_info(name, files_metadata=True, timeout=10).siblings or []
+    except Exception:  # no network: whoever loads them says so
+        return "of a size that the hub alone knows"
+    sizes = {file.rfilename: file.size for file in found if file.size}
+    size = next((sizes[file] for file in names if file in sizes), 0)
+    return f"{size / 1e6:,.0f} MB" if size else "of a size that the hub does not say"
+
+
 def _is_hub_id(name: str) -> bool:
     return name.count("/") == 1 and not name.startswith((".", "/", "~"))
 

@@ -5,12 +5,16 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from cir_jax.composers import compodiff
 from cir_jax.composers.compodiff import CompoDiff
 from cir_jax.diffusion.schedule import q_sample
 from cir_jax.errors import ConfigError, DataError
+from cir_jax.sharding import placement
+from cir_jax.sharding.mesh import make_mesh
+from cir_jax.training.step import Step, init_state
 from cir_jax.weights.convert import flatten
 
 SIZES = {"depth": 2, "heads": 2, "dim_head": 8, "cross_heads": 2}
@@ -22,7 +26,7 @@ def made(tiny):
     backbone, backbone_params = tiny
     composer = CompoDiff(backbone, **SIZES, steps=3, samples_per_query=2)
     params = jax.jit(composer.init)(jax.random.key(5))
-    return composer, params, {"backbone": backbone_params}
+    return composer, params, composer.freeze(backbone_params)
 
 
 @pytest.fixture(scope="module")
@@ -107,11 +111,13 @@ def test_a_row_depends_on_itself_alone(step, batch):
 def test_what_is_noised_and_what_is_dropped(tiny, batch, monkeypatch, drop_text, drop_image):
     """Equation (2): the noisy input is made from the masked image, the target is the whole one."""
     composer = CompoDiff(tiny[0], **SIZES, drop_text=drop_text, drop_image=drop_image)
-    monkeypatch.setattr(
-        CompoDiff, "hidden_states", lambda _, __, ids: ids[..., None] * jnp.ones((1, 1, 2))
-    )
+    states = lambda ids: ids[..., None] * jnp.ones((1, 1, 2))  # noqa: E731
+    monkeypatch.setattr(CompoDiff, "hidden_states", lambda _, __, ids: states(ids))
+    frozen = {"null_text": [states(composer.null_token_ids)]}
     monkeypatch.setattr(CompoDiff, "errors", lambda _, *args: args)
-    _, target, noisy, at, text, image, mask, _ = composer.encode({}, {}, batch, keys(4))["error"]
+    _, target, noisy, at, text, image, mask, _ = composer.encode({}, frozen, batch, keys(4))[
+        "error"
+    ]
     time, noise, _, _ = jax.vmap(composer.draw)(keys(4))
     whole, reference = batch["target_features"], batch["reference_features"]
     np.testing.assert_array_equal(target, whole)
@@ -139,6 +145,36 @@ def test_draws_have_the_rates_of_the_config_and_both_ends_of_time_are_finite(mad
     # the time does not depend on the rates
     ends = np.array([int(time.argmin()), int(time.argmax())] * 3)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(step(batch, rngs[ends])))
+
+
+def test_twenty_steps_do_not_depend_on_the_mesh(made, batch):
+    """All three objectives; losses of each step and averaged parameters in the end."""
+    composer, params, frozen = made
+    batch = jax.tree.map(lambda x: np.concatenate([x, x, x])[:16], batch)
+    found = []
+    for sizes in ({"data": 1}, {"data": 2, "fsdp": 2, "tensor": 2}):
+        mesh = make_mesh(sizes, jax.devices()[: np.prod(list(sizes.values()))])
+        optimizer, held = optax.adamw(1e-3), placement.place(mesh, frozen)
+        given = placement.place(mesh, jax.tree.map(np.array, params))  # donated to the first step
+        state = init_state(composer, optimizer, seed=0, ema=True, params=given)
+        step = Step(
+            *(mesh, state, held),
+            composer=composer,
+            optimizer=optimizer,
+            ema_decay=0.9,
+            microbatches=1,
+        )
+        rows, losses = placement.global_batch(mesh, batch), []
+        for _ in range(20):
+            state, metrics = step(state, held, rows)
+            losses.append([metrics[name] for name in ("loss", "mse_masked", "mse_triplet")])
+        found.append((np.asarray(losses), jax.device_get(state.ema)))
+    (one, params_of_one), (eight, params_of_eight) = found
+    assert one[-1, 0] < 0.8 * one[0, 0]
+    np.testing.assert_allclose(eight, one, rtol=1e-4)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), params_of_eight, params_of_one
+    )
 
 
 def test_data_without_masks_has_no_metric_of_them(made):
@@ -240,10 +276,31 @@ def test_padding_is_a_condition_that_the_text_tower_hides_from_itself(tiny, made
     assert np.abs(hidden - plain)[:, end + 1 :].max() > 1e-3
 
 
+def test_the_null_text_is_encoded_once_for_all_queries(made, tiny, query, monkeypatch):
+    composer, params, frozen = made
+    expected = tiny[0].text_conditions(tiny[1], composer.null_token_ids)
+    np.testing.assert_allclose(frozen["null_text"][0], expected[0], atol=1e-6)
+    shapes = jax.tree.map(np.shape, composer.freeze(tiny[1], shapes_only=True)["null_text"])
+    assert shapes == jax.tree.map(np.shape, frozen["null_text"])
+    encoded = []
+    encode = CompoDiff.hidden_states
+    monkeypatch.setattr(
+        CompoDiff, "hidden_states", lambda *args: (encoded.append(args[2]), encode(*args))[1]
+    )
+    image = query["reference_features"]
+    plain = {k: v for k, v in query.items() if k != "negative_token_ids"}
+    jax.eval_shape(lambda: composer.branches(params, frozen, plain, image))
+    assert len(encoded) == 1 and encoded[0].shape == query["token_ids"].shape
+    assert "negative_token_ids" in query
+    jax.eval_shape(lambda: composer.branches(params, frozen, query, image))
+    assert len(encoded) == 3
+
+
 def test_hidden_padding_is_no_condition_at_any_length(tiny, made, query, batch):
     """Bucketed or padded to the context, beside a longer negative text; in training, too."""
-    _, params, frozen = made
+    _, params, read = made
     composer = CompoDiff(tiny[0], **SIZES, steps=2, samples_per_query=1, padding="hidden")
+    frozen = composer.freeze(tiny[1])
     assert composer.pools_text and composer.null_token_ids.shape == (1, 8)
     compose = jax.jit(composer.compose)
     key = jax.random.key(0)
@@ -251,7 +308,7 @@ def test_hidden_padding_is_no_condition_at_any_length(tiny, made, query, batch):
     short = {"token_ids": query["token_ids"][:, :8]}
     np.testing.assert_allclose(compose(params, frozen, query | short, key), whole, atol=2e-5)
     assert np.abs(whole - made[0].varied(steps=2, samples_per_query=1).compose(
-        params, frozen, query, key)).max() > 1e-4  # fmt: skip
+        params, read, query, key)).max() > 1e-4  # fmt: skip
     encode = jax.jit(lambda batch: composer.encode(params, frozen, batch, keys(0))["error"])
     cut = batch | {"token_ids": batch["token_ids"][:, :8]}
     np.testing.assert_allclose(encode(cut), encode(batch), rtol=1e-4)

@@ -263,7 +263,7 @@ def test_conditions_as_tokens(tiny):
     )
     params = jax.jit(composer.init)(jax.random.key(0))
     assert "cross_attention" not in params["layers_0"]
-    frozen = {"backbone": backbone_params}
+    frozen = composer.freeze(backbone_params)
     rng = np.random.default_rng(0)
     query = {
         "reference_features": rng.normal(size=(2, 24)).astype(np.float32),

@@ -18,6 +18,7 @@ from cir_jax.evaluation.asked import Asked
 from cir_jax.evaluation.queries import CaptionBenchmark
 from cir_jax.input import masks
 from cir_jax.retrieval import features
+from cir_jax.retrieval.composing import Composing
 from cir_jax.retrieval.search import Searcher
 from cir_jax.sharding.mesh import make_mesh
 from tests import tiny as factory
@@ -37,7 +38,7 @@ def made(tiny):
     backbone, backbone_params = tiny
     composer = CompoDiff(backbone, **SIZES, steps=2, samples_per_query=1, source_mixing=0.0)
     params = jax.jit(composer.init)(jax.random.key(5))
-    return composer, params, {"backbone": backbone_params}
+    return composer, params, composer.freeze(backbone_params)
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +66,16 @@ def asking(searcher, photos, **given):
     return {path: score for path, score in searcher.search(**query)}
 
 
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
+def test_an_interpolation_asked_for_is_one_that_is_set(tiny, photos, mesh, alpha):
+    """One program for all of them."""
+    text, image = "a red star", photos[0] / "2.png"
+    made = [composers.build("slerp", tiny[0], alpha=value) for value in (0.8, alpha)]
+    asked, told = (Composing(slerp, {}, {"backbone": tiny[1]}, mesh) for slerp in made)
+    found = asked.compose(image, text, Conditions(alpha=alpha)).features
+    np.testing.assert_allclose(found, told.compose(image, text).features, atol=1e-6)
+
+
 EACH = {
     "guidance": (0.5, 3.0),
     "negative_text": "a blue circle",
@@ -86,7 +97,7 @@ def test_each_condition_of_a_search_counts_and_is_repeated(shared, photos):
     assert (
         set(EACH) | {"mask"}
         == set(composer.conditions)
-        == {field for field in Conditions.__dataclass_fields__}
+        == {field for field in Conditions.__dataclass_fields__} - {"alpha"}  # Slerp's
     )
     # what the method is set to is what it does when it is told so
     told = {"guidance": composer.guidance, "negative_text": "", "steps": 2, "seed": 0}
@@ -137,6 +148,8 @@ def test_a_masked_reference_is_without_its_region(made, photos):
         ({"guidance": (1.0, float("inf"))}, ConfigError, "inf): expected two finite weights"),
         ({"guidance": (1.0,)}, ConfigError, "expected two finite weights"),
         ({"source_mixing": 1.5}, ConfigError, "source_mixing=1.5: expected a fraction"),
+        ({"alpha": -0.5}, ConfigError, "alpha=-0.5: expected a fraction"),
+        ({"alpha": 0.5}, ConfigError, "CompoDiff takes no alpha. Methods that do: slerp, tat."),
         ({"noised_reference": -0.1}, ConfigError, "noised_reference=-0.1: expected a fraction"),
         ({"noised_reference": 1.0}, ConfigError, "leaves 0 of 1000 times, fewer than steps=2"),
         ({"seed": -1}, ConfigError, "seed=-1: expected 0 to 4294967295"),
@@ -156,7 +169,7 @@ def test_conditions_that_cannot_be_meant(shared, photos, given, error, message):
 def test_a_method_that_lacks_a_condition_names_those_that_have_it(shared, photos, tiny, mesh):
     slerp = composers.build("slerp", tiny[0])
     searcher = copy.copy(shared)
-    searcher.composer = slerp
+    searcher.composing = Composing(slerp, {}, shared.frozen, mesh)
     for name, value in {**EACH, "mask": photos[1]}.items():
         with pytest.raises(ConfigError) as raised:
             asking(searcher, photos, **{name: value})

@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -5,6 +7,7 @@ import pytest
 
 from cir_jax.errors import ConfigError, WeightsError
 from cir_jax.models import light
+from cir_jax.models.light import depthwise
 from cir_jax.models.light.blocks import BatchNorm
 from cir_jax.models.light.efficientvit import EfficientVitConfig, bias_offsets
 from cir_jax.models.light.mobilevit import resize
@@ -102,3 +105,43 @@ def test_unknown_names_and_foreign_weights_are_told():
         weights.to_variables(fixture.params, light.create("efficientnet_b0"))
     with pytest.raises(WeightsError, match="wrong shapes"):
         weights.to_variables(fixture.params, light.create("mobilenetv2_100"))
+
+
+@pytest.mark.parametrize(
+    ("side", "stride", "height", "width"),
+    [(3, 1, 7, 5), (3, 2, 8, 8), (3, 2, 7, 9), (5, 1, 6, 6), (5, 2, 9, 8), (7, 1, 4, 4)],
+)
+def test_depthwise_convolution_is_xlas(side, stride, height, width):
+    """Shifted sums on a CPU: the map, and the gradients of map and kernel."""
+    rng = np.random.default_rng(0)
+    x = np.float32(rng.standard_normal((3, height, width, 6)))
+    kernel = np.float32(rng.standard_normal((side, side, 1, 6)))
+    padding = (((side - 1) // 2,) * 2,) * 2
+
+    def ours(x, kernel):
+        return depthwise.convolution(x, kernel, (stride, stride), padding)
+
+    def theirs(x, kernel):
+        return depthwise._general(x, kernel, stride, padding)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def both(function, x, kernel):
+        out, back = jax.vjp(function, x, kernel)
+        return out, back(jnp.cos(out))
+
+    found, expected = both(ours, x, kernel), both(theirs, x, kernel)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), found, expected)
+    half = jax.jit(ours)(x.astype(jnp.bfloat16), kernel.astype(jnp.bfloat16))
+    assert half.dtype == jnp.bfloat16
+    np.testing.assert_allclose(half.astype(np.float32), expected[0], atol=0.3)
+
+
+def test_depthwise_convolution_is_the_compilers_on_other_platforms():
+    x, kernel = np.zeros((1, 8, 8, 4), np.float32), np.zeros((3, 3, 1, 4), np.float32)
+
+    def loss(x, kernel):
+        return depthwise.convolution(x, kernel, (1, 1), ((1, 1), (1, 1))).sum()
+
+    traced = jax.jit(jax.grad(loss, (0, 1))).trace(x, kernel)
+    text = {name: traced.lower(lowering_platforms=(name,)).as_text() for name in ("cpu", "tpu")}
+    assert "stablehlo.convolution" in text["tpu"] and "stablehlo.convolution" not in text["cpu"]

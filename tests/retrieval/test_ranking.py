@@ -177,3 +177,38 @@ def test_numbers_that_are_not_finite_are_errors(data):
         ranking.rank(queries, gallery, k=3)
     with pytest.raises(ValueError, match="query 0: its target is not ranked"):
         ranking.rank(data[0], gallery, k=3, targets=targets, exclude=targets[:, 0])
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_a_gallery_that_is_held_ranks_as_it_did_before(dtype, monkeypatch):
+    monkeypatch.setattr(ranking, "HELD_BLOCK", 64)
+    rng = np.random.default_rng(3)
+    gallery = rng.normal(size=(150, 8)).astype(dtype)
+    gallery[120] = gallery[7]  # equal scores, in different blocks
+    queries = rng.normal(size=(1, 8)).astype(np.float32)
+    ranked = rng.random((1, 150)) < 0.7
+    ranked[:, [7, 120]] = True
+    pieces = (gallery[start : start + 40] for start in range(0, 150, 40))
+    held = ranking.Held(pieces, 170)
+    assert (
+        len(held) == 150
+        and len(held.blocks) == 3
+        and {block.dtype for block in held.blocks} == {np.dtype(dtype)}
+    )
+    for members in (None, ranked):
+        found = ranking.rank(queries, held, k=150, members=members)
+        whole = ranking.rank(queries, gallery.astype(np.float32), k=150, members=members)
+        np.testing.assert_array_equal(found.top, whole.top)
+        np.testing.assert_allclose(found.scores, whole.scores, rtol=1e-6)
+        place = [int(np.flatnonzero(found.top[0] == row)[0]) for row in (7, 120)]
+        assert place[1] == place[0] + 1
+
+
+def test_what_cannot_be_held():
+    rows = np.ones((5, 2), np.float16)
+    rows[4, 0] = np.inf
+    with pytest.raises(CirError, match="gallery features: row 9 is not finite"):
+        ranking.Held([np.ones((5, 2), np.float16), rows], 10)
+    held = ranking.Held([np.ones((5, 2), np.float16)], 5)
+    with pytest.raises(ValueError, match="targets are not looked for"):
+        ranking.rank(np.ones((1, 2), np.float32), held, k=1, targets=np.zeros((1, 1), np.int32))

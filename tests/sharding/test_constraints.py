@@ -17,7 +17,7 @@ import pytest
 
 import experiments
 from cir_jax import composers
-from cir_jax.retrieval import features
+from cir_jax.retrieval import encoders, features
 from cir_jax.sharding import constraints, placement
 from cir_jax.sharding import mesh as meshes
 from cir_jax.training import inversion
@@ -275,7 +275,12 @@ def test_features_of_images_move_no_activations(sizes, backbones):
     backbone, params = backbones("clip")
     mesh = meshes.make_mesh(dict(zip(meshes.AXES, sizes, strict=True)))
     batch = queries(mesh, backbone, image=IMAGES, unreadable="truth")
-    check(features._encode_images.lower(backbone, mesh, abstract(mesh, params), batch), sizes)
+    check(
+        encoders._encode_images.lower(
+            backbone, mesh, abstract(mesh, params), batch, "encode_image"
+        ),
+        sizes,
+    )
 
 
 @pytest.mark.parametrize("name", ["compodiff", "palavra"])

@@ -11,7 +11,7 @@ import pytest
 
 from cir_jax import experiment as experiments
 from cir_jax.loading import read_experiment
-from cir_jax.retrieval import features
+from cir_jax.retrieval import encoders, features
 from cir_jax.training import inputs, inversion, stages
 from tests import tiny as factory
 from tests.training import small
@@ -58,7 +58,8 @@ def images(experiment):
     size = experiment.backbone.image_transform.crop
     batch = shapes(image=((8, size, size, 3), np.uint8), unreadable=((8,), bool))
     parameters = experiment.frozen["backbone"]
-    return features._encode_images.lower(experiment.backbone, experiment.mesh, parameters, batch)
+    given = (experiment.backbone, experiment.mesh, parameters, batch, "encode_image")
+    return encoders._encode_images.lower(*given)
 
 
 def queries(experiment):

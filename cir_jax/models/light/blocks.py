@@ -11,6 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from cir_jax.models.light.depthwise import convolution as depthwise_convolution
 from cir_jax.sharding.constraints import split_rows
 
 Activation = Callable[[jax.Array], jax.Array]
@@ -69,6 +70,7 @@ def conv(
         strides=stride,
         padding=(size - 1) // 2,
         feature_group_count=features if depthwise else 1,
+        conv_general_dilated=depthwise_convolution if depthwise else None,
         use_bias=bias,
         dtype=dtype,
         kernel_init=nn.initializers.variance_scaling(2.0, "fan_out", "normal"),

@@ -1,0 +1,221 @@
+"""A library of 120,000 photos: opening it, a query, its memory; FAISS beside.
+
+    python benchmarks/library.py [--photos=120000] [--dim=512]
+
+The vectors are random, of unit norm, in a store as `cir index` writes it; a query is a random
+vector, too, so that nothing is encoded: what is timed begins where the composed query is there.
+Each measurement is a process of its own on one core (its affinity, not a wish):
+
+    open      from the SQLite file to vectors that can be ranked, in a process that has imported all
+              and has opened a store of 100 photos before; the file was read before, too; and the
+              processor's time of it
+    query     the best 64 of all, median and 9th of ten of --queries, after three that are not
+              timed; and the processor's time of one, which another load on the core disturbs less
+    memory    the peak while it opens and answers, beyond what the process held before; times the
+              vectors: in float16, as they are stored and held, and in float32
+
+FAISS: `IndexFlatIP`, exact, on the same vectors in float32, on one thread; `open` is its own file.
+Where it is not installed it is left out and said: pip install faiss-cpu. Writes
+benchmarks/library.json.
+"""
+
+import argparse
+import datetime
+import importlib.util
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import numpy as np  # noqa: E402
+
+K = 64
+FEW = 100
+BATCH = 2048
+
+
+def vectors(count: int, dim: int) -> Iterator[np.ndarray]:
+    rng = np.random.default_rng(0)
+    for start in range(0, count, BATCH):
+        rows = rng.standard_normal((min(BATCH, count - start), dim), np.float32)
+        yield rows / np.linalg.norm(rows, axis=1, keepdims=True)
+
+
+def queries(count: int, dim: int) -> np.ndarray:
+    rows = np.random.default_rng(1).standard_normal((count, 1, dim), np.float32)
+    return rows / np.linalg.norm(rows, axis=2, keepdims=True)
+
+
+def prepare(folder: Path, count: int, dim: int) -> None:
+    from cir_jax.library.photos import File
+    from cir_jax.library.store import New, Store
+
+    for name, rows in (("few", FEW), ("library", count)):
+        store, done = Store(folder / f"{name}.sqlite"), 0
+        encoder = store.encoder("random", "{}")
+        for piece in vectors(rows, dim):
+            files = [File(f"2024/{done + i:07}.jpg".encode(), 1, 1) for i in range(len(piece))]
+            store.add(encoder, [New(file, file.path[-16:], "", "") for file in files], piece)
+            done += len(piece)
+        store.close()
+
+
+def ours(folder: Path, count: int, dim: int, asked: np.ndarray) -> dict[str, Any]:
+    from cir_jax.library.gallery import Gallery
+    from cir_jax.library.store import Store
+    from cir_jax.retrieval import ranking
+
+    few = Gallery.read(Store(folder / "few.sqlite"), 1)
+    ranking.rank(asked[0], few.held, k=K)
+    before = held("VmRSS")
+    forget_peak()
+    began = clocks()
+    store = Store(folder / "library.sqlite")
+    gallery = Gallery.read(store, 1)
+    seconds = clocks() - began
+    assert len(gallery.photos) == count
+
+    def rank(query: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        everyone = np.ones((1, count), bool)
+        found = ranking.rank(query, gallery.held, k=K, members=everyone)
+        return found.top[0], found.scores[0]
+
+    return measured(rank, asked, seconds, before, count, dim)
+
+
+def faiss(folder: Path, count: int, dim: int, asked: np.ndarray) -> dict[str, Any]:
+    import faiss
+
+    faiss.omp_set_num_threads(1)
+    file = str(folder / "flat.faiss")
+    if not Path(file).exists():
+        index = faiss.IndexFlatIP(dim)
+        for piece in vectors(count, dim):
+            index.add(piece)
+        faiss.write_index(index, file)
+        del index
+    before = held("VmRSS")
+    forget_peak()
+    began = clocks()
+    index = faiss.read_index(file)
+    seconds = clocks() - began
+
+    def rank(query: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        scores, top = index.search(query, K)
+        return top[0], scores[0]
+
+    return measured(rank, asked, seconds, before, count, dim)
+
+
+def clocks() -> np.ndarray:
+    """Seconds on the wall, seconds of the processor."""
+    return np.array([time.perf_counter(), time.process_time()])
+
+
+def measured(
+    rank: Any, asked: np.ndarray, opened: np.ndarray, before: float, count: int, dim: int
+) -> dict[str, Any]:
+    took, found = [], []
+    for query in asked:
+        began = clocks()
+        found.append(rank(query))
+        took.append(1000 * (clocks() - began))
+    memory, took = held("VmHWM") - before, np.sort(took[3:], axis=0)
+    check(asked[-1], found[-1], count, dim)
+    return {
+        "open_seconds": round(opened[0], 3),
+        "open_cpu_seconds": round(opened[1], 3),
+        "query_ms": round(statistics.median(took[:, 0]), 2),
+        "query_ms_9_of_10": round(took[int(0.9 * (len(took) - 1)), 0], 2),
+        "query_cpu_ms": round(took[:, 1].mean(), 2),
+        "memory_mib": round(memory, 1),
+        "times_float16": round(memory / (2 * count * dim / 2**20), 2),
+        "times_float32": round(memory / (4 * count * dim / 2**20), 2),
+    }
+
+
+def check(query: np.ndarray, found: tuple[np.ndarray, np.ndarray], count: int, dim: int) -> None:
+    """It is the exact answer, but for what half precision rounds."""
+    scores = np.concatenate([piece @ query[0] for piece in vectors(count, dim)])
+    np.testing.assert_allclose(found[1], np.sort(scores)[::-1][:K], atol=2e-4)
+    np.testing.assert_allclose(scores[found[0]], found[1], atol=2e-4)
+
+
+CONTENDERS = {"cir_jax": ours, "faiss": faiss}
+
+
+def held(field: str) -> float:
+    """MiB of this process: "VmRSS" now, "VmHWM" at most since `forget_peak`."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field):
+            return int(line.split()[1]) / 1024
+    raise RuntimeError(f"no {field} in /proc/self/status: not Linux?")
+
+
+def forget_peak() -> None:
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--photos", type=int, default=120_000)
+    parser.add_argument("--dim", type=int, default=512)
+    parser.add_argument("--queries", type=int, default=50, help="that are timed")
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "library.json")
+    parser.add_argument("--worker", nargs=2, help="NAME FOLDER: one of them, in this process")
+    args = parser.parse_args()
+    if args.worker:
+        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+        name, folder = args.worker
+        asked = queries(3 + args.queries, args.dim)
+        print(json.dumps(CONTENDERS[name](Path(folder), args.photos, args.dim, asked)))
+        return
+    load, found, absent = os.getloadavg(), {}, []
+    with tempfile.TemporaryDirectory() as scratch:
+        prepare(Path(scratch), args.photos, args.dim)
+        sizes = [f"--{name}={getattr(args, name)}" for name in ("photos", "dim", "queries")]
+        for name in CONTENDERS:
+            if name == "faiss" and importlib.util.find_spec("faiss") is None:
+                absent.append(name)
+                continue
+            command = [sys.executable, __file__, *sizes, "--worker", name, scratch]
+            if name == "faiss":  # its first process writes the file that the second opens
+                subprocess.run(command, capture_output=True, check=True)
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode:
+                sys.exit(f"{name} failed:\n{done.stderr[-2000:]}")
+            found[name] = json.loads(done.stdout)
+        store = (Path(scratch) / "library.sqlite").stat().st_size / 2**20
+    report = {
+        "photos": args.photos,
+        "dim": args.dim,
+        "queries": args.queries,
+        "store_mib": round(store, 1),
+        "contenders": found,
+        "absent": absent,
+        "load_before": [round(x, 1) for x in load],
+        "cores": len(os.sched_getaffinity(0)),
+        "processor": platform.processor() or platform.machine(),
+        "versions": {"python": platform.python_version(), "numpy": np.__version__},
+        "date": datetime.date.today().isoformat(),
+        "command": "python benchmarks/library.py",
+    }
+    text = json.dumps(report, indent=1) + "\n"
+    args.output.write_text(text)
+    print(text, end="")
+    if absent:
+        print(f"left out, not installed: {', '.join(absent)}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,453 @@
+"""A folder of photos: indexed once, kept fresh, searched by every method on the same vectors.
+
+Differences from `Searcher`, which reads images as the papers' code does: photos are turned as EXIF
+says, grey levels of 16 bits are scaled, and vectors are kept in float16 of unit norm.
+"""
+
+import contextlib
+import datetime
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from cir_jax import loading
+from cir_jax.composers import COMPOSERS, composer_class
+from cir_jax.composers.base import Composer
+from cir_jax.composers.conditions import Conditions
+from cir_jax.errors import CirError, ConfigError, DataError, unknown
+from cir_jax.input import images
+from cir_jax.library import photos
+from cir_jax.library.gallery import Gallery
+from cir_jax.library.photos import File
+from cir_jax.library.plan import Plan
+from cir_jax.library.store import New, Store
+from cir_jax.retrieval import encoders, features, ranking
+from cir_jax.retrieval.composing import Picture
+from cir_jax.retrieval.encoders import Encoder
+from cir_jax.retrieval.search import Searcher
+from cir_jax.storage.places import default_library_dir
+
+CONTROLS = tuple(
+    name for name in Conditions.__dataclass_fields__ if name not in ("mask", "negative_text")
+)
+"""What `search` passes on to methods that take it: see `composers.conditions.Conditions`."""
+
+NEGATIVE = 0.5
+"""What a negative text is subtracted with, where that is vector arithmetic. Of the embedded world's
+photos "of a star", not "of a red star", a half leaves no red one and all stars, as does a quarter;
+the whole leaves few stars of any colour."""
+
+
+class Update(NamedTuple):
+    """What an update found. problems: files (or folders) that could not be read, and why; of those
+    that were so before, nothing is said again. left_out: what is no photo to us -> how many."""
+
+    photos: int
+    added: int
+    changed: int
+    renamed: int
+    deleted: int
+    decoded: int
+    problems: list[tuple[Path, str]]
+    left_out: dict[str, int]
+
+
+class Results(list):
+    """(path, score), best first. approximate: what of the query is vector arithmetic instead of the
+    method's own way, "" = nothing."""
+
+    approximate: str = ""
+
+
+class Library:
+    """The photos below a folder. `update` brings it up to date, `search` asks it.
+
+    composer: what `cir_jax.load` gives or takes: a searcher, a method's name, a workdir.
+    store: its file; None = one of the folder's name in `places.default_library_dir()`.
+    Raises DataError as `Store`, and what `cir_jax.load` raises.
+    """
+
+    def __init__(
+        self, folder: str | Path, composer: Searcher | str | Path, *, store: Path | None = None
+    ):
+        self.folder = Path(folder).expanduser().resolve()
+        self.store = Store(store_of(self.folder) if store is None else Path(store).expanduser())
+        searcher = composer if isinstance(composer, Searcher) else loading.load(composer)
+        self.searcher, self.composer = searcher, searcher.composer
+        method = type(self.composer)
+        shared = features.uses_backbone_gallery(self.composer)
+        self._plain = _Kept(
+            self.store,
+            encoders.of_backbone(
+                self.composer.backbone, searcher.frozen["backbone"], searcher.mesh
+            ),
+        )
+        self._own = self._plain
+        if not shared:
+            made = (self.composer, searcher.params, searcher.frozen, searcher.mesh)
+            self._own = _Kept(self.store, encoders.of_composer(*made))
+        self._embeds = shared and method.embed_features is not Composer.embed_features
+        self._by_cosine = method.score is Composer.score
+        self._scoring = ranking.scoring(self.composer, searcher.params)
+        self._galleries: dict[bool, Gallery] = {}
+        self._version = self.store.version()
+
+    def __enter__(self) -> "Library":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self.store.close()
+
+    def __len__(self) -> int:
+        """Photos that are found by image or by text alone."""
+        self._refresh()
+        return len(self._gallery(own=False).photos)
+
+    def update(
+        self, *, retry: bool = False, max_megapixels: float | None = None, label: str = ""
+    ) -> Update:
+        """Brings the store up to date with the folder; stopped anywhere, it goes on from there.
+
+        A file whose size and time are known is not opened. A new one of a size that is known is
+        read, and decoded if no known one has its content. All else is decoded, and kept batch by
+        batch. retry: files that could not be read before, too. max_megapixels: photos above are not
+        decoded, None = 200. label: of the progress bar, "" = none.
+        Raises DataError where the store cannot be written or another process indexes, where there
+        is no folder, and where all of its photos are gone at once: a disk may be missing.
+        """
+        if self.store.reads_only:
+            raise DataError(f"{self.store.reads_only}: what is in it can be searched as it is.")
+        with self.store.indexing() as alone:
+            if not alone:
+                raise Busy(f"{self.folder}: another process is indexing it.")
+            if retry or max_megapixels is not None:
+                self.store.forget_problems()
+            with images.limited(max_megapixels):
+                done = self._update(label)
+        self._galleries.clear()
+        return done
+
+    def _update(self, label: str) -> Update:
+        found = photos.walk(self.folder)
+        known = self.store.photos()
+        if known and not found.files and not found.closed:
+            raise DataError(
+                f"{self.folder}: no photo is left of {len(known)}. Is a disk not there? If they "
+                f"are really gone, delete {self.store.path}."
+            )
+        plan = Plan(self.folder, found, known)
+        if plan.gone or plan.touched or plan.moved or plan.copied:
+            self.store.rearrange(plan.gone, plan.touched, plan.moved, plan.copied)
+        problems = [(self.folder / os.fsdecode(p), why) for p, why in found.closed.items()]
+        decoded = self._encode(self._plain, plan.unknown, problems, label)
+        for kept in dict.fromkeys((self._plain, self._own)):
+            lacking = [File(*photo[1:4]) for photo in self.store.lacking(kept.number)]
+            there = [file for file in lacking if file.path in found.files]
+            decoded += self._encode(kept, there, problems, label)
+        return Update(
+            photos=len(found.files),
+            added=plan.added,
+            changed=plan.changed,
+            renamed=len(plan.moved),
+            deleted=plan.deleted,
+            decoded=decoded,
+            problems=problems,
+            left_out=found.left_out,
+        )
+
+    def _encode(
+        self, kept: "_Kept", files: Sequence[File], problems: list[tuple[Path, str]], label: str
+    ) -> int:
+        """Reads these files and keeps a vector of each, or its problem; how many were decoded."""
+        if not files:
+            return 0
+        transform = self.composer.backbone.image_transform
+        read: dict[int, photos.Read | OSError] = {}
+        blank = np.zeros((transform.crop, transform.crop, 3), np.uint8)
+
+        def load(row: int) -> dict[str, np.ndarray]:
+            try:
+                read[row] = photos.read(self._path(files[row].path), transform)
+            except OSError as error:
+                read[row] = error
+            pixels = getattr(read[row], "pixels", None)
+            return {"image": blank if pixels is None else pixels, "unreadable": pixels is None}
+
+        rows = kept.encoder.rows(
+            load,
+            len(files),
+            lambda row: str(self._path(files[row].path)),
+            mesh=self.searcher.mesh,
+            batch_size=self.searcher.batch_size,
+            label=label,
+        )
+        first, decoded = 0, 0
+        with contextlib.closing(rows):  # its threads end with it, whoever raises
+            for piece in rows:
+                news, known = [], []
+                for row in range(first, first + len(piece)):
+                    one = read.pop(row)
+                    where = self._path(files[row].path)
+                    if isinstance(one, OSError):  # says nothing of the photo: tried again next time
+                        problems.append((where, one.strerror or str(one)))
+                        continue
+                    if one.problem:
+                        problems.append((where, one.problem))
+                    news.append(New(files[row], one.digest, one.taken, one.problem))
+                    known.append(row - first)
+                    decoded += not one.problem
+                self.store.add(kept.number, news, piece[known])
+                first += len(piece)
+        return decoded
+
+    def search(
+        self,
+        image: Picture | None = None,
+        text: str | None = None,
+        *,
+        negative: str | Sequence[str] = (),
+        images: Sequence[Picture] = (),
+        weights: Sequence[float] | None = None,
+        mask: Picture | None = None,
+        k: int = 10,
+        under: str | Path = "",
+        after: str | datetime.date = "",
+        min_score: float | None = None,
+        dedup: float | None = None,
+        **controls: Any,
+    ) -> Results:
+        """The k best photos with their scores, best first: cosine similarity for most methods.
+
+        image: the reference, as `Searcher.search` takes it; images: several, with their `weights`,
+        1 each by default, below 0 = unlike it. Of a file, all photos with its content are left out.
+        text: what should differ; without an image, what to find. negative: what should not be seen.
+        mask: the region of the image to edit, as it is seen. under: a folder of these photos.
+        after: the day they were taken, or later: "2024", "2024-05", "2024-05-17". min_score: of
+        what is found. dedup: of photos whose cosine is above this, the best alone. controls: what
+        some methods take, `CONTROLS`.
+        Several images are composed one by one and added, and so are negatives but for CompoDiff:
+        `Results.approximate` says so.
+        Raises CirError without a query, ConfigError for what the method does not take, DataError
+        for what cannot be read.
+        """
+        if wrong := sorted(set(controls) - set(CONTROLS)):
+            raise ConfigError(unknown("control of a search", wrong[0], CONTROLS))
+        if k < 1:
+            raise CirError(f"k={k}: ask for at least one photo.")
+        references = self._references(image, images, weights)
+        negatives = [negative] if isinstance(negative, str) else list(negative)
+        negatives = [said.strip() for said in negatives if said.strip()]
+        opened, left_out = [], []
+        for given, weight in references:
+            picture, digest = photos.query(given)
+            opened.append((picture, weight))
+            left_out += self.store.with_digest(digest) if digest else []
+        query, own, approximate = self._query(opened, text, negatives, mask, controls)
+        self._refresh()
+        gallery = self._gallery(own)
+        ranked = self._ranked(gallery, under, after, left_out)
+        results = Results(
+            self._found(query, own, gallery, ranked, k, min_score, dedup) if ranked.any() else ()
+        )
+        results.approximate = approximate
+        return results
+
+    def _references(
+        self, image: Any, several: Sequence[Any], weights: Sequence[float] | None
+    ) -> list[tuple[Any, float]]:
+        if image is not None and len(several):
+            raise ConfigError("image= and images= are both given. Give all of them as images=.")
+        given = [image] if image is not None else list(several)
+        if weights is None:
+            return [(one, 1.0) for one in given]
+        if len(weights) != len(given) or len(given) < 2:
+            raise ConfigError(
+                f"weights={list(weights)}: expected one for each of several images, "
+                f"here are {len(given)}."
+            )
+        if not np.isfinite(np.float64(weights)).all() or not any(weights):
+            raise ConfigError(f"weights={list(weights)}: expected finite ones, not all of them 0.")
+        return list(zip(given, map(float, weights), strict=True))
+
+    def _query(
+        self,
+        references: list[tuple[Any, float]],
+        text: str | None,
+        negatives: list[str],
+        mask: Any,
+        controls: dict[str, Any],
+    ) -> tuple[np.ndarray, bool, str]:
+        """float32[1, dim], whether it is ranked by the method's own gallery, what of it is vector
+        arithmetic."""
+        composing, method = self.searcher.composing, type(self.composer).__name__
+        native = ", ".join(negatives) if "negative_text" in self.composer.conditions else ""
+        conditions = Conditions(negative_text=native or None, mask=mask, **controls)
+        if len(references) < 2:
+            reference = references[0][0] if references else None
+            query, own = composing.compose(reference, text, conditions)
+            arithmetic = []
+        else:
+            if mask is not None:
+                raise ConfigError("mask: the region of one image; here are several.")
+            if not self._by_cosine:
+                raise ConfigError(f"images: {method} has no sum of queries. Give one image.")
+            made = [composing.compose(one, text, conditions) for one, _ in references]
+            own = made[0].own
+            query = sum(w * one.features for one, (_, w) in zip(made, references, strict=True))
+            arithmetic = [f"{len(made)} images are composed one by one and added"]
+        if negatives and not native:
+            if own and self._gallery_is_its_own:
+                able = [n for n in COMPOSERS if "negative_text" in composer_class(n).conditions]
+                raise ConfigError(
+                    f"negative: {method} ranks by features of its own, among which a text has no "
+                    f"place. Methods that take one: {', '.join(able)}, and, as vector arithmetic, "
+                    "all that rank by the backbone's features."
+                )
+            query = features.unit(query)
+            for negative in negatives:
+                query = query - NEGATIVE * composing.compose(None, negative).features
+            arithmetic.append("the negative text is subtracted")
+        if arithmetic:
+            query = features.unit(query)
+        said = f"approximate: {', '.join(arithmetic)}" if arithmetic else ""
+        return query, own, said
+
+    @property
+    def _gallery_is_its_own(self) -> bool:
+        return self._own is not self._plain or self._embeds or not self._by_cosine
+
+    def _found(
+        self,
+        query: np.ndarray,
+        own: bool,
+        gallery: Gallery,
+        ranked: np.ndarray,
+        k: int,
+        min_score: float | None,
+        dedup: float | None,
+    ) -> Iterator[tuple[Path, float]]:
+        scoring = self._scoring if own else {}
+        # few different numbers, so that few programs are compiled
+        most = max(64, 1 << (4 * k if dedup is not None else k).bit_length())
+        while True:
+            top = ranking.rank(query, gallery.held, k=most, members=ranked[None], **scoring)
+            rows = top.top[0][top.top[0] >= 0]
+            scores = top.scores[0][: len(rows)]
+            if min_score is not None:
+                rows = rows[scores >= min_score]
+            kept = range(len(rows)) if dedup is None else self._distinct(gallery, rows, k, dedup)
+            if len(kept) >= k or len(rows) < most:  # enough, or all there are
+                break
+            most *= 4
+        chosen = [(gallery.photos[rows[i]], float(scores[i])) for i in kept[:k]]
+        paths = self.store.paths(photo for photo, _ in chosen)
+        for path, (_, score) in zip(paths, chosen, strict=True):
+            if path is not None:  # it went since the gallery was read
+                yield self._path(path), score
+
+    def _distinct(self, gallery: Gallery, rows: np.ndarray, k: int, most: float) -> list[int]:
+        """Positions in `rows` of at most k photos no two of which are more alike than that."""
+        plain = self._plain
+        vectors = self.store.vectors_of(plain.number, gallery.photos[rows])
+        kept: list[int] = []
+        for i, vector in enumerate(vectors):
+            if len(kept) < k and not (vectors[kept] @ vector > most).any():
+                kept.append(i)
+        return kept
+
+    def _ranked(
+        self, gallery: Gallery, under: str | Path, after: Any, left_out: Sequence[int]
+    ) -> np.ndarray:
+        """bool[n]: which photos may be found."""
+        ranked = np.ones(len(gallery.photos), bool)
+        if under or after:
+            folder, day = self._below(under), _day(after)
+            ranked &= np.isin(gallery.photos, self.store.chosen(folder, day))
+        if len(left_out):
+            ranked &= ~np.isin(gallery.photos, left_out)
+        return ranked
+
+    def _below(self, under: str | Path) -> bytes:
+        """A folder below ours, as paths in the store have it. Raises DataError for any other."""
+        where = Path(os.path.normpath(self.folder / Path(under).expanduser()))
+        if where == self.folder:
+            return b""
+        if where.is_relative_to(self.folder):
+            below = os.fsencode(where.relative_to(self.folder))
+            if where.is_dir() or len(self.store.chosen(below)):
+                return below
+        raise DataError(f"under={str(under)!r}: no folder of {self.folder}.")
+
+    def _refresh(self) -> None:
+        """Forgets what another process has changed."""
+        version = self.store.version()
+        if version != self._version:
+            self._galleries.clear()
+            self._version = version
+
+    def _gallery(self, own: bool) -> Gallery:
+        other = own and (self._own is not self._plain or self._embeds)
+        if other not in self._galleries:
+            made = (self._own.number, self._embedded) if other else (self._plain.number,)
+            self._galleries[other] = Gallery.read(self.store, *made)
+        return self._galleries[other]
+
+    def _embedded(self, raw: np.ndarray) -> np.ndarray:
+        """What the method ranks by, of rows of its encoder."""
+        if not self._embeds:
+            return raw
+        made = (self.composer, self.searcher.params, self.searcher.frozen)
+        return features.embedded(*made, raw, mesh=self.searcher.mesh)
+
+    def _path(self, below: bytes) -> Path:
+        return self.folder / os.fsdecode(below)
+
+
+class Busy(DataError):
+    """Another process is indexing the folder."""
+
+
+class _Kept:
+    """An encoder and its vectors in a store."""
+
+    def __init__(self, store: Store, encoder: Encoder):
+        self._store, self.encoder = store, encoder
+        # photos are turned as EXIF says and scaled to 8 bits, which no other store's images are
+        self._identity = f"{encoder.identity} upright"
+        self._description = json.dumps(dict(encoder.description), sort_keys=True)
+        self._number = 0
+
+    @property
+    def number(self) -> int:
+        """In the store, where it is made if it can be; 0 = it is not there."""
+        if not self._number:
+            self._number = self._store.encoder(self._identity, self._description)
+        return self._number
+
+
+def _day(after: Any) -> str:
+    """As the store compares it. Raises ConfigError for what is no date."""
+    said = after.isoformat() if isinstance(after, datetime.date) else str(after)
+    for form in ("%Y", "%Y-%m", "%Y-%m-%d"):
+        try:
+            datetime.datetime.strptime(said[:10], form)
+        except ValueError:
+            continue
+        return said
+    if not said:
+        return ""
+    raise ConfigError(f"after={said!r}: expected a day such as 2024-05-17, 2024-05 or 2024.")
+
+
+def store_of(folder: Path) -> Path:
+    """Where the store of a folder lies, if nobody says."""
+    name = hashlib.sha256(os.fsencode(folder)).hexdigest()[:12]
+    return default_library_dir() / f"{folder.name or 'root'}-{name}.sqlite"
