@@ -179,7 +179,8 @@ def _queries(
     own = benchmark.references is not None
     images = benchmark.references if own else gallery
     transform = backbone.image_transform
-    if own:  # the released code gives such images to the encoder squashed, not cropped
+    if benchmark.protocol.text == "objects":
+        # the released code gives objects cut out to the encoder squashed, not cropped
         transform = dataclasses.replace(transform, pad="none", resize=transform.crop, squash=True)
     references: dict = {}
     # a method that reads more of the reference than its pooled feature says so

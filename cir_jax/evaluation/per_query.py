@@ -13,6 +13,7 @@
 Where the labels are not public, `ranks` and `targets` are empty, `metrics` too, and AP is null.
 """
 
+import functools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -24,12 +25,11 @@ import numpy as np
 from cir_jax.errors import DataError
 from cir_jax.evaluation import metrics, protocols
 from cir_jax.evaluation.queries import Benchmark
-from cir_jax.evaluation.result import Result
+from cir_jax.evaluation.result import UNIMODAL, Result
 from cir_jax.evaluation.submissions import image_names
 from cir_jax.storage.atomic import write_atomically
 
 FILE = "queries.jsonl"
-UNIMODAL = ("image_only", "text_only")
 
 
 def write(path: Path, sections: Sequence[tuple[Benchmark, Sequence[Result]]]) -> None:
@@ -101,8 +101,13 @@ def _names(benchmark: Benchmark, result: Result) -> Any:
         used.append(np.asarray([query.reference for query in benchmark.queries], np.int32))
     found = image_names(benchmark, used)
 
+    @functools.cache
+    def of_reference(position: int) -> str:
+        called = benchmark.references[position].get("name", str(position))
+        return called.decode() if isinstance(called, bytes) else str(called)
+
     def name(position: int, reference: bool = False) -> str:
-        return str(position) if reference else found[position]
+        return of_reference(position) if reference else found[position]
 
     return name
 
