@@ -76,6 +76,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_namespace_packages(include=["cir_jax", "cir_jax.*"]),
+    package_data={"cir_jax.evaluation.page": ["page.*"]},
     install_requires=(ROOT / "requirements.txt").read_text().splitlines(),
     extras_require=EXTRAS,
 )
