@@ -43,7 +43,9 @@ def sections(tiny):
 
 @pytest.fixture(scope="module")
 def text(sections):
-    return page.page("a <title>", sections)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pictures.Pictures, "GROUP", 16)
+        return page.page("a <title>", sections)
 
 
 def content(text):
@@ -140,7 +142,7 @@ def test_the_html_is_sound_and_refers_to_nothing_outside(text):
     used = set(re.findall(r'at\("([a-z]+)"\)', text))
     assert len(used) > 15 and used <= set(parser.ids)
     # ids of the first section's part, told by "benchmark-" and "pictures-"
-    assert {"benchmark-0", "benchmark-1", "pictures-0"} <= set(parser.ids)
+    assert {"benchmark-0", "benchmark-1", "pictures-0", "pictures-3"} <= set(parser.ids)
 
 
 def test_no_text_of_a_query_ends_the_script(text):
@@ -187,7 +189,7 @@ def test_the_table_has_the_best_in_bold_and_the_distance_to_the_paper(sections):
     # weights that are none of the papers': their rows, but no distance
     other = renamed(results, weights_id="mine@0")
     shown = tables.section_tables(0, other, report.published_rows(other))
-    assert "published" in shown and "ours minus theirs" not in shown
+    assert "published" in shown and "ours minus theirs" not in shown and "<small>(" not in shown
 
 
 def test_less_is_better_for_ranks_and_what_is_equal_is_not_best(sections):
@@ -376,22 +378,26 @@ def test_the_histogram_counts_best_ranks_and_chooses(opened, sections):
     assert len(all_ids(opened)) == 60
 
 
-def test_tiles_say_score_hit_and_rank_of_what_is_missed(opened, sections):
+def test_tiles_say_score_hit_and_rank_of_what_is_missed(opened, sections, text):
     benchmark, results = sections[0]
+    lines, pictured = picture_lines(text), {}
+    for number, name in content(text)["sections"][0]["images"]:
+        pictured[name] = "data:image/webp;base64," + lines[number]
     opened.choose("#beside", "1")
     opened.choose("#sort", "id")
     shown = opened.run("""Promise.all([...document.images].map(e => e.src && e.decode())).then(() =>
         [...document.querySelectorAll('.query')].map(q => [...q.querySelectorAll('.run')].map(r =>
             [...r.querySelectorAll('.tile')].map(e => [e.className, e.textContent,
-                e.title.split(' · ')[1], e.firstChild.naturalWidth]))))""")
+                e.title.split(' · ')[1], e.src]))))""")
     assert len(shown) == 25
     seen = set()
     for i, (query, lines) in enumerate(zip(benchmark.queries, shown, strict=False)):
         for result, tiles in zip((results[3], results[1]), lines, strict=True):
-            for place, (kind, said, name, width) in enumerate(tiles[:5]):
+            assert all(source == pictured[name] for _, _, name, source in tiles)
+            for place, (kind, said, name, _) in enumerate(tiles[:5]):
                 image, score = int(result.top[i][place]), result.scores[i][place]
                 hit = image in query.targets
-                assert name == str(image) and width == 16
+                assert name == str(image)
                 assert kind == f"tile {'hit' if hit else 'other'}"
                 assert said.removeprefix("✓ " if hit else "") == f"{score:.3f}"
                 seen.add(hit)
@@ -445,6 +451,9 @@ def test_benchmarks_are_switched_and_hidden_labels_leave_their_controls_out(
 ):
     opened.click("#names button:nth-child(2)")
     assert len(ids(opened)) == 14 and "in its image set" in opened.run("document.body.innerText")
+    # its pictures are those of the first
+    tiles = "[...document.querySelectorAll('.tile img')]"
+    assert opened.run(f"Promise.all({tiles}.map(e => e.decode())).then(all => all.length)") > 14 * 6
     visible = "[...document.querySelectorAll('.benchmark')].map(e => e.checkVisibility())"
     assert opened.run(visible) == [False, True]
     path = tmp_path / "hidden.html"

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 
 from cir_jax.evaluation import per_query, report
-from cir_jax.evaluation.page.pictures import GROUP, Images, Pictures
+from cir_jax.evaluation.page.pictures import Images, Pictures
 from cir_jax.evaluation.page.tables import section_tables
 from cir_jax.evaluation.queries import Benchmark
 from cir_jax.evaluation.result import Result
@@ -52,7 +52,7 @@ def page(title: str, sections: Sequence[Section]) -> str:
             section_tables(number, results, report.published_rows(results))
             for number, (_, results) in enumerate(sections)
         ),
-        "CONTENT": _json({"group": GROUP, "missed": MISSED, "sections": content}),
+        "CONTENT": _json({"group": pictures.GROUP, "missed": MISSED, "sections": content}),
         "PICTURES": pictures.scripts(),
         "STYLE": _file("page.css"),
         "PROGRAM": _file("page.js"),

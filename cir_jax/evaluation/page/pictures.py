@@ -27,12 +27,12 @@ of 3 : 2."""
 
 QUALITY = 60
 
-GROUP = 100
-"""Pictures per script element: what the browser splits at once."""
-
 
 class Pictures:
     """The pictures of a page. They are numbered as they are added; equal ones are stored once."""
+
+    GROUP = 100
+    """Per script element: what the browser splits at once."""
 
     def __init__(self) -> None:
         self._added: list[tuple[Sequence[Mapping[str, Any]], int, str]] = []
@@ -60,7 +60,8 @@ class Pictures:
             for number, data in enumerate(bar):
                 first = seen.setdefault(data, number)
                 lines.append(f"={first}" if first < number else data)
-        groups = [lines[start : start + GROUP] for start in range(0, len(lines), GROUP)]
+        starts = range(0, len(lines), self.GROUP)
+        groups = [lines[start : start + self.GROUP] for start in starts]
         return "\n".join(
             f'<script type="text/plain" id="pictures-{number}">{chr(10).join(group)}</script>'
             for number, group in enumerate(groups)
