@@ -7,8 +7,8 @@ are read from the runs of seed 0 that benchmarks/compare.py leaves in the workdi
 if there are none. Combiner, MagicLens, ISA and RTD, whose queries have no settings, are trained for
 each of their own: the last stage, the ones before it once. Chosen is the best CIRCO-like mAP@10 on
 val; the test worlds are not looked at. Writes benchmarks/tune.json after each setting and goes on
-there, with the same weights; --methods=palavra,slerp tunes these alone. README's numbers use the settings
-in experiments/, which this file must confirm.
+there, with the same weights; --methods=palavra,slerp tunes these alone. README's numbers use the
+settings of experiments/, which this file must confirm.
 """
 
 import argparse

@@ -41,7 +41,7 @@ def format_table(results: Sequence[Result], papers: Sequence[Row] = ()) -> str:
     ]
     theirs = [
         [
-            f"{row.method} ({row.source}; {row.backbone}{_elsewhere(row, first)})",
+            label(row, first),
             *(f"{row.metrics[n]:.2f}" if n in row.metrics else "-" for n in first.headline),
             "",
         ]
@@ -57,7 +57,7 @@ def format_table(results: Sequence[Result], papers: Sequence[Row] = ()) -> str:
 
     rule = line(["-" * width for width in widths])
     out = [
-        f"{first.benchmark} {first.split}: {_counts(first.counts)}; percent +- standard error over "
+        f"{first.benchmark} {first.split}: {counted(first.counts)}; percent +- standard error over "
         "queries",
         f"protocol {first.protocol.id}; weights {first.weights_id}",
         *(["PARTIAL DATA: these numbers are not comparable"] if first.partial else []),
@@ -116,12 +116,14 @@ def _gap_lines(gaps: Sequence[Gap]) -> list[str]:
     return [f"composition gap, {gaps[0].metric} minus that of {gaps[0].over}: {values}"]
 
 
-def _elsewhere(row: Row, first: Result) -> str:
-    """What marks a published number of another split."""
-    return "" if row.split == first.split else f"; paper, {row.split.rstrip('1')}"
+def label(row: Row, first: Result) -> str:
+    """What a published row is called beside our results; one of another split says so."""
+    elsewhere = "" if row.split == first.split else f"; paper, {row.split.rstrip('1')}"
+    return f"{row.method} ({row.source}; {row.backbone}{elsewhere})"
 
 
-def _counts(counts: Mapping[str, int]) -> str:
+def counted(counts: Mapping[str, int]) -> str:
+    """Numbers of queries and gallery images, in words."""
     groups = [f"{name.partition(' ')[2]} {n}" for name, n in counts.items() if " " in name]
     listed = ", ".join(groups) if len(groups) <= LISTED else f"in {len(groups)} groups"
     per_group = f" ({listed})" if groups else ""

@@ -279,7 +279,7 @@ def test_partial_data_are_marked_in_table_json_picture_and_page(oracle, tmp_path
     content = report.to_dict([result])
     assert content["results"][0]["partial"] and content["results"][0]["data"] == "circo@1.0.0"
     assert content["published"] == []
-    html = page.page("title", [page.Section(benchmark, result, text)])
+    html = page.page("title", [(benchmark, [result])])
     assert "circo (partial)" in html and "PARTIAL DATA" in html
     whole = dataclasses.replace(result, benchmark="circo", partial=False)
     rows = report.to_dict([whole])["published"]
