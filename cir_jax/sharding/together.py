@@ -30,7 +30,7 @@ class Together:
     """A jitted function, as it is but for that; `lower` is its own."""
 
     def __init__(self, jitted: Callable[..., Any]):
-        self._jitted, self._compiled = jitted, set()
+        self.jitted, self._compiled = jitted, set()
         self.lower = jitted.lower
 
     def __call__(self, *args: Any) -> Any:
@@ -42,7 +42,7 @@ class Together:
             )
             program = (structure, *of_leaves)
             if program not in self._compiled:
-                self._jitted.lower(*args).compile()  # the call below finds it compiled
-                meet(getattr(self._jitted, "__name__", "a program"))
+                self.jitted.lower(*args).compile()  # the call below finds it compiled
+                meet(getattr(self.jitted, "__name__", "a program"))
                 self._compiled.add(program)
-        return self._jitted(*args)
+        return self.jitted(*args)

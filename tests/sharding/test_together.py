@@ -21,7 +21,7 @@ def test_processes_meet_between_compiling_and_running(monkeypatch):
     assert scaled(2, np.ones(3)).sum() == 6 and done == ["traced"]  # one process: as it is
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     monkeypatch.setattr(together, "meet", lambda what: done.append(f"meets for {what}"))
-    monkeypatch.setattr(scaled, "_jitted", Spy(scaled._jitted, done))
+    monkeypatch.setattr(scaled, "jitted", Spy(scaled.jitted, done))
     done.clear()
     for factor, size in ((3, 4), (3, 4), (4, 4), (3, 5), (3, 4)):
         assert scaled(factor, np.ones(size)).sum() == factor * size
