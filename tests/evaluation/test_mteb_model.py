@@ -5,10 +5,12 @@ import dataclasses
 import numpy as np
 import pytest
 
+import cir_jax
 from cir_jax import composers
 from cir_jax.errors import ConfigError, DataError
-from cir_jax.evaluation import evaluate, metrics, mteb_model, protocols, trec
+from cir_jax.evaluation import benchmarks, evaluate, metrics, mteb_model, protocols, trec
 from cir_jax.retrieval.search import Searcher
+from data import build
 from tests.evaluation import worlds
 
 KS = (1, 3, 5, 10, 20)
@@ -73,6 +75,16 @@ def test_mteb_measures_what_we_measure_of_several_ground_truths(mteb, tiny, name
     if name == "oracle":  # one in k: CIRCO's is whole, trec_eval's a share
         first = metrics.average_precision(result.outcome.target_ranks, 1)
         assert first.mean() / 100 > scores["map_at_1"] + 0.01
+
+
+@pytest.mark.slow
+def test_mteb_measures_what_we_measure_in_the_embedded_world(mteb, tmp_path):
+    build.prepare("shapes_tiny", ["gallery", "circo"], tmp_path)
+    benchmark, own = benchmarks.load("shapes_tiny/circo", data_dir=tmp_path), cir_jax.load("slerp")
+    scores, result = theirs(mteb, own, benchmark), ours(own, benchmark)
+    expected = trec.scores(result.outcome.target_ranks, KS)
+    assert {k: scores[k] for k in expected} == pytest.approx(expected, abs=6e-6)
+    assert 0.1 < scores["ndcg_at_10"] < 0.9
 
 
 @pytest.mark.parametrize("protocol", (protocols.CIRR, protocols.GENECIS))
