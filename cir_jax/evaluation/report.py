@@ -66,7 +66,7 @@ def format_table(results: Sequence[Result], papers: Sequence[Row] = ()) -> str:
         rule,
         *map(line, ours),
         *([rule, "published:", *map(line, theirs)] if theirs else []),
-        *_gap_lines(composition_gaps(results)),
+        *gap_lines(composition_gaps(results)),
     ]
     if not any(result.metrics for result in results):
         server = first.protocol.name in submissions.SERVERS
@@ -109,7 +109,8 @@ def composition_gaps(results: Sequence[Result]) -> list[Gap]:
     ]
 
 
-def _gap_lines(gaps: Sequence[Gap]) -> list[str]:
+def gap_lines(gaps: Sequence[Gap]) -> list[str]:
+    """A line that says them; none where there are none."""
     if not gaps:
         return []
     values = ", ".join(f"{gap.method} {gap.value:+.2f}" for gap in gaps)

@@ -186,6 +186,8 @@ def test_the_table_has_the_best_in_bold_and_the_distance_to_the_paper(sections):
         sign = "+" if distance >= 0 else "\u2212"
         assert val[column] == f"{value:.2f} <small>({sign}{abs(distance):.2f})</small>"
     assert val[4] == "-" and not [cell for cell in test if "small" in cell]
+    (gap,) = report.gap_lines(report.composition_gaps(results))
+    assert gap.startswith("composition gap") and gap in tables.section_tables(0, results, papers)
     # weights that are none of the papers': their rows, but no distance
     other = renamed(results, weights_id="mine@0")
     shown = tables.section_tables(0, other, report.published_rows(other))

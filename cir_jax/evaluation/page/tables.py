@@ -32,6 +32,8 @@ def section_tables(number: int, results: Sequence[Result], papers: Sequence[Row]
         lines.append('<p class="partial">PARTIAL DATA: these numbers are not comparable</p>')
     if any(result.metrics for result in results):
         lines.append(_table(f"{name}, headline", first.headline, results, papers))
+        gaps = report.gap_lines(report.composition_gaps(results))
+        lines += [f'<p class="note">{html.escape(line)}</p>' for line in gaps]
         others = [x for x in first.metrics if x not in first.headline]
         if others:
             lines += [
