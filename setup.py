@@ -26,6 +26,8 @@ EXTRAS = {
     "triplets": ["spacy>=3.7", "sentence-transformers>=3"],
     # draws the images of data/synthtriplets, edits and decodes images
     "synth": ["torch>=2.6", "diffusers>=0.35,<1", "peft>=0.17"],
+    # judges with mteb's code, and runs its tasks: cir_jax.evaluation.mteb_model
+    "mteb": ["mteb>=2.26,<3"],
     "dev": [
         "pytest>=8",
         "pytest-xdist>=3.7",
@@ -81,6 +83,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_namespace_packages(include=["cir_jax", "cir_jax.*"]),
+    package_data={"cir_jax.evaluation.page": ["page.*"]},
     install_requires=(ROOT / "requirements.txt").read_text().splitlines(),
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["cir = cir_jax.library.cli:main"]},

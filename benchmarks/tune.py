@@ -4,11 +4,11 @@
 
 Each method gets up to BUDGET settings of its query; nothing is trained for them. Trained methods
 are read from the runs of seed 0 that benchmarks/compare.py leaves in the workdir, and trained there
-if there are none. Combiner, MagicLens and RTD, whose queries have no settings, are trained for each
-of their own: the last stage, the ones before it once. Chosen is the best CIRCO-like mAP@10 on val;
-the test worlds are not looked at. Writes benchmarks/tune.json after each setting and goes on there,
-with the same weights; --methods=palavra,slerp tunes these alone. README's numbers use the settings
-in experiments/, which this file must confirm.
+if there are none. Combiner, MagicLens, ISA and RTD, whose queries have no settings, are trained for
+each of their own: the last stage, the ones before it once. Chosen is the best CIRCO-like mAP@10 on
+val; the test worlds are not looked at. Writes benchmarks/tune.json after each setting and goes on
+there, with the same weights; --methods=palavra,slerp tunes these alone. README's numbers use the
+settings of experiments/, which this file must confirm.
 """
 
 import argparse
@@ -46,6 +46,7 @@ GRIDS: dict[str, dict[str, tuple[Any, ...]]] = {
         "temperature": (0.07, 0.15),
     },
     "artemis": {"embed_dim": (128, 256, 512), "temperature": (2.0, 2.65926, 3.5)},
+    "isa": {"dropout": (0.0, 0.5), "tokens": (2, 6), "temperature": (0.03, 0.07)},
     "compodiff": {"steps": (2, 5, 10), "guidance": ((2.5, 2.0), (1.5, 7.5), (1.0, 1.0))},
 }
 """Method -> setting -> values; the product is tried. SEARLE and LinCIR have no such settings."""

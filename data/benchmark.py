@@ -6,6 +6,7 @@ their positions in the gallery.
 
 Table `gallery`: `id` (the position), `name`, `image` (bytes of the file), `categories`.
 Table `names`: the same without the images, for who needs to know what they are called.
+Table `references`, where reference images are not of the gallery: `id`, `name`, `image`.
 Table `queries`: `id` (the official one, where there is one), `reference`, `texts`, `targets` (the
 single target first; empty where the labels are not public), `candidates`, `category`, `aspects`.
 """
@@ -21,6 +22,7 @@ import tensorflow_datasets as tfds
 
 from cir_jax.errors import DataError
 from cir_jax.input import links
+from data.held import Place
 from data.lookup import first_image
 from data.source import (
     Options,
@@ -48,14 +50,15 @@ class AbsentError(DataError):
 class Picture:
     """An image of a gallery.
 
-    key: what queries call it; unique. name: what the authors call it.
+    key: what queries call it; unique. name: what the authors call it. path: its file, or where it
+        is held (`data.held`).
     box: left, top, width, height, where only a part of the image is meant.
     renamed: whether its file is called otherwise than the authors say (`data.lookup`).
     """
 
     key: str
     name: str
-    path: Path
+    path: Place
     categories: tuple[str, ...] = ()
     box: tuple[float, ...] | None = None
     renamed: bool = False
@@ -96,6 +99,7 @@ class Raw:
     gallery_file: what messages call the list of images.
     missing: annotation files that are not there although others of the split are.
     notes: further counts for the report, of what the released code leaves out.
+    references: the reference images, of builders with REFERENCES; else they are `pictures`.
     """
 
     pictures: Sequence[Picture]
@@ -103,6 +107,12 @@ class Raw:
     gallery_file: Path
     missing: Sequence[Path] = ()
     notes: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    references: Sequence[Picture] = ()
+
+    @property
+    def asked_of(self) -> Sequence[Picture]:
+        """The images that queries may have as their reference."""
+        return self.references or self.pictures
 
 
 class BenchmarkBuilder(SourceBuilder, skip_registration=True):
@@ -111,6 +121,7 @@ class BenchmarkBuilder(SourceBuilder, skip_registration=True):
     OFFICIAL: {split: {"queries": ..., "gallery": ..., ...}}, the splits there are.
     GALLERY_SPLIT: the one split of the gallery, if all query splits share it.
     COUNTED: whether to count queries and images per category, too.
+    REFERENCES: whether reference images are a table of their own.
     QUERY_FIELDS, GALLERY_FIELDS: features of further fields.
     """
 
@@ -122,6 +133,7 @@ class BenchmarkBuilder(SourceBuilder, skip_registration=True):
     LINKS = True
     GALLERY_SPLIT: str | None = None
     COUNTED = False
+    REFERENCES = False
     QUERY_FIELDS: Mapping[str, Any] = {}
     GALLERY_FIELDS: Mapping[str, Any] = {}
 
@@ -146,6 +158,8 @@ class BenchmarkBuilder(SourceBuilder, skip_registration=True):
         """See the module's docstring."""
         if table == "names":
             return {"name": TEXT, "categories": TEXTS}
+        if table == "references":
+            return {"name": TEXT, "image": TEXT, "categories": TEXTS}
         if table == "gallery":
             return {"name": TEXT, "image": TEXT, "categories": TEXTS, **cls.GALLERY_FIELDS}
         return {
@@ -161,8 +175,8 @@ class BenchmarkBuilder(SourceBuilder, skip_registration=True):
     @classmethod
     def survey(cls, source: Path, options: Options) -> Survey:
         """Reads the annotations of all wanted splits and looks for their images."""
-        queries, galleries, names, reports, skipped = {}, {}, {}, {}, {}
-        problem_of: dict[Path, str | None] = {}
+        queries, galleries, names, references, reports, skipped = {}, {}, {}, {}, {}, {}
+        problem_of: dict[Any, str | None] = {}
         for split, official in cls.OFFICIAL.items():
             if not options.wanted(split):
                 continue
@@ -172,18 +186,21 @@ class BenchmarkBuilder(SourceBuilder, skip_registration=True):
                 skipped[split] = str(reason)
                 continue
             check(raw)
-            new = [p for p in dict.fromkeys(x.path for x in raw.pictures) if p not in problem_of]
+            pictures = [*raw.pictures, *raw.references]
+            new = [p for p in dict.fromkeys(x.path for x in pictures) if p not in problem_of]
             label = f"looking at the images of {cls.name}/{split}"
             found = image_problems(new, options.decode == "survey", label)
             problem_of |= dict(zip(new, found, strict=True))
             kept = [picture for picture in raw.pictures if problem_of[picture.path] is None]
             there = {picture.key: i for i, picture in enumerate(kept)}
-            records, lost = resolve(raw.questions, there)
+            asked = [picture for picture in raw.references if problem_of[picture.path] is None]
+            own = {picture.key: i for i, picture in enumerate(asked)} if raw.references else there
+            records, lost = resolve(raw.questions, there, own)
             lost["gallery"] = len(raw.pictures) - len(kept)
             problems = [f"{path}: is missing" for path in raw.missing]
             problems += [
                 f"{path}: {problem_of[path]}"
-                for path in dict.fromkeys(x.path for x in raw.pictures)
+                for path in dict.fromkeys(x.path for x in pictures)
                 if problem_of[path]
             ]
             counts = cls.counts(records, kept) | dict(raw.notes)
@@ -194,7 +211,7 @@ class BenchmarkBuilder(SourceBuilder, skip_registration=True):
                 problems,
                 remarks(raw),
                 damaged(raw, problem_of),
-                [q.id for q in raw.questions if is_lost(q, there)],
+                [q.id for q in raw.questions if is_lost(q, there, own)],
             )
             if not records or not kept:
                 continue  # nothing to build; the report says why
@@ -205,7 +222,10 @@ class BenchmarkBuilder(SourceBuilder, skip_registration=True):
                 for i, p in enumerate(kept)
             ]
             names[cls.GALLERY_SPLIT or split] = Split(_from(called), stamp(called), len(called))
+            if cls.REFERENCES:
+                references[split] = cls.gallery(asked, options, others=False)
         made = {"gallery": galleries, "queries": queries, "names": names}
+        made |= {"references": references} if cls.REFERENCES else {}
         return Survey(made, reports, skipped)
 
     @classmethod
@@ -220,9 +240,16 @@ class BenchmarkBuilder(SourceBuilder, skip_registration=True):
         return counts
 
     @classmethod
-    def gallery(cls, pictures: Sequence[Picture], options: Options) -> Split:
-        """The records of a gallery of images that are all there."""
+    def gallery(
+        cls, pictures: Sequence[Picture], options: Options, *, others: bool = True
+    ) -> Split:
+        """The records of images that are all there; with the gallery's `others` of their fields."""
         link = options.images == "link"
+        if link and (held := [p.path for p in pictures if not isinstance(p.path, Path)]):
+            raise DataError(
+                f"--images=link: {held[0]} is inside of another file, which cannot be linked. "
+                "Leave the flag out, or unpack the images."
+            )
 
         def records(start: int) -> Iterator[dict[str, Any]]:
             rest = pictures[start:]
@@ -231,7 +258,7 @@ class BenchmarkBuilder(SourceBuilder, skip_registration=True):
                 held = links.make(picture.path, len(image)) if link else image
                 record = {"id": i, "name": picture.name, "image": held}
                 record["categories"] = list(picture.categories)
-                yield record | cls.of_bytes(picture, image)
+                yield record | (cls.of_bytes(picture, image) if others else {})
 
         parts = ([p.key, p.name, p.categories, p.box, p.path] for p in pictures)
         how = ["linked", *(str(p.path.absolute()) for p in pictures)] if link else []
@@ -245,15 +272,16 @@ def check(raw: Raw) -> None:
         if picture.key in keys:
             raise DataError(f"{raw.gallery_file}: lists image {picture.key} twice. Get it again.")
         keys.add(picture.key)
+    references = {picture.key for picture in raw.asked_of}
     check_ids(raw.questions)
     for question in raw.questions:
-        for role, names in (
-            ("reference", [question.reference]),
-            ("target", question.targets),
-            ("candidate", question.candidates),
-            ("soft target", question.soft or ()),
+        for role, names, known in (
+            ("reference", [question.reference], references),
+            ("target", question.targets, keys),
+            ("candidate", question.candidates, keys),
+            ("soft target", question.soft or (), keys),
         ):
-            if unknown := [name for name in names if name not in keys]:
+            if unknown := [name for name in names if name not in known]:
                 raise DataError(
                     f"{question.where}: {role} {unknown[0]} is no image of {raw.gallery_file}; "
                     "do the files belong together?"
@@ -273,13 +301,17 @@ def check_ids(questions: Sequence[Question]) -> None:
 
 
 def resolve(
-    questions: Sequence[Question], position: Mapping[str, int]
+    questions: Sequence[Question],
+    position: Mapping[str, int],
+    references: Mapping[str, int] | None = None,
 ) -> tuple[list[dict[str, Any]], dict[str, int]]:
     """Query records on a gallery of these images, and how much is lost for want of others.
 
-    position: of the images that are there, by key. A query is lost with its reference or (first)
-    target (`is_lost`). Other images it names are left out.
+    position: of the images that are there, by key; references: of those among the references,
+    None = they are of the gallery. A query is lost with its reference or (first) target
+    (`is_lost`). Other images it names are left out.
     """
+    references = position if references is None else references
     records, lost = [], Counter({"queries": 0})
 
     def there(names: Sequence[str], what: str) -> list[int]:
@@ -289,12 +321,12 @@ def resolve(
         return found
 
     for question in questions:
-        if is_lost(question, position):
+        if is_lost(question, position, references):
             lost["queries"] += 1
             continue
         record = {
             "id": question.id,
-            "reference": position[question.reference],
+            "reference": references[question.reference],
             "texts": list(question.texts),
             "targets": there(question.targets, "some targets of queries"),
             "candidates": there(question.candidates, "some candidates of queries"),
@@ -309,9 +341,9 @@ def resolve(
     return records, dict(lost)
 
 
-def is_lost(question: Question, there: Mapping[str, Any]) -> bool:
+def is_lost(question: Question, there: Mapping[str, Any], references: Mapping[str, Any]) -> bool:
     """Whether the query cannot be asked of these images."""
-    return any(name not in there for name in (question.reference, *question.targets[:1]))
+    return question.reference not in references or any(x not in there for x in question.targets[:1])
 
 
 def remarks(raw: Raw) -> list[str]:
@@ -324,7 +356,7 @@ def remarks(raw: Raw) -> list[str]:
         )
     for question in raw.questions:
         odd = list(question.remarks)
-        if question.reference in question.targets:
+        if not raw.references and question.reference in question.targets:
             odd.append(f"its reference {question.reference} is a ground truth")
         if empty := sum(not text.strip() for text in question.texts):
             odd.append(f"{empty} of its {len(question.texts)} caption(s) are empty")
@@ -334,10 +366,18 @@ def remarks(raw: Raw) -> list[str]:
 
 def damaged(raw: Raw, problem_of: Mapping[Path, str | None]) -> list[dict[str, Any]]:
     """The images that are missing or unreadable, and the queries that are lost with each."""
-    bad = {p.key: p for p in raw.pictures if problem_of[p.path] is not None}
-    asked: dict[str, list[int]] = {key: [] for key in bad}
+    roles = {"gallery": raw.pictures, "reference": raw.references}
+    bad = {
+        (role, picture.key): picture
+        for role, pictures in roles.items()
+        for picture in pictures
+        if problem_of[picture.path] is not None
+    }
+    asked: dict[tuple[str, str], list[int]] = {key: [] for key in bad}
+    role = "reference" if raw.references else "gallery"
     for question in raw.questions:
-        for key in dict.fromkeys((question.reference, *question.targets[:1])):
+        used = [(role, question.reference), *(("gallery", x) for x in question.targets[:1])]
+        for key in dict.fromkeys(used):
             if key in bad:
                 asked[key].append(question.id)
     return [

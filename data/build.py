@@ -57,6 +57,10 @@ DATASETS = {  # name: module and class of its TFDS builder, whose configs are th
     "genecis": ("data.genecis.genecis_dataset_builder", "Genecis"),
     "coco_object": ("data.coco_object.coco_object_dataset_builder", "CocoObject"),
     "coco_captions": ("data.coco_captions.coco_captions_dataset_builder", "CocoCaptions"),
+    "cirr_mbeir": ("data.mbeir.mbeir_dataset_builder", "CirrMbeir"),
+    "fashioniq_mbeir": ("data.mbeir.mbeir_dataset_builder", "FashioniqMbeir"),
+    "circus": ("data.circus.circus_dataset_builder", "Circus"),
+    "icir": ("data.icir.icir_dataset_builder", "Icir"),
     "images": ("data.images.images_dataset_builder", "Images"),
     "pairs": ("data.pairs.pairs_dataset_builder", "Pairs"),
     "masked_pairs": ("data.masked_pairs.masked_pairs_dataset_builder", "MaskedPairs"),
@@ -135,7 +139,7 @@ def survey(
         raise DataError(
             f"{dataset} is made of files that you have to get; then run `python launch/prepare.py "
             f"--dataset={dataset} --source=DIR`.\n{cls.HELP.strip()}\n"
-            f"More in data/{dataset}/README.md."
+            f"More in data/{DATASETS[dataset][0].split('.')[1]}/README.md."
         )
     names = cls.split_names()
     for split in options.splits or ():

@@ -4,6 +4,7 @@ The same files, folders and fields as the authors' downloads, with a handful of 
 embedded world and our own texts. For tests and for trying the commands: numbers mean nothing.
 """
 
+import io
 import json
 import shutil
 from collections.abc import Iterator, Sequence
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from cir_jax.evaluation import circus as circus_text
 from data.shapes import benchmarks, render, scene
 from data.shapes.benchmarks import BenchmarkSizes
 
@@ -38,6 +40,12 @@ class Folder:
 
     def json(self, path: str, content: Any) -> None:
         self._path(path).write_text(json.dumps(content, indent=1) + "\n")
+
+    def lines(self, path: str, entries: Sequence[Any]) -> None:
+        self.text(path, "".join(f"{json.dumps(entry)}\n" for entry in entries))
+
+    def text(self, path: str, content: str) -> None:
+        self._path(path).write_text(content)
 
     def array(self, path: str, values: Sequence[int]) -> None:
         np.save(self._path(path), np.asarray(values))
@@ -239,6 +247,116 @@ def coco_captions() -> None:
     folder.array("eccv_caption/data/coco_test_ids.npy", order)
 
 
+def mbeir() -> None:
+    """The dummy CIRR and FashionIQ as UniIR's code makes them, and mteb packs them (`pyarrow`)."""
+    import pyarrow
+    import pyarrow.parquet
+
+    shutil.rmtree(HERE / "mbeir" / "dummy", ignore_errors=True)
+    for number, dataset in ((7, "fashioniq"), (8, "cirr")):
+        source = HERE / dataset / "dummy"
+        files = {file.stem: file for file in sorted(source.rglob("*.[jp][pn]g"))}
+        ids = {name: f"{number}:{i + 1}" for i, name in enumerate(sorted(files, reverse=True))}
+
+        def image(name: str, files: dict[str, Path] = files) -> dict[str, Any]:
+            data = io.BytesIO()
+            Image.open(files[name]).convert("RGB").save(data, "JPEG", quality=70)
+            return {"bytes": data.getvalue(), "path": f"{name}.jpg"}
+
+        corpus = [
+            {"id": key, "modality": "image", "text": None, "image": image(name)}
+            for name, key in ids.items()
+        ]
+        queries, qrels = [], []
+        for i, (reference, text, targets) in enumerate(_mbeir_queries(dataset)):
+            key = f"{number}:{i + 1}"
+            asked = {"id": key, "modality": "image,text", "text": text, "image": image(reference)}
+            queries.append(asked)
+            qrels += [
+                {"query-id": key, "Q0": "0", "corpus-id": ids[target], "score": 1}
+                for target in targets
+            ]
+        folder = HERE / "mbeir" / "dummy" / dataset
+        folder.mkdir(parents=True)
+        for name, rows in (("corpus", corpus), ("query", queries), ("qrels", qrels)):
+            table = pyarrow.Table.from_pylist(rows)
+            # small groups: the files of the hub have many
+            pyarrow.parquet.write_table(table, folder / f"{name}-00000-of-00001.parquet", 5)
+
+
+def _mbeir_queries(dataset: str) -> list[tuple[str, str, list[str]]]:
+    """Reference, text and right answers of the val queries; those of one reference and text are
+    one."""
+    captions, found = HERE / dataset / "dummy", {}
+    if dataset == "cirr":
+        for entry in json.loads((captions / "cirr/captions/cap.rc2.val.json").read_text()):
+            key = entry["reference"], circus_text.sentence([entry["caption"]])
+            right = [name for name, grade in entry["target_soft"].items() if grade == 1]
+            found.setdefault(key, []).extend(right)
+    else:
+        for category in ("dress", "shirt", "toptee"):
+            for entry in json.loads((captions / f"captions/cap.{category}.val.json").read_text()):
+                key = entry["candidate"], circus_text.joined(entry["captions"])
+                found.setdefault(key, []).append(entry["target"])
+    return [(*key, right) for key, right in found.items()]
+
+
+def circus() -> None:
+    """Every second query of CIRR and FashionIQ, all but one of CIRCO; at most two validated."""
+    folder = Folder("circus")
+    lists: dict[str, list[dict[str, Any]]] = {"circo": []}
+    for entry in json.loads((HERE / "circo/dummy/annotations/val.json").read_text())[1:]:
+        place = f"COCO2017_unlabeled/unlabeled2017/{entry['reference_img_id']:012d}.jpg"
+        lists["circo"].append(
+            {
+                "query_id": f"circo_q_test_{entry['id']}",
+                "query_text": entry["relative_caption"],
+                "query_img_path": f"<path_to_circo_mbeir>/{place}",
+                "pos_cand_list": [f"circo_img_{entry['target_img_id']}"],
+                "gt_cand_list": [f"circo_img_{i}" for i in entry["gt_img_ids"]],
+            }
+        )
+    for number, dataset in ((7, "fashioniq"), (8, "cirr")):
+        lists[dataset] = [
+            {
+                "qid": f"{number}:{i + 1}",
+                "query_txt": text,
+                "query_img_path": f"mbeir_images/{dataset}_images/{reference}.jpg",
+                "query_modality": "image,text",
+                "query_src_content": "{}",
+                "pos_cand_list": [],
+                "neg_cand_list": [],
+                "task_id": 7,
+            }
+            for i, (reference, text, _) in enumerate(_mbeir_queries(dataset))
+        ][1::2]
+    for dataset, entries in lists.items():
+        stem = "circo_test" if dataset == "circo" else f"mbeir_{dataset}_task7_test"
+        free = f"shortcut_free_subsets/{dataset}/shortcut_free"
+        folder.lines(f"{free}/mbeir_{dataset}_task7_test_multimodal.jsonl", entries)
+        folder.lines(f"{free}/mbeir_{dataset}_task7_test_multimodal.trace.jsonl", [{"any": 1}])
+        for part, kept in (("solved", entries[:1]), ("unsolved", entries[1:2])):
+            place = f"final_dataset/query_jsonl/{dataset}/validated_{part}"
+            folder.lines(f"{place}/{stem}_validated_{part}.jsonl", kept)
+
+
+def icir() -> None:
+    """Two instances with three texts, three images that are in one database each, one in both."""
+    folder, database, queries = Folder("icir"), [], []
+    for instance, texts in (("star_7", ("in snow", "as a toy")), ("ring_2", ("at night",))):
+        for i in range(3):
+            text = texts[i % len(texts)] if i < 2 else "other"
+            database.append((f"icir/database/{instance}/{i}.jpg", text, instance))
+        for i, text in enumerate(texts):
+            queries.append((f"icir/query/{instance}/{i // 2}.jpg", text, instance))
+    database.append(("icir/database/both.jpg", "in snow", "star_7"))
+    database.append(("icir/database/both.jpg", "other", "ring_2"))
+    for image in dict.fromkeys(row[0] for row in (*database, *queries)):
+        folder.image(image.removeprefix("icir/"))
+    for name, rows in (("database", database), ("query", queries)):
+        folder.text(f"{name}_files.csv", "".join(",".join(row) + "\n" for row in rows))
+
+
 if __name__ == "__main__":
-    for draw in (circo, cirr, fashioniq, genecis, coco_object, coco_captions):
+    for draw in (circo, cirr, fashioniq, genecis, coco_object, coco_captions, mbeir, circus, icir):
         draw()

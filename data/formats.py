@@ -192,7 +192,7 @@ def rows(
         size = path.stat().st_size
         match path.suffix.lower():
             case ".parquet":
-                count = _parquet(path).metadata.num_rows
+                count = parquet(path).metadata.num_rows
                 items = _parquet_rows(path, names, optional or {}, start)
                 passed = min(start, count)
             case ".tsv" | ".csv":
@@ -284,7 +284,8 @@ def _table_rows(
                 yield Item(where, value, file.buffer.tell())  # some KB ahead
 
 
-def _parquet(path: Path) -> Any:
+def parquet(path: Path) -> Any:
+    """An open Parquet file. Raises DataError when it is damaged, or pyarrow missing."""
     try:
         import pyarrow.parquet
     except ImportError as error:
@@ -299,7 +300,7 @@ def _parquet(path: Path) -> Any:
 
 def parquet_columns(path: Path) -> list[str]:
     """The names of the columns. Raises DataError when the file is damaged, or pyarrow missing."""
-    return list(_parquet(path).schema_arrow.names)
+    return list(parquet(path).schema_arrow.names)
 
 
 def _parquet_rows(
@@ -309,7 +310,7 @@ def _parquet_rows(
     start: int,
 ) -> Iterator[Item]:
     """The rows from number `start` on."""
-    table, row = _parquet(path), 0
+    table, row = parquet(path), 0
     columns = table.schema_arrow.names
     found = corpus.pick(columns, names, str(path)) | corpus.some(columns, optional)
     size, count = path.stat().st_size, table.metadata.num_rows

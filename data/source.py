@@ -216,9 +216,10 @@ class SourceBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         raise NotImplementedError
 
     def _info(self) -> tfds.core.DatasetInfo:
+        folder = type(self).__module__.split(".")[1]
         return tfds.core.DatasetInfo(
             builder=self,
-            description=f"{(self.__doc__ or '').strip()} See data/{self.name}/README.md.",
+            description=f"{(self.__doc__ or '').strip()} See data/{folder}/README.md.",
             features=tfds.features.FeaturesDict(
                 {"id": np.int64, **self.features(self.builder_config.name)}
             ),

@@ -52,6 +52,9 @@ def main() -> None:
     from cir_jax.composers.phrases import Phrases
 
     Phrases.read(stage.phrases, search.composer.backbone, stage.top_k)
+    from cir_jax.evaluation.page import page
+
+    assert "function histogram(" in page("a run", []) and "--hit:" in page("a run", [])
     assert "no such file" in refusal(WeightsError, "searle", weights="nowhere.pt")
     assert "Did you mean 'slerp'" in refusal(ConfigError, config="slrp")
     print(f"cir_jax {cir_jax.__version__} works as installed in {installed}")

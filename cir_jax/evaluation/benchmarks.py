@@ -1,7 +1,8 @@
 """The list of benchmarks, and how they are read from prepared tables.
 
 A benchmark is named DATASET[/TABLE][:VARIANT[+VARIANT]]: "circo", "shapes/cirr",
-"fashioniq:small_gallery". Variants are those of its protocol (`protocols.VARIANTS`).
+"fashioniq:small_gallery". Variants are those of its protocol (`protocols.VARIANTS`); some have data
+of their own: "cirr:mbeir", "circo:validated", "cirr:mbeir+shortcut_free".
 """
 
 import dataclasses
@@ -11,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from cir_jax.errors import DataError, unknown
-from cir_jax.evaluation import protocols
+from cir_jax.errors import ConfigError, DataError, unknown
+from cir_jax.evaluation import circus, protocols
 from cir_jax.evaluation.protocols import Protocol
 from cir_jax.evaluation.queries import Benchmark, CaptionBenchmark, Query, Truth, pad_rows
 from cir_jax.input.tables import Table, is_prepared
@@ -22,6 +23,9 @@ __all__ = [
     "REGISTRY", "Benchmark", "CaptionBenchmark", "Entry", "Query", "Truth", "find", "incomplete",
     "load", "pad_rows", "register", "required",
 ]  # fmt: skip
+
+COPIES = ("mbeir",)
+"""Variants that are copies with images of their own."""
 
 NAMES = "names"
 """The table with what a gallery's images are called, for who does not need the images."""
@@ -38,6 +42,8 @@ class Entry:
         (gallery kind, split, category) -> gallery images.
     references: the table of reference images, where they are not those of the gallery.
     truths: tables with the ground truths of caption retrieval; all but the first may be missing.
+    copies: variant -> the entry of a copy of it with other images, queries and protocol.
+    circus: the table of CIRCUS that names queries of it.
     """
 
     dataset: str
@@ -51,6 +57,8 @@ class Entry:
     groups: Mapping[tuple[str, str, str], int] = dataclasses.field(default_factory=dict)
     references: str = ""
     truths: tuple[str, ...] = ()
+    copies: Mapping[str, "Entry"] = dataclasses.field(default_factory=dict)
+    circus: str = ""
 
     @property
     def tables(self) -> tuple[str, ...]:
@@ -71,6 +79,21 @@ def _fashioniq_groups() -> dict[tuple[str, str, str], int]:
         for kind, counts in counted.items()
         for name, count in zip(("dress", "shirt", "toptee"), counts, strict=True)
     }
+
+
+def _mbeir(dataset: str, queries: int, gallery: int) -> dict[str, Entry]:
+    """M-BEIR's test split is the others' val."""
+    copy = Entry(
+        f"{dataset}_mbeir",
+        "queries",
+        protocols.PROTOCOLS[dataset],
+        counts={"test": (queries, gallery)},
+        split="test",
+        aliases={"val": "test"},
+        references="references",
+        circus=dataset,
+    )
+    return {"mbeir": copy}
 
 
 _CIRR = {"train": (28225, 16939), "val": (4181, 2297), "test1": (4148, 2315)}
@@ -97,8 +120,17 @@ REGISTRY |= {
         protocols.CIRCO,
         counts={"val": (220, 123403), "test": (800, 123403)},
         gallery_split="unlabeled",
+        circus="circo",
     ),
-    "cirr": Entry("cirr", "queries", protocols.CIRR, counts=_CIRR, aliases={"test": "test1"}),
+    "cirr": Entry(
+        "cirr",
+        "queries",
+        protocols.CIRR,
+        counts=_CIRR,
+        aliases={"test": "test1"},
+        copies=_mbeir("cirr", 4170, 21551),
+        circus="cirr",
+    ),
     "cirr/inversion": Entry(
         "cirr",
         "gallery",
@@ -112,6 +144,16 @@ REGISTRY |= {
         protocols.FASHIONIQ,
         counts={"train": (18000, 45429), "val": (6016, 15415), "test": (6118, 15417)},
         groups=_fashioniq_groups(),
+        copies=_mbeir("fashioniq", 6003, 74381),
+        circus="fashioniq",
+    ),
+    "icir": Entry(
+        "icir",
+        "queries",
+        protocols.ICIR,
+        # the number of images is known in thousands only
+        split="test",
+        references="references",
     ),
     # the attribute tasks could not be counted: the files were out of reach (their mark says more)
     "genecis": Entry("genecis", "queries", protocols.GENECIS),
@@ -145,7 +187,16 @@ def find(name: str) -> Entry:
         raise DataError(unknown("benchmark", base, REGISTRY))
     entry = REGISTRY[base]
     chosen = variants.split("+") if variants else ()
-    return dataclasses.replace(entry, protocol=protocols.variant(entry.protocol, chosen))
+    protocol = protocols.variant(entry.protocol, chosen)
+    # their protocols fit the embedded world, too, but not their data
+    copied = [name for name in chosen if name in COPIES]
+    alien = any(variant not in entry.copies for variant in copied)
+    if alien or (protocol.queries != "all" and not entry.circus):
+        having = sorted(n for n, e in REGISTRY.items() if e.circus)
+        raise ConfigError(f"{name}: there are such data of {', '.join(having)} only.")
+    for variant in copied:
+        entry = entry.copies[variant]
+    return dataclasses.replace(entry, protocol=protocol)
 
 
 def required(names: Sequence[str]) -> dict[str, set[str]]:
@@ -153,6 +204,8 @@ def required(names: Sequence[str]) -> dict[str, set[str]]:
     needed: dict[str, set[str]] = {}
     for entry in map(find, names):
         needed.setdefault(entry.dataset, set()).update(entry.tables)
+        if entry.protocol.queries != "all":
+            needed.setdefault(circus.DATASET, set()).add(entry.circus)
     return needed
 
 
@@ -201,9 +254,8 @@ def load(
     if entry.protocol.text == "inversion":
         queries = tuple(Query(i, i, ("",), (i,)) for i in range(len(gallery)))
         return Benchmark(queries=queries, **shared)
-    queries = tuple(_query(table[i], f"{table!r}, record {i}") for i in range(len(table)))
-    if entry.protocol.captions in ("orders_separate", "orders_marked"):
-        queries = tuple(one for query in queries for one in _orders(entry.protocol, query))
+    records = [table[i] for i in range(len(table))]
+    queries = tuple(_query(r, f"{table!r}, record {i}") for i, r in enumerate(records))
     references = None
     if entry.references:
         references = Table(directory, entry.dataset, entry.references, split)
@@ -211,6 +263,25 @@ def load(
     if is_prepared(directory, entry.dataset, NAMES):
         labels = Table(directory, entry.dataset, NAMES, entry.gallery_split or split)
     categories = _categories(entry.protocol, gallery if labels is None else labels, queries)
+    if entry.protocol.queries != "all":
+        chosen = Table(directory, circus.DATASET, entry.circus, entry.protocol.queries)
+        if what := _unfinished(chosen, entry.protocol.queries):
+            if not allow_partial:
+                raise DataError(f"{chosen!r}: {what}. Prepare the dataset again.")
+            shared |= {"name": f"{name} (partial)", "partial": True}
+        named = gallery if labels is None else labels
+        kept = circus.select(
+            chosen,
+            entry.circus,
+            queries,
+            lambda position: _text(named[position]["name"]),
+            [_text(record["qid"]) for record in records if "qid" in record],
+            partial=shared["partial"],
+        )
+        queries = tuple(queries[i] for i in kept)
+        shared["data"] += f"+{circus.DATASET}@{getattr(chosen, 'version', 'unknown')}"
+    if entry.protocol.captions in ("orders_separate", "orders_marked"):
+        queries = tuple(one for query in queries for one in _orders(entry.protocol, query))
     shared |= {"categories": categories, "references": references, "labels": labels}
     benchmark = Benchmark(queries=queries, **shared)
     for (kind, where, group), count in entry.groups.items():
@@ -234,6 +305,11 @@ def incomplete(entry: Entry, table: Any, split: str, counts: tuple[int, int]) ->
             f"{counts[0]} queries and {counts[1]} gallery images, the official split has "
             f"{expected[0]} and {expected[1]}"
         )
+    return _unfinished(table, split)
+
+
+def _unfinished(table: Any, split: str) -> str:
+    """What a table's mark says of the split; "" = it is made of complete files."""
     mark = table.mark().get("splits", {}).get(split, {})
     if mark.get("complete", True):
         return ""

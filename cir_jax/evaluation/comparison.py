@@ -247,9 +247,10 @@ def draw(benchmark: Benchmark, first: Run, second: Run, path: Path, count: int) 
     queries = {query.id: query for query in benchmark.queries}
     rows = []
     for i in chosen:
-        tops = [run.records[i]["positions"][:SHOWN] for run in (first, second)]
+        own = [run.records[i] for run in (first, second)]
+        tops = [list(zip(x["positions"], x["scores"], strict=True))[:SHOWN] for x in own]
         for run, top in zip((first, second), tops, strict=True):
-            for position, name in zip(top, run.records[i]["top"], strict=False):
+            for (position, _), name in zip(top, run.records[i]["top"], strict=False):
                 there = 0 <= position < len(benchmark.gallery) and i in queries
                 if not there or benchmark.image_name(position) != name:
                     raise DataError(
@@ -257,14 +258,14 @@ def draw(benchmark: Benchmark, first: Run, second: Run, path: Path, count: int) 
                         "prepared gallery; it was prepared anew since. Evaluate again, or leave "
                         "the pictures out with --nosheets."
                     )
-        own = [run.records[i] for run in (first, second)]
         notes = [f"best rank {min(one['ranks'])}, AP {one['AP']:.1f}" for one in own]
         rows.append((queries[i], tops, notes))
     if not rows:
         return False
     title = f"{benchmark.name} {benchmark.split}  ·  {second.label} and {first.label} differ most"
-    footer = f"{first.facts['protocol']}; {first.facts['weights_id']}"
-    if second.facts["weights_id"] != first.facts["weights_id"]:
-        footer += f" and {second.facts['weights_id']}"
+    both = (first.facts, second.facts)
+    weights = " and ".join(dict.fromkeys(facts["weights_id"] for facts in both))
+    settings = " and ".join(dict.fromkeys(facts["setting_id"] for facts in both))
+    footer = f"{first.facts['protocol']}; {weights}; setting {settings}"
     comparison_sheet(benchmark, title, footer, [first.label, second.label], rows, path)
     return True

@@ -22,6 +22,8 @@ TEXT_WIDTH = 176
 MARGIN = 26
 HEADER = 92
 ROW = TILE + 34
+LINE = TILE + 48
+"""Of one run of a query, where several are compared: its name, the images, their scores."""
 FOOTER = 36
 
 BACKGROUND = (250, 250, 248)
@@ -58,16 +60,14 @@ def contact_sheet(
         raise ValueError(f"{result.method} composes no features of the backbone: none to decode")
     chosen = _choose(result.best_rank, rows)
     width = _columns(decode is not None)[-1] + TILE + MARGIN
-    sheet = Image.new("RGB", (width, HEADER + ROW * len(chosen) + FOOTER), BACKGROUND)
-    draw = ImageDraw.Draw(sheet)
+    footer = f"{result.protocol.id}; {result.weights_id}; setting {result.setting_id or '-'}"
+    sheet, draw = _sheet(width, ROW * len(chosen), footer)
     _title(draw, result, sheet.width, decode is not None)
     for line, position in enumerate(chosen):
         shown = None
         if decode is not None:
             shown = decode(result.composed[position], f"{result.seed}/{position}")
         _row(sheet, draw, result, benchmark, int(position), HEADER + line * ROW, shown)
-    footer = f"{result.protocol.id}; {result.weights_id}; setting {result.setting_id or '-'}"
-    draw.text((MARGIN, sheet.height - 28), footer, FAINT, font(13))
     if path is not None and jax.process_index() == 0:
         write_atomically(Path(path), lambda file: sheet.save(file, format="PNG"))
     return sheet
@@ -78,19 +78,18 @@ def comparison_sheet(
     title: str,
     footer: str,
     labels: Sequence[str],
-    rows: Sequence[tuple[Query, Sequence[Sequence[int]], Sequence[str]]],
+    rows: Sequence[tuple[Query, Sequence[Sequence[tuple[int, float]]], Sequence[str]]],
     path: Path | None = None,
 ) -> Image.Image:
     """A PNG of queries under several runs: reference and text, then a line of images per run.
 
-    labels: of the runs. rows: query, per run the positions of its best images, per run a note. The
-    first target stands at the right. path: written atomically.
+    labels: of the runs. rows: query, per run the positions and scores of its best images, per run a
+    note. The first target stands at the right. path: written atomically.
     """
     lines = len(labels)
     width = _columns()[-1] + TILE + MARGIN
-    height = (TILE + 34) * lines + 16
-    sheet = Image.new("RGB", (width, HEADER + height * len(rows) + FOOTER), BACKGROUND)
-    draw = ImageDraw.Draw(sheet)
+    height = LINE * lines + 16
+    sheet, draw = _sheet(width, height * len(rows), footer)
     draw.text((MARGIN, 18), title, INK, font(22))
     reference, text, shown, missed = _columns()
     for x0, label in ((reference, "reference"), (text, "modification"), (missed, "ground truth")):
@@ -101,24 +100,36 @@ def comparison_sheet(
         what = f"reference of query {query.id}"
         tile(sheet, benchmark.reference(query), what, reference, top + 24, None)
         words = wrap(draw, " / ".join(query.texts), font(17), TEXT_WIDTH)
-        limit = (lines * (TILE + 34) - 50) // 22
+        limit = (lines * LINE - 50) // 22
         words = [*words[: limit - 1], "…"] if len(words) > limit else words
         for i, one in enumerate(words):
             draw.text((text, top + 24 + 22 * i), one, INK, font(17))
         draw.text((text, top + height - 40), f"query {query.id}", FAINT, font(13))
-        for i, (label, images, note) in enumerate(zip(labels, tops, notes, strict=True)):
-            y = top + i * (TILE + 34)
+        for i, (label, best, note) in enumerate(zip(labels, tops, notes, strict=True)):
+            y = top + i * LINE
             draw.text((shown[0], y), f"{label}: {note}", INK, font(14))
-            for x0, image in zip(shown, images, strict=False):
+            for x0, (image, score) in zip(shown, best, strict=False):
                 colour = HIT if image in query.targets else OTHER
                 what = f"gallery record {image}"
                 tile(sheet, benchmark.gallery[image], what, x0, y + 24, colour)
+                draw.text((x0, y + 24 + TILE + FRAME + 1), f"{score:.3f}", FAINT, font(12))
         what = f"gallery record {query.targets[0]}"
         tile(sheet, benchmark.gallery[query.targets[0]], what, missed, top + 24, HIT)
-    draw.text((MARGIN, sheet.height - 28), footer, FAINT, font(13))
     if path is not None:
         write_atomically(Path(path), lambda file: sheet.save(file, format="PNG"))
     return sheet
+
+
+def _sheet(width: int, height: int, footer: str) -> tuple[Image.Image, ImageDraw.ImageDraw]:
+    """A sheet with room for rows of `height` in all; its footer has as many lines as it needs."""
+    measure = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+    lines = wrap(measure, footer, font(13), width - 2 * MARGIN)
+    foot = FOOTER + 18 * (len(lines) - 1)
+    sheet = Image.new("RGB", (width, HEADER + height + foot), BACKGROUND)
+    draw = ImageDraw.Draw(sheet)
+    for i, line in enumerate(lines):
+        draw.text((MARGIN, HEADER + height + FOOTER - 28 + 18 * i), line, FAINT, font(13))
+    return sheet, draw
 
 
 def _choose(best: np.ndarray, rows: int) -> list[int]:

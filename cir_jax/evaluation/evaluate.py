@@ -4,8 +4,9 @@ import dataclasses
 import functools
 import time
 import types
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jax.sharding import Mesh
@@ -18,6 +19,7 @@ from cir_jax.evaluation.asked import Asked
 from cir_jax.evaluation.protocols import Graded, Outcome
 from cir_jax.evaluation.queries import Benchmark, CaptionBenchmark, pad_rows
 from cir_jax.evaluation.result import Result
+from cir_jax.input.images import ImageTransform
 from cir_jax.models.backbone import Backbone
 from cir_jax.retrieval import features, ranking
 from cir_jax.retrieval.editing import Edited
@@ -179,10 +181,10 @@ def _queries(
     own = benchmark.references is not None
     images = benchmark.references if own else gallery
     transform = backbone.image_transform
-    if own:  # the released code gives such images to the encoder squashed, not cropped
+    if benchmark.protocol.text == "objects":
+        # the released code gives objects cut out to the encoder squashed, not cropped
         transform = dataclasses.replace(transform, pad="none", resize=transform.crop, squash=True)
-    references: dict = {}
-    # a method that reads more of the reference than its pooled feature says so
+    references: dict[str, Any] = {}
     if asked.conditions.mask is not None:
 
         def masked(row: int) -> tuple[np.ndarray, np.ndarray]:
@@ -192,31 +194,18 @@ def _queries(
             return conditions.masked(composer, image, asked.conditions.mask)
 
         references["reference_images"] = masked
-    elif composer.edits_reference:
-        streams = [f"{seed}/{position}" for position in index]
-        edited = Edited(composer, images, rows, texts, streams, options["cache_dir"])
-        references["reference_features"] = features.image_features(
-            backbone,
-            frozen["backbone"],
-            edited,
-            transform=transform,
-            **options | {"cache_dir": None},
-        )
-    elif composer.reads_images or composer.tunes_backbone or "backbone" not in frozen:
-        references["reference_images"] = lambda row: features.read_image(
-            images, int(rows[row]), "image", transform
-        )
-    elif raw is not None and not own:
-        references["reference_features"] = raw[rows]
     else:
-        used, where = np.unique(rows, return_inverse=True)
-        references["reference_features"] = features.image_features(
-            backbone,
-            frozen["backbone"],
-            features.Rows(images, used),
+        references = read_references(
+            composer,
+            frozen,
+            images,
+            rows,
+            texts,
+            [f"{seed}/{position}" for position in index],
+            raw=None if own else raw,
             transform=transform,
             **options,
-        )[where]
+        )
     if composer.word_rows is not None:
         names = {int(row): oti_tokens.name_of(images, int(row)) for row in np.unique(rows)}
         references["word_row"] = composer.word_rows([names[int(row)] for row in rows])
@@ -241,6 +230,57 @@ def _queries(
     grouped = np.zeros((len(benchmark.queries), place.max() + 1, composed.shape[1]), np.float32)
     grouped[index, place] = composed
     return composer.joined(grouped)
+
+
+def read_references(
+    composer: Composer,
+    frozen: Params,
+    images: features.Records,
+    rows: np.ndarray,
+    texts: Sequence[str],
+    streams: Sequence[str],
+    *,
+    raw: np.ndarray | None = None,
+    transform: ImageTransform | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """What `features.query_features` reads of the queries' reference images, as the method has it:
+    `reference_features` or `reference_images`.
+
+    rows: int[queries] in images. texts, streams: of methods that edit the reference: what to do to
+    it, the name of its noise. raw: `image_features` of all images, if the caller has them.
+    transform: None = the backbone's. options: mesh, batch_size, cache_dir.
+    """
+    backbone = composer.backbone
+    transform = backbone.image_transform if transform is None else transform
+    if composer.edits_reference:
+        edited = Edited(composer, images, rows, texts, streams, options["cache_dir"])
+        found = features.image_features(
+            backbone,
+            frozen["backbone"],
+            edited,
+            transform=transform,
+            **options | {"cache_dir": None},
+        )
+        return {"reference_features": found}
+    # a method that reads more of the reference than its pooled feature says so
+    if composer.reads_images or composer.tunes_backbone or "backbone" not in frozen:
+
+        def read(row: int) -> np.ndarray:
+            return features.read_image(images, int(rows[row]), "image", transform)
+
+        return {"reference_images": read}
+    if raw is not None:
+        return {"reference_features": raw[rows]}
+    used, where = np.unique(rows, return_inverse=True)
+    found = features.image_features(
+        backbone,
+        frozen["backbone"],
+        features.Rows(images, used),
+        transform=transform,
+        **options,
+    )
+    return {"reference_features": found[where]}
 
 
 def _as_long(queries: np.ndarray, raw: np.ndarray) -> np.ndarray | None:

@@ -76,6 +76,41 @@ def r_precision(ranks: np.ndarray) -> np.ndarray:
     return 100.0 * (valid & (ranks < count[:, None])).sum(axis=1) / count
 
 
+def ndcg(ranks: np.ndarray, k: int) -> np.ndarray:
+    """int[queries, targets] padded with PAD -> nDCG@k of equally good targets, float64[queries].
+
+    Sum of 1 / log2(rank + 2) over the targets in the top k, by that of min(k, G) targets in front:
+    trec_eval's, which M-BEIR's copies in mteb are scored by. Raises ValueError for G = 0.
+    """
+    ranks = np.asarray(ranks)
+    valid = ranks >= 0
+    count = valid.sum(axis=1)
+    if (count == 0).any():
+        raise ValueError(f"query {int(np.argmin(count))} has no ground truth")
+    gains = np.where(valid & (ranks < k), 1.0 / np.log2(np.maximum(ranks, 0) + 2.0), 0.0)
+    ideal = np.cumsum(1.0 / np.log2(np.arange(k) + 2.0))
+    return 100.0 * gains.sum(axis=1) / ideal[np.minimum(count, k) - 1]
+
+
+def trapezoid_precision(ranks: np.ndarray) -> np.ndarray:
+    """int[queries, targets] padded with PAD -> area under the precision-recall curve, percent.
+
+    Between two hits precision is taken as the mean of that before and at the later one, over the
+    whole ranking: the mAP of the Oxford buildings, and of i-CIR's released code, whose 1e-5 in the
+    denominator is kept. Raises ValueError for queries without ground truth.
+    """
+    ranks = np.asarray(ranks, np.int64)
+    valid = ranks >= 0
+    count = valid.sum(axis=1)
+    if (count == 0).any():
+        raise ValueError(f"query {int(np.argmin(count))} has no ground truth")
+    order = np.sort(np.where(valid, ranks, np.iinfo(np.int64).max - 1), axis=1)
+    hits = np.arange(ranks.shape[1])[None, :]
+    before = np.where(order == 0, 1.0, hits / np.maximum(order, 1))
+    areas = np.where(hits < count[:, None], (before + (hits + 1) / (order + 1.0)) / 2, 0.0)
+    return 100.0 * areas.sum(axis=1) / (count + 1e-5)
+
+
 def soft_score(ranks: np.ndarray, weights: np.ndarray, k: int) -> np.ndarray:
     """The best weight of the graded answers in the top k, at least 0: float64[queries], percent.
 

@@ -13,6 +13,7 @@
 Where the labels are not public, `ranks` and `targets` are empty, `metrics` too, and AP is null.
 """
 
+import functools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -24,12 +25,11 @@ import numpy as np
 from cir_jax.errors import DataError
 from cir_jax.evaluation import metrics, protocols
 from cir_jax.evaluation.queries import Benchmark
-from cir_jax.evaluation.result import Result
+from cir_jax.evaluation.result import UNIMODAL, Result
 from cir_jax.evaluation.submissions import image_names
 from cir_jax.storage.atomic import write_atomically
 
 FILE = "queries.jsonl"
-UNIMODAL = ("image_only", "text_only")
 
 
 def write(path: Path, sections: Sequence[tuple[Benchmark, Sequence[Result]]]) -> None:
@@ -71,10 +71,8 @@ def records(benchmark: Benchmark, results: Sequence[Result]) -> Iterator[dict[st
             "aspects": list(query.aspects),
             "reference": names(query.reference, benchmark.references is not None),
             "targets": [names(target) for target in query.targets],
-            "ranks": _ranks(outcome, i),
-            "subset_rank": None
-            if outcome is None or outcome.subset_ranks[i] < 0
-            else int(outcome.subset_ranks[i]) + 1,
+            "ranks": ranks(outcome, i),
+            "subset_rank": subset_rank(outcome, i),
             "metrics": {name: float(value[i]) for name, value in values.items()},
             "AP": None if precision is None else float(precision[i]),
             "top": [names(int(image)) for image in result.top[i] if image >= 0],
@@ -84,14 +82,22 @@ def records(benchmark: Benchmark, results: Sequence[Result]) -> Iterator[dict[st
                 for image, score in zip(result.top[i], result.scores[i], strict=True)
                 if image >= 0
             ],
-            **{name: _ranks(alone[name], i) if name in alone else None for name in UNIMODAL},
+            **{name: ranks(alone[name], i) if name in alone else None for name in UNIMODAL},
         }
 
 
-def _ranks(outcome: protocols.Outcome | None, query: int) -> list[int]:
+def ranks(outcome: protocols.Outcome | None, query: int) -> list[int]:
+    """Of all targets of a query, counted from 1; empty without public labels."""
     if outcome is None:
         return []
     return [int(rank) + 1 for rank in outcome.target_ranks[query] if rank >= 0]
+
+
+def subset_rank(outcome: protocols.Outcome | None, query: int) -> int | None:
+    """Of the single target in the query's image set, counted from 1; None where there is none."""
+    if outcome is None or outcome.subset_ranks[query] < 0:
+        return None
+    return int(outcome.subset_ranks[query]) + 1
 
 
 def _names(benchmark: Benchmark, result: Result) -> Any:
@@ -101,13 +107,19 @@ def _names(benchmark: Benchmark, result: Result) -> Any:
         used.append(np.asarray([query.reference for query in benchmark.queries], np.int32))
     found = image_names(benchmark, used)
 
+    @functools.cache
+    def of_reference(position: int) -> str:
+        called = benchmark.references[position].get("name", str(position))
+        return called.decode() if isinstance(called, bytes) else str(called)
+
     def name(position: int, reference: bool = False) -> str:
-        return str(position) if reference else found[position]
+        return of_reference(position) if reference else found[position]
 
     return name
 
 
-FIELDS = ("benchmark", "split", "method", "id", "ranks", "metrics", "AP", "top", "positions")
+FIELDS = ("benchmark", "split", "method", "id", "ranks", "metrics", "AP", "top", "positions",
+          "scores")  # fmt: skip
 
 
 def read(path: Path) -> list[dict[str, Any]]:

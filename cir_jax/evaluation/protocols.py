@@ -53,6 +53,9 @@ class Protocol:
         alone ("a photo of $").
     recall, subset_recall, precision: the K of R@K and Rs@K (single target; Rs: among the query's
         candidates without the reference) and of mAP@K (all ground truths).
+    hit: what R@K counts: the "single" target in the top K, or "any" of the ground truths.
+    ndcg: the K of nDCG@K. area: mAP over the whole ranking, by trapezoids (i-CIR).
+    queries: "all" of the split, or those of a table of CIRCUS, which names them.
     soft: R@K and Rs@K are the best grade of the answers found, among the first SOFT_DEPTH.
     aspect_precision: K of the mAP per semantic aspect, 0 = none.
     by_category: numbers per category too; the headline is their unweighted mean.
@@ -79,6 +82,10 @@ class Protocol:
     recall: tuple[int, ...] = ()
     subset_recall: tuple[int, ...] = ()
     precision: tuple[int, ...] = ()
+    hit: Literal["single", "any"] = "single"
+    ndcg: tuple[int, ...] = ()
+    area: bool = False
+    queries: Literal["all", "shortcut_free", "validated"] = "all"
     soft: bool = False
     aspect_precision: int = 0
     by_category: bool = False
@@ -94,6 +101,9 @@ class Protocol:
             f"captions={self.captions}",
         ]
         parts += [f"text={self.text}"] if self.text != "modification" else []
+        parts += [f"queries={self.queries}"] if self.queries != "all" else []
+        parts += ["hit=any"] if self.hit == "any" else []
+        parts += ["AP=area"] if self.area else []
         parts += ["targets=soft"] if self.soft else []
         parts += [f"Avg={'+'.join(self.average)}"] if self.average else []
         return f"{self.name}({', '.join(parts)})"
@@ -112,8 +122,10 @@ class Protocol:
     def headline(self) -> tuple[str, ...]:
         """Names of the metrics of the paper's table, in its order."""
         return (
+            *(("mAP",) if self.area else ()),
             *(f"mAP@{k}" for k in self.precision),
             *(f"R@{k}" for k in self.recall),
+            *(f"nDCG@{k}" for k in self.ndcg),
             *(f"Rs@{k}" for k in self.subset_recall),
             *(("Avg",) if self.average else ()),
             *(("mean rank", "median rank") if self.ranks else ()),
@@ -202,6 +214,9 @@ FASHIONIQ = Protocol(
 )
 GENECIS = Protocol("genecis", gallery="candidates", recall=(1, 2, 3), by_category=True)
 
+ICIR = Protocol("icir", gallery="category", area=True)
+"""Each instance has its own database, and several right answers in it (arXiv 2510.25387)."""
+
 CAPTIONS = Protocol("captions", recall=(1, 5, 10))
 """Caption <-> image retrieval, which judges a pretrained backbone; see `evaluation.captions`."""
 
@@ -216,14 +231,37 @@ INVERSION = Protocol("inversion", text="inversion", recall=(1, 3, 5))
 
 PROTOCOLS = {protocol.name: protocol for protocol in (CIRCO, CIRR, FASHIONIQ, GENECIS)}
 
+CIRCUS = {name: {"queries": name} for name in ("shortcut_free", "validated")}
+"""The queries that CIRCUS (arXiv 2605.14787) keeps, scored as the others."""
+
+_MBEIR = {
+    "gallery": "all",
+    "remove_reference": False,
+    "captions": "single",
+    "hit": "any",
+    "ndcg": (10,),
+    "subset_recall": (),
+    "by_category": False,
+    "average": (),
+}
+"""UniIR's evaluation (arXiv 2311.17136) on M-BEIR's own pool, and the nDCG of mteb's task."""
+
 VARIANTS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
     "circo": {
+        **CIRCUS,
         "shared_concept": {"text": "shared_concept"},
         "bge_vl": {"text": "similar_but"},
         "magiclens": {"text": "find_but"},
     },
-    "cirr": {"artemis": {"soft": True}, "compodiff": {"average": ("R@1", "Rs@1")}},
+    "cirr": {
+        "artemis": {"soft": True},
+        "compodiff": {"average": ("R@1", "Rs@1")},
+        "mbeir": _MBEIR | {"name": "cirr_mbeir"},
+        **CIRCUS,
+    },
     "fashioniq": {
+        "mbeir": _MBEIR | {"name": "fashioniq_mbeir", "recall": (10, 20, 50)},
+        **CIRCUS,
         "small_gallery": {"gallery": "triplets"},
         "capitalised": {"captions": "capitalised"},
         "reversed": {"captions": "reversed"},
@@ -303,7 +341,10 @@ def concatenate(outcomes: Sequence[Outcome]) -> Outcome:
 def values(protocol: Protocol, outcome: Outcome) -> dict[str, np.ndarray]:
     """Headline metrics of each query: name -> float64[queries], percent."""
     single = outcome.target_ranks[:, 0]
-    out = {
+    if protocol.hit == "any":
+        single = metrics.best_rank(outcome.target_ranks)
+    out = {"mAP": metrics.trapezoid_precision(outcome.target_ranks)} if protocol.area else {}
+    out |= {
         f"mAP@{k}": metrics.average_precision(outcome.target_ranks, k) for k in protocol.precision
     }
     if protocol.soft:
@@ -319,6 +360,7 @@ def values(protocol: Protocol, outcome: Outcome) -> dict[str, np.ndarray]:
     else:
         out |= {f"R@{k}": metrics.recall(single, k) for k in protocol.recall}
         out |= {f"Rs@{k}": metrics.recall(outcome.subset_ranks, k) for k in protocol.subset_recall}
+    out |= {f"nDCG@{k}": metrics.ndcg(outcome.target_ranks, k) for k in protocol.ndcg}
     if protocol.average:
         out["Avg"] = np.mean([out[name] for name in protocol.average], axis=0)
     return out

@@ -8,6 +8,7 @@ method on a backbone so tuned. Papers: searle 2303.15247, pic2word 2302.03084, s
 there MMRet; image + text with unit=False; CIRCO with the shared concept alone), magiclens
 2403.19651 (as its repository prints them, with those of its released weights). `unstated`: the
 paper does not say how captions are joined, or which text a query has.
+"Table N: ..." stands for a variant of the method, shown only to who reproduces the paper's tables.
 Left out: rows whose printed averages contradict their own columns.
 """
 
@@ -47,6 +48,17 @@ _TABLES: Mapping[tuple[str, str], str] = {
         searle | searle_oti | clip_l14 | 30.37 47.49 21.57 44.47 30.90 51.76 27.61 47.90
         searle | searle     | clip_l14 | 27.43 45.68 20.32 43.18 29.32 50.17 25.69 46.34
         searle | combiner   | clip_b32 supervised | - - - - - - 32.96 54.55
+        searle, Table 4: L2 loss | searle_oti | clip_b32 | - - - - - - 16.46 29.04
+        searle, Table 4: concept alone | searle_oti | clip_b32 | - - - - - - 21.34 39.70
+        searle, Table 4: random concepts | searle_oti | clip_b32 | - - - - - - 20.90 40.24
+        searle, Table 4: no regulariser | searle_oti | clip_b32 | - - - - - - 17.86 35.99
+        searle, Table 4: cosine distillation | searle | clip_b32 | - - - - - - 21.59 39.41
+        searle, Table 4: no distillation | searle | clip_b32 | - - - - - - 19.41 38.39
+        searle, Table 4: no regulariser | searle | clip_b32 | - - - - - - 22.83 42.02
+        searle, Table 8: on FashionIQ | searle | clip_b32 | 26.35 43.42 20.13 42.79 28.00 48.80 24.82 45.00
+        searle, Table 8: on CIRR | searle | clip_b32 | 24.43 41.75 18.00 38.97 25.24 46.15 22.55 42.29
+        searle, Table 8: on FashionIQ | searle | clip_l14 | 29.93 49.01 24.14 45.86 31.36 53.08 28.48 49.31
+        searle, Table 8: on CIRR | searle | clip_l14 | 25.71 43.18 20.77 42.54 27.54 48.90 24.67 44.87
         slerp, published weights | searle | clip_l14 | 26.89 45.58 20.48 43.13 29.32 49.97 25.56 46.23
         slerp, published weights | lincir | clip_l14 | 29.10 46.81 20.92 42.44 28.81 50.18 26.28 46.49
         slerp, unstated | image_only | clip_b32 | 7.46 14.03 3.87 10.81 6.22 13.36 5.85 12.73
@@ -64,6 +76,10 @@ _TABLES: Mapping[tuple[str, str], str] = {
         isa, unstated | searle     | blip_b | 29.72 48.53 22.11 41.79 31.03 52.37 27.62 47.56
         isa, unstated | isa        | blip_b, EfficientNet-B2 | 30.03 48.58 25.33 46.26 33.45 53.80 29.60 49.54
         isa, unstated | isa        | blip_b, EfficientViT-M2 | 29.64 48.68 25.48 45.51 32.94 54.31 29.35 49.50
+        isa, unstated | isa        | blip_b, symmetric | 30.79 50.05 24.69 43.88 33.91 53.65 29.79 49.19
+        isa, unstated | isa        | blip_b, EfficientNet-B0 | 28.95 48.04 25.19 45.56 32.53 52.78 28.89 48.79
+        isa, unstated | isa        | blip_b, MobileNetV2 | 28.95 47.35 24.34 45.51 32.02 54.11 28.44 48.99
+        isa, unstated | isa        | blip_b, MobileViTV2 | 26.35 43.23 22.16 40.46 27.84 49.01 25.45 44.23
         rtd | pic2word | clip_b32     | 13.40 28.46 8.48 20.77 13.31 29.68 11.73 26.30
         rtd | pic2word | clip_b32+rtd | 23.06 40.48 20.33 41.75 24.12 46.35 22.50 42.86
         rtd | searle   | clip_b32     | 24.78 41.85 17.90 36.99 25.24 46.71 22.64 41.85
@@ -115,6 +131,7 @@ _TABLES: Mapping[tuple[str, str], str] = {
         slerp | text_only  | blip_l | 26.48 51.45 62.10 79.66 66.27 84.53 92.31
         slerp | slerp      | blip_l | 28.60 55.37 65.66 84.05 65.16 83.90 92.05
         slerp | slerp      | blip_l+tat | 33.98 61.74 72.70 88.94 68.55 85.11 93.21
+        slerp | slerp      | blip_l, tuned on COCO | 39.08 65.57 75.45 89.83 72.96 88.10 94.87
         slerp | combiner   | clip_b32 supervised | 30.99 61.28 73.69 91.40 59.64 79.95 90.65
         slerp | combiner   | clip_l14 supervised | 30.31 61.11 73.52 90.75 60.84 80.22 90.02
         isa | image_only | blip_b | 7.52 21.83 31.21 52.94 - - -
@@ -124,6 +141,7 @@ _TABLES: Mapping[tuple[str, str], str] = {
         isa | searle     | blip_b | 29.27 54.86 66.57 86.16 - - -
         isa | isa | blip_b, EfficientNet-B2 | 30.84 61.06 73.57 92.43 - - -
         isa | isa | blip_b, EfficientViT-M2 | 29.63 58.99 71.37 91.47 - - -
+        isa | isa | blip_b, symmetric | 29.68 58.72 70.79 90.33 - - -
         rtd | pic2word | clip_b32     | 13.64 37.45 52.22 - - - -
         rtd | pic2word | clip_b32+rtd | 23.59 51.76 65.16 - - - -
         rtd | searle   | clip_b32     | 23.71 53.30 66.84 - - - -
@@ -153,6 +171,17 @@ _TABLES: Mapping[tuple[str, str], str] = {
         searle | searle_oti | clip_l14 | 24.40 54.68 68.02 89.09 52.27 74.53 86.80
         searle | searle     | clip_l14 | 24.11 53.53 66.78 89.21 53.53 75.58 87.30
         searle | combiner   | clip_b32 supervised | 32.24 65.46 78.21 95.19 - - -
+        searle, Table 4: L2 loss | searle_oti | clip_b32 | 17.11 41.90 53.70 - - - -
+        searle, Table 7: concept alone | searle_oti | clip_b32 | 21.63 50.51 64.07 88.04 - - -
+        searle, Table 7: random concepts | searle_oti | clip_b32 | 21.09 50.42 63.84 87.30 - - -
+        searle, Table 7: no regulariser | searle_oti | clip_b32 | 19.30 46.81 59.96 84.74 - - -
+        searle, Table 4: cosine distillation | searle | clip_b32 | 23.75 53.19 67.21 - - - -
+        searle, Table 4: no distillation | searle | clip_b32 | 22.24 50.06 62.71 - - - -
+        searle, Table 7: no regulariser | searle | clip_b32 | 22.41 53.00 66.90 89.95 - - -
+        searle, Table 9: on FashionIQ | searle | clip_b32 | 24.04 54.25 67.70 89.28 55.37 77.42 88.64
+        searle, Table 9: on CIRR | searle | clip_b32 | 24.34 54.48 67.80 90.62 54.15 76.01 87.63
+        searle, Table 9: on FashionIQ | searle | clip_l14 | 24.07 53.34 66.96 87.66 57.02 77.59 88.28
+        searle, Table 9: on CIRR | searle | clip_l14 | 24.99 53.51 67.04 89.31 54.50 75.94 87.70
         isa | image_only | clip_l14 | 7.06 25.52 35.64 60.18 - - -
         isa | text_only  | clip_l14 | 21.19 46.14 57.43 78.74 - - -
         isa | image_text | clip_l14 | 10.79 34.37 47.05 75.27 - - -
@@ -164,12 +193,20 @@ _TABLES: Mapping[tuple[str, str], str] = {
         isa | searle     | blip_b | 28.03 60.74 71.41 88.82 - - -
         isa | isa | blip_b, EfficientNet-B2 | 31.48 63.42 77.27 93.16 - - -
         isa | isa | blip_b, EfficientViT-M2 | 31.26 62.31 75.70 92.38 - - -
+        isa | isa | blip_b, symmetric | 30.21 61.52 74.09 90.81 - - -
+        isa | isa | blip_b, EfficientNet-B0 | 32.02 64.57 76.12 92.29 - - -
+        isa | isa | blip_b, MobileNetV2 | 30.50 63.51 74.27 91.18 - - -
+        isa | isa | blip_b, MobileViTV2 | 27.63 58.66 70.85 88.68 - - -
         rtd | lincir | clip_l14     | - 54.29 67.76 - - - -
         rtd | lincir | clip_l14+rtd | - 57.90 71.13 - - - -
     """,
     ("cirr/inversion", "val"): """
         searle | searle_oti | clip_b32 | 99.81 100 100
         searle | searle     | clip_b32 | 98.94 99.95 100
+        searle, Table 7: concept alone | searle_oti | clip_b32 | 99.58 99.90 99.96
+        searle, Table 7: random concepts | searle_oti | clip_b32 | 99.03 99.21 99.55
+        searle, Table 7: no regulariser | searle_oti | clip_b32 | 99.72 99.91 100
+        searle, Table 7: no regulariser | searle | clip_b32 | 99.35 100 100
     """,
     ("circo:bge_vl", "test"): """
         megapairs | image_text | bge_vl_b | 34.3 35.0 37.6 38.7
@@ -194,6 +231,12 @@ _TABLES: Mapping[tuple[str, str], str] = {
         slerp | text_only  | clip_l14 | 3.30 3.65 4.08 4.38
         slerp | slerp      | clip_l14 | 8.76 9.84 11.30 11.99
         slerp | slerp      | clip_l14+tat | 18.46 19.41 21.43 22.41
+        slerp, Table 4: LLaVA-Align | slerp | clip_l14+tat | 17.05 18.23 20.11 21.05
+        slerp, Table 4: CC3M | slerp | clip_l14+tat | 16.98 17.82 19.62 20.58
+        slerp, Table 4: LAION 4M | slerp | clip_l14+tat | 18.45 19.50 21.53 22.52
+        slerp, Table 4: LAION 8M | slerp | clip_l14+tat | 18.23 19.21 21.29 22.26
+        slerp, Table 4: no anchor | slerp | clip_l14+tat | 8.26 8.90 10.07 10.71
+        slerp, Table 4: image anchor | slerp | clip_l14+tat | 7.54 7.73 8.79 9.30
         slerp | image_only | blip_l | 1.52 1.89 2.42 2.77
         slerp | text_only  | blip_l | 4.24 4.59 5.20 5.53
         slerp | slerp      | blip_l | 9.61 10.11 11.10 11.66
@@ -209,6 +252,7 @@ _TABLES: Mapping[tuple[str, str], str] = {
         isa | searle     | blip_b | 10.65 11.34 12.40 13.02
         isa | isa | blip_b, EfficientNet-B2 | 11.33 12.25 13.42 13.97
         isa | isa | blip_b, EfficientViT-M2 | 9.82 10.50 11.61 12.09
+        isa | isa | blip_b, symmetric | 9.67 10.32 11.26 11.61
         rtd | pic2word | clip_b32     | 2.85 3.24 3.89 4.31
         rtd | pic2word | clip_b32+rtd | 6.39 6.66 7.64 8.16
         rtd | searle   | clip_b32     | 8.90 9.42 10.64 11.34
@@ -256,6 +300,10 @@ _TABLES: Mapping[tuple[str, str], str] = {
         isa | searle     | blip_b | 11.52 11.74 12.91 13.56
         isa | isa | blip_b, EfficientNet-B2 | 13.19 13.83 15.20 15.85
         isa | isa | blip_b, EfficientViT-M2 | 12.24 12.75 13.80 14.27
+        isa | isa | blip_b, symmetric | 11.03 12.01 13.17 13.81
+        isa | isa | blip_b, EfficientNet-B0 | 11.11 12.04 13.14 13.67
+        isa | isa | blip_b, MobileNetV2 | 10.50 10.82 12.09 12.44
+        isa | isa | blip_b, MobileViTV2 | 9.44 9.68 10.49 10.96
         rtd | lincir | clip_l14     | - 12.67 14.45 -
         rtd | lincir | clip_l14+rtd | - 16.10 17.84 -
     """,
@@ -314,6 +362,22 @@ class Row:
     backbone: str
     metrics: Mapping[str, float]
 
+    @property
+    def paper(self) -> str:
+        """Its short name alone."""
+        return self.source.partition(",")[0]
+
+    @property
+    def variant(self) -> str:
+        """What an ablation changes of the method, "" = nothing: it is the paper's own."""
+        table, _, changed = self.source.partition(", ")[2].partition(": ")
+        return changed if table.startswith("Table ") else ""
+
+
+def of_paper(paper: str) -> list[Row]:
+    """All rows of a paper, of all benchmarks."""
+    return [row for key in _TABLES for row in _parse(*key) if row.paper == paper]
+
 
 def rows(benchmark: str, split: str, methods: Sequence[str], weights_id: str = "") -> list[Row]:
     """Published rows of these methods on the benchmark's split, under exactly this protocol.
@@ -324,7 +388,9 @@ def rows(benchmark: str, split: str, methods: Sequence[str], weights_id: str = "
     return [
         row
         for row in _parse(benchmark, split)
-        if row.method in methods and (not backbone or _base(row.backbone) == backbone)
+        if row.method in methods
+        and not row.variant
+        and (not backbone or _base(row.backbone) == backbone)
     ]
 
 

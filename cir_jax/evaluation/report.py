@@ -14,9 +14,10 @@ import jax
 from cir_jax.evaluation import published, submissions
 from cir_jax.evaluation.metrics import Estimate
 from cir_jax.evaluation.published import Row
-from cir_jax.evaluation.result import Result
+from cir_jax.evaluation.result import UNIMODAL, Result
 from cir_jax.storage.atomic import write_atomically
 
+LISTED = 6  # groups of a gallery that are counted one by one
 PACKAGES = ("cir_jax", "jax", "jaxlib", "flax", "numpy", "pillow")
 
 
@@ -40,7 +41,7 @@ def format_table(results: Sequence[Result], papers: Sequence[Row] = ()) -> str:
     ]
     theirs = [
         [
-            f"{row.method} ({row.source}; {row.backbone}{_elsewhere(row, first)})",
+            label(row, first),
             *(f"{row.metrics[n]:.2f}" if n in row.metrics else "-" for n in first.headline),
             "",
         ]
@@ -56,7 +57,7 @@ def format_table(results: Sequence[Result], papers: Sequence[Row] = ()) -> str:
 
     rule = line(["-" * width for width in widths])
     out = [
-        f"{first.benchmark} {first.split}: {_counts(first.counts)}; percent +- standard error over "
+        f"{first.benchmark} {first.split}: {counted(first.counts)}; percent +- standard error over "
         "queries",
         f"protocol {first.protocol.id}; weights {first.weights_id}",
         *(["PARTIAL DATA: these numbers are not comparable"] if first.partial else []),
@@ -65,6 +66,7 @@ def format_table(results: Sequence[Result], papers: Sequence[Row] = ()) -> str:
         rule,
         *map(line, ours),
         *([rule, "published:", *map(line, theirs)] if theirs else []),
+        *gap_lines(composition_gaps(results)),
     ]
     if not any(result.metrics for result in results):
         server = first.protocol.name in submissions.SERVERS
@@ -75,14 +77,57 @@ def format_table(results: Sequence[Result], papers: Sequence[Row] = ()) -> str:
     return "\n".join(out)
 
 
-def _elsewhere(row: Row, first: Result) -> str:
-    """What marks a published number of another split."""
-    return "" if row.split == first.split else f"; paper, {row.split.rstrip('1')}"
+@dataclasses.dataclass(frozen=True)
+class Gap:
+    """How much better a method is than the better single modality `over` of the same backbone."""
+
+    benchmark: str
+    split: str
+    method: str
+    metric: str
+    value: float
+    over: str
 
 
-def _counts(counts: Mapping[str, int]) -> str:
+def composition_gaps(results: Sequence[Result]) -> list[Gap]:
+    """CIRCUS's Composition Gap (arXiv 2605.14787) of each method: its R@10 minus the better of
+    image-only and text-only; of the first headline metric where R@10 is not measured.
+
+    results: of one benchmark. Nothing where a modality was not run or labels are not public.
+    """
+    alone = {r.method: r for r in results if r.method in UNIMODAL and r.metrics}
+    if len(alone) < len(UNIMODAL):
+        return []
+    first = next(iter(alone.values()))
+    metric = "R@10" if "R@10" in first.metrics else first.headline[0]
+    values = {method: r.metrics[metric].value for method, r in alone.items()}
+    over = max(values, key=values.__getitem__)
+    return [
+        Gap(r.benchmark, r.split, r.method, metric, r.metrics[metric].value - values[over], over)
+        for r in results
+        if r.method not in UNIMODAL and metric in r.metrics
+    ]
+
+
+def gap_lines(gaps: Sequence[Gap]) -> list[str]:
+    """A line that says them; none where there are none."""
+    if not gaps:
+        return []
+    values = ", ".join(f"{gap.method} {gap.value:+.2f}" for gap in gaps)
+    return [f"composition gap, {gaps[0].metric} minus that of {gaps[0].over}: {values}"]
+
+
+def label(row: Row, first: Result) -> str:
+    """What a published row is called beside our results; one of another split says so."""
+    elsewhere = "" if row.split == first.split else f"; paper, {row.split.rstrip('1')}"
+    return f"{row.method} ({row.source}; {row.backbone}{elsewhere})"
+
+
+def counted(counts: Mapping[str, int]) -> str:
+    """Numbers of queries and gallery images, in words."""
     groups = [f"{name.partition(' ')[2]} {n}" for name, n in counts.items() if " " in name]
-    per_group = f" ({', '.join(groups)})" if groups else ""
+    listed = ", ".join(groups) if len(groups) <= LISTED else f"in {len(groups)} groups"
+    per_group = f" ({listed})" if groups else ""
     return f"{counts['queries']} queries, {counts['gallery']} gallery images{per_group}"
 
 
@@ -145,6 +190,11 @@ def to_dict(
             "processes": jax.process_count(),
         },
         "results": [_result(result) for result in results],
+        "composition_gaps": [
+            dataclasses.asdict(gap)
+            for same in _by_benchmark(results)
+            for gap in composition_gaps(same)
+        ],
         "published": [
             dataclasses.asdict(row)
             for same in _by_benchmark(results)

@@ -14,6 +14,9 @@ from cir_jax.evaluation.metrics import Estimate, best_rank
 from cir_jax.evaluation.protocols import Outcome, Protocol
 from cir_jax.evaluation.queries import Benchmark, CaptionBenchmark
 
+UNIMODAL = ("image_only", "text_only")
+"""The baselines of one modality."""
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Result:

@@ -14,7 +14,7 @@ from cir_jax.evaluation.asked import Asked
 from cir_jax.evaluation.contact_sheet import contact_sheet
 from cir_jax.evaluation.decoding import Unclip
 from cir_jax.evaluation.evaluate import evaluate_with_baselines
-from cir_jax.evaluation.page import Section, write_page
+from cir_jax.evaluation.page import write_page
 from cir_jax.evaluation.queries import Benchmark, CaptionBenchmark
 from cir_jax.evaluation.result import Result
 from cir_jax.experiment import Experiment, for_evaluation, stage_names
@@ -102,7 +102,6 @@ def run(
     if model := config.evaluation.get("decoder", ""):  # not in configs of earlier versions
         decode = Unclip(model, experiment.backbone)
     everything: list[Result] = []
-    sections: list[Section] = []
     evaluated: list[tuple[Benchmark, list[Result]]] = []
     for benchmark in loaded:
         results = evaluate_with_baselines(
@@ -134,9 +133,8 @@ def run(
         if isinstance(benchmark, Benchmark):
             _retrieved(results[-1], benchmark, output, decode)
             evaluated.append((benchmark, results))
-            sections.append(Section(benchmark, results[-1], report.format_table(results, papers)))
-    if sections:
-        write_page(output / "report.html", f"{config.name}: what was retrieved", sections)
+    if evaluated:
+        write_page(output / "report.html", f"{config.name}: what was retrieved", evaluated)
         _say(f"\npage: {output / 'report.html'}")
         per_query.write(output / per_query.FILE, evaluated)
         _say(f"queries: {output / per_query.FILE}")

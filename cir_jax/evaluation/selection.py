@@ -45,11 +45,14 @@ def wanted(config: Mapping[str, Any]) -> tuple[str, str] | None:
 
 
 def _composed() -> list[str]:
-    """Benchmarks of composed queries."""
+    """Benchmarks of composed queries, but for those that are a test alone."""
     return [
         name
         for name, entry in benchmarks.REGISTRY.items()
-        if not entry.truths and entry.table != "pretrain" and entry.protocol.text != "inversion"
+        if not entry.truths
+        and entry.table != "pretrain"
+        and entry.protocol.text != "inversion"
+        and entry.split != "test"
     ]
 
 

@@ -16,6 +16,7 @@ from cir_jax.sharding.constraints import rows_over
 from cir_jax.sharding.mesh import replicated
 from cir_jax.sharding.placement import on_mesh
 from cir_jax.sharding.rows import map_rows
+from cir_jax.sharding.together import Together
 from cir_jax.weights import finite
 from cir_jax.weights.fingerprint import fingerprint
 
@@ -103,6 +104,7 @@ def of_composer(
     )
 
 
+@Together
 @functools.partial(jax.jit, static_argnums=(0, 1, 4))
 def _encode_images(
     backbone: Backbone,
@@ -118,6 +120,7 @@ def _encode_images(
     return jax.lax.with_sharding_constraint(marked, replicated(mesh))
 
 
+@Together
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _embed_gallery(
     composer: Composer, mesh: Mesh, params: Params, frozen: Params, batch: dict[str, jax.Array]

@@ -27,6 +27,7 @@ from cir_jax.sharding.constraints import rows_over
 from cir_jax.sharding.mesh import replicated
 from cir_jax.sharding.placement import on_mesh
 from cir_jax.sharding.rows import map_rows
+from cir_jax.sharding.together import Together
 from cir_jax.storage.chunk_store import ChunkStore
 from cir_jax.weights import finite
 
@@ -380,6 +381,7 @@ def _what(source: Records, row: int, record: Mapping[str, Any]) -> str:
     return f"{_name(source, row)} ({name})" if name else _name(source, row)
 
 
+@Together
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _embed_features(
     composer: Composer, mesh: Mesh, params: Params, frozen: Params, raw: jax.Array
@@ -389,6 +391,7 @@ def _embed_features(
     return jax.lax.with_sharding_constraint(finite.marked(features), replicated(mesh))
 
 
+@Together
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _compose(
     composer: Composer,

@@ -34,6 +34,7 @@ from cir_jax.retrieval.features import image_features
 from cir_jax.sharding.constraints import rows_over
 from cir_jax.sharding.mesh import replicated
 from cir_jax.sharding.rows import map_rows
+from cir_jax.sharding.together import Together
 from cir_jax.storage import faults
 from cir_jax.storage.atomic import write_atomically
 from cir_jax.storage.places import default_cache_dir
@@ -370,6 +371,7 @@ def _shards(
         yield index, waiting
 
 
+@Together
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _invert(
     composer: PseudoWord, mesh: Mesh, frozen: Any, query: dict[str, jax.Array], seed: jax.Array

@@ -13,6 +13,7 @@ from cir_jax.composers.base import Composer
 from cir_jax.models import chunks
 from cir_jax.sharding import constraints, placement
 from cir_jax.sharding import mesh as meshes
+from cir_jax.sharding.together import Together
 from cir_jax.training import optimizers
 
 Batch = dict[str, jax.Array]
@@ -109,26 +110,28 @@ class Step:
             self.traces += 1
             return train_step(state, frozen, batch, mesh=mesh, **bound)
 
-        self._jitted = jax.jit(
-            counted,
-            in_shardings=(
-                self.state_shardings,
-                self.frozen_shardings,
-                meshes.batch_sharding(mesh),
-            ),
-            out_shardings=(self.state_shardings, meshes.replicated(mesh)),
-            donate_argnums=0,
+        self._run = Together(
+            jax.jit(
+                counted,
+                in_shardings=(
+                    self.state_shardings,
+                    self.frozen_shardings,
+                    meshes.batch_sharding(mesh),
+                ),
+                out_shardings=(self.state_shardings, meshes.replicated(mesh)),
+                donate_argnums=0,
+            )
         )
 
     def __call__(self, state: TrainState, frozen: Any, batch: Batch) -> tuple[TrainState, Metrics]:
-        return self._jitted(state, frozen, batch)
+        return self._run(state, frozen, batch)
 
     def lower(self, state: Any, frozen: Any, batch: Any) -> jax.stages.Lowered:
         """Lowered from shapes alone, for a dry run or ahead-of-time compilation."""
-        return self._jitted.lower(state, frozen, batch)
+        return self._run.lower(state, frozen, batch)
 
 
 def sharded(mesh: Mesh, make: Callable[..., Any], *args: Any) -> Any:
     """Runs `make(*args)` compiled, its results born sharded by the rules: no host copy."""
     shardings = placement.parameter_shardings(mesh, jax.eval_shape(make, *args))
-    return jax.jit(make, out_shardings=shardings)(*args)
+    return Together(jax.jit(make, out_shardings=shardings))(*args)

@@ -12,7 +12,7 @@ pytest.importorskip("torch")
 from benchmarks import compodiff
 from tests.launch.binaries import environment, run_command
 
-TINY = "--size=tiny --batches=1,3 --steps=1,2 --rounds=1 --batch=8 --preset=smoke --table=1,2"
+TINY = "--size=tiny --batches=2 --steps=2 --rounds=1 --batch=8 --preset=smoke --table=1"
 
 
 def test_both_sides_find_the_same_embeddings(capsys):
@@ -45,8 +45,8 @@ def test_the_command_measures_all_parts(tmp_path):
     )
     assert status == 0, text
     found = {part: json.loads(output.read_text())[part]["measured"] for part in compodiff.PARTS}
-    assert len(found["sampler"]["rows"]) == 4 and len(found["sampler"]["profile"]) == 2
-    assert [row["steps"] for row in found["steps"]] == [1, 2]
+    assert len(found["sampler"]["rows"]) == len(found["sampler"]["profile"]) == 1
+    assert [row["steps"] for row in found["steps"]] == [1]
     training = found["training"]
     assert (
         training["two, fsdp"]["parameters_mib_per_device"]

@@ -8,10 +8,11 @@ from typing import Any
 from cir_jax.input.tables import Table
 
 ROOT = Path(__file__).resolve().parents[2]
+PLACES = {"cirr_mbeir": "mbeir/dummy/cirr", "fashioniq_mbeir": "mbeir/dummy/fashioniq"}
 
 
 def dummy(dataset: str) -> Path:
-    return ROOT / "data" / dataset / "dummy"
+    return ROOT / "data" / PLACES.get(dataset, f"{dataset}/dummy")
 
 
 def copy(dataset: str, tmp_path: Path) -> Path:

@@ -30,6 +30,7 @@ def record(i, value, **changes):
         "AP": value,
         "top": [],
         "positions": [],
+        "scores": [],
     }
     return fields | changes  # fmt: skip
 
@@ -189,7 +190,7 @@ def test_what_evaluation_writes_is_compared_and_drawn(two_runs, tmp_path):
     sheet = np.asarray(Image.open(path))
     chosen = comparison.apart(first, second, 4)
     _, _, shown, _ = contact_sheet._columns()
-    line = contact_sheet.TILE + 34
+    line = contact_sheet.LINE
     queries = {query.id: query for query in benchmark.queries}
     for i, number in enumerate(chosen):
         for j, one in enumerate((first, second)):

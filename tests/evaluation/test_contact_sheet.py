@@ -1,5 +1,7 @@
 """The contact sheet shows what the result says."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -42,6 +44,17 @@ def test_frames_are_green_where_the_hits_are(shown, tmp_path):
         tile = written[y - 40 : y + 40, columns[0] + 20 : columns[0] + 100].mean(axis=(0, 1))
         assert tile.argmax() == result.top[position][0] % 3
     assert seen == {sheets.HIT, sheets.OTHER}
+
+
+def test_a_long_footer_is_wrapped(shown):
+    result, benchmark = shown
+    plain = sheets.contact_sheet(result, benchmark, rows=2)
+    long = dataclasses.replace(result, weights_id="a/long-name+another/long-name@0123 " * 6)
+    sheet = sheets.contact_sheet(long, benchmark, rows=2)
+    assert sheet.height == plain.height + 18
+    foot = np.asarray(sheet)[plain.height - 8 :]
+    assert (foot != sheets.BACKGROUND).any(), "nothing in the second line"
+    assert (np.asarray(sheet)[:, -sheets.MARGIN + 8 :] == sheets.BACKGROUND).all()
 
 
 def test_rows_are_hits_then_failures_spread_over_each():

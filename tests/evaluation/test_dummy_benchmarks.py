@@ -1,7 +1,7 @@
 """The real benchmarks from their files to numbers and submissions, on the shipped dummy data."""
 
 import shutil
-from pathlib import Path
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -12,19 +12,19 @@ from cir_jax.experiment import Experiment
 from cir_jax.input.tables import Table
 from cir_jax.loading import read_experiment
 from data import build
+from tests.data.dummies import dummy
 from tests.evaluation import worlds
 
-DATA = Path(build.__file__).parent
-DATASETS = ("circo", "cirr", "fashioniq", "genecis", "coco_object", "coco_captions")
+DATASETS = ("circo", "cirr", "fashioniq", "genecis", "coco_object", "coco_captions", "icir")
+BESIDE = ("circus", *(("cirr_mbeir", "fashioniq_mbeir") if find_spec("pyarrow") else ()))
 
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
     """A data folder with all of them, marked as partial: they are no 123,403 images."""
     folder = tmp_path_factory.mktemp("data")
-    for dataset in DATASETS:
-        source = DATA / dataset / "dummy"
-        build.prepare(dataset, None, folder, source=source, allow_partial=True)
+    for dataset in (*DATASETS, *BESIDE):
+        build.prepare(dataset, None, folder, source=dummy(dataset), allow_partial=True)
     return folder
 
 
@@ -38,15 +38,20 @@ NAMES = (
     *("circo", "circo:shared_concept", "circo:bge_vl", "cirr", "cirr:artemis", "cirr:compodiff"),
     "fashioniq",
     *(f"fashioniq:{name}" for name in protocols.VARIANTS["fashioniq"]),
-    *("fashioniq:small_gallery+capitalised", "genecis", "coco_object", "coco_captions"),
+    *("fashioniq:small_gallery+capitalised", "genecis", "coco_object", "coco_captions", "icir"),
+    *("cirr:mbeir", "cirr:mbeir+validated", "cirr:validated", "circo:validated+shared_concept"),
+    *("fashioniq:mbeir+shortcut_free", "fashioniq:artemis+validated"),
 )
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_benchmark_and_variant_gives_its_numbers(name, prepared, slerp):
+    if "mbeir" in name:
+        pytest.importorskip("pyarrow")
     benchmark = benchmarks.load(name, "", prepared, allow_partial=True)
     assert benchmark.partial and benchmark.name == f"{name} (partial)"
-    assert benchmark.data == f"{name.partition(':')[0]}@1.0.0"
+    data = name.partition(":")[0] + ("_mbeir" if "mbeir" in name else "") + "@1.0.0"
+    assert benchmark.data == data + ("+circus@1.0.0" if benchmark.protocol.queries != "all" else "")
     result = evaluate.evaluate(*slerp, benchmark, mesh=worlds.mesh(1), batch_size=8)
     assert set(result.headline) <= set(result.metrics)
     numbers = [result.metrics[n].value for n in result.headline if "rank" not in n]
@@ -54,7 +59,7 @@ def test_every_benchmark_and_variant_gives_its_numbers(name, prepared, slerp):
     if name in ("fashioniq:artemis", "fashioniq:artemis_words"):
         whole = benchmarks.load("fashioniq", "", prepared, allow_partial=True)
         assert len(benchmark.queries) == 2 * len(whole.queries)
-    if name.startswith("cirr"):
+    if name.startswith("cirr") and "mbeir" not in name:
         for query, top in zip(benchmark.queries, result.top, strict=True):
             assert query.reference not in top
 

@@ -126,8 +126,8 @@ def test_benchmarks_of_about_one_size_share_programs(slerp):
         benchmark = worlds.benchmark(protocols.CIRR, queries=queries)
         evaluate.evaluate_with_baselines(*slerp, benchmark, mesh=worlds.mesh(1), method="slerp")
         if len(queries) == 14:
-            programs = features._compose._cache_size()
-    assert features._compose._cache_size() == programs
+            programs = features._compose.jitted._cache_size()
+    assert features._compose.jitted._cache_size() == programs
 
 
 def test_one_program_composes_all_batches(oracle):
@@ -234,6 +234,43 @@ def test_table_and_json(oracle, tmp_path):
     assert whole["published"] == [] and first["partial"] is False and first["seed"] == 0
 
 
+def test_many_groups_of_a_gallery_are_not_listed(oracle):
+    result = evaluate.evaluate(*oracle, worlds.benchmark(), mesh=worlds.mesh(1))
+
+    def first_line(groups):
+        counts = {"queries": 9, "gallery": 70} | {f"gallery object {i}": 7 for i in range(groups)}
+        text = report.format_table([dataclasses.replace(result, counts=counts)])
+        return text.splitlines()[0].partition(";")[0]
+
+    assert first_line(2).endswith("70 gallery images (object 0 7, object 1 7)")
+    assert first_line(202).endswith("70 gallery images (in 202 groups)")
+
+
+def test_composition_gap_is_that_to_the_better_modality(oracle, tmp_path):
+    result = evaluate.evaluate(*oracle, worlds.benchmark(), mesh=worlds.mesh(1))
+
+    def of(method, **values):
+        found = {n: dataclasses.replace(x, value=values.get(n.replace("@", ""), 7.0))
+                 for n, x in result.metrics.items()}  # fmt: skip
+        return dataclasses.replace(result, method=method, metrics=found)
+
+    results = [of("image_only", R10=20.0), of("text_only", R10=30.5), of("sum", R10=26.25),
+               of("slerp", R10=42.0)]  # fmt: skip
+    line = report.format_table(results).splitlines()[-1]
+    assert line == "composition gap, R@10 minus that of text_only: sum -4.25, slerp +11.50"
+    report.write_results(tmp_path / "results.json", results)
+    written = json.loads((tmp_path / "results.json").read_text())["composition_gaps"]
+    assert written[1] == {"benchmark": "tiles/circo", "split": "val", "method": "slerp",
+                          "metric": "R@10", "value": 11.5, "over": "text_only"}  # fmt: skip
+    # one modality alone says nothing, nor do hidden labels; without R@10 the first number counts
+    assert report.composition_gaps(results[1:]) == []
+    hidden = [dataclasses.replace(one, metrics={}) for one in results]
+    assert report.composition_gaps(hidden) == [] and "gap" not in report.format_table(hidden)
+    for one in results:
+        del one.metrics["R@10"]
+    assert [gap.metric for gap in report.composition_gaps(results)] == ["mAP@5", "mAP@5"]
+
+
 def test_partial_data_are_marked_in_table_json_picture_and_page(oracle, tmp_path):
     benchmark = worlds.benchmark(name="circo (partial)", partial=True, data="circo@1.0.0")
     result = evaluate.evaluate(*oracle, benchmark, mesh=worlds.mesh(1), method="searle")
@@ -242,7 +279,7 @@ def test_partial_data_are_marked_in_table_json_picture_and_page(oracle, tmp_path
     content = report.to_dict([result])
     assert content["results"][0]["partial"] and content["results"][0]["data"] == "circo@1.0.0"
     assert content["published"] == []
-    html = page.page("title", [page.Section(benchmark, result, text)])
+    html = page.page("title", [(benchmark, [result])])
     assert "circo (partial)" in html and "PARTIAL DATA" in html
     whole = dataclasses.replace(result, benchmark="circo", partial=False)
     rows = report.to_dict([whole])["published"]

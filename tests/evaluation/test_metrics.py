@@ -236,3 +236,71 @@ def test_circo_val_annotations_give_the_official_numbers():
     np.testing.assert_allclose([ours[f"mAP@{k}"].value for k in KS], data["out/searle_map_at_pct"])
     ours = [ours[f"R@{k}"].value for k in KS]
     np.testing.assert_allclose(ours, data["out/searle_recall_at_pct"], rtol=1e-6)
+
+
+def of_several(seed):
+    """Random ranks of one to five targets each, padded, unsorted."""
+    rng = np.random.default_rng(seed)
+    rows = [rng.choice(40, size=rng.integers(1, 6), replace=False) for _ in range(60)]
+    table = np.full((60, 5), metrics.PAD)
+    for line, row in zip(table, rows, strict=True):
+        line[: len(row)] = row
+    return rows, table
+
+
+def trec_ndcg(right, k):
+    """trec_eval's ndcg_cut of a run in which the documents `right` are the relevant ones."""
+    gains = [1.0 if rank in right else 0.0 for rank in range(k)]
+    ideal = [1.0] * min(k, len(right)) + [0.0] * max(0, k - len(right))
+
+    def dcg(values):
+        return sum(value / np.log2(i + 2) for i, value in enumerate(values))
+
+    return 100 * dcg(gains) / dcg(ideal)
+
+
+def oxford_ap(right):
+    """What i-CIR's released code computes of the sorted ranks of the right answers."""
+    area = 0.0
+    for found, rank in enumerate(sorted(right)):
+        before = 1.0 if rank == 0 else found / rank
+        area += (before + (found + 1) / (rank + 1)) * (1 / (len(right) + 1e-5)) / 2
+    return 100 * area
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_ndcg_and_area_are_those_of_the_official_code(seed):
+    rows, table = of_several(seed)
+    for k in (1, 3, 10):
+        expected = [trec_ndcg(set(row), k) for row in rows]
+        np.testing.assert_allclose(metrics.ndcg(table, k), expected, rtol=1e-12)
+    expected = [oxford_ap(row) for row in rows]
+    np.testing.assert_allclose(metrics.trapezoid_precision(table), expected, rtol=1e-12)
+
+
+def test_ndcg_and_area_by_hand():
+    ranks = np.asarray([[0, -1], [1, 0], [2, -1], [10, 1]])
+    np.testing.assert_allclose(
+        metrics.ndcg(ranks, 10), [100, 100, 50, 100 * np.log(2) / np.log(3) / 1.63092975357], 1e-9
+    )
+    areas = [1, 1, (0 + 1 / 3) / 2, ((0 + 1 / 2) / 2 + (1 / 10 + 2 / 11) / 2) / 2]
+    np.testing.assert_allclose(metrics.trapezoid_precision(ranks), 100 * np.asarray(areas), 2e-5)
+    for metric in (lambda r: metrics.ndcg(r, 10), metrics.trapezoid_precision):
+        with pytest.raises(ValueError, match="query 1 has no ground truth"):
+            metric(np.asarray([[0], [-1]]))
+
+
+def test_m_beir_counts_any_right_answer_and_i_cir_all():
+    outcome = Outcome(
+        np.asarray([[30, 4], [7, -1]]), np.full(2, -1), ("a", "b"), ((), ())
+    )  # fmt: skip
+    mbeir = protocols.variant(protocols.CIRR, ["mbeir"])
+    numbers = protocols.measure(mbeir, outcome)
+    assert mbeir.headline == ("R@1", "R@5", "R@10", "R@50", "nDCG@10")
+    assert [numbers[f"R@{k}"].value for k in (1, 5, 10, 50)] == [0, 50, 100, 100]
+    assert numbers["nDCG@10"].value == metrics.ndcg(outcome.target_ranks, 10).mean()
+    strict = protocols.measure(protocols.CIRCO, outcome)
+    assert strict["R@10"].value == 50  # the single target
+    area = protocols.measure(protocols.ICIR, outcome)
+    assert protocols.ICIR.headline == ("mAP",)
+    assert area["mAP"].value == metrics.trapezoid_precision(outcome.target_ranks).mean()

@@ -73,6 +73,15 @@ def test_without_labels_and_baselines_there_is_the_ranking_alone(tiny):
         json.dumps(record, allow_nan=False)
 
 
+def test_references_of_their_own_are_called_by_their_names(tiny):
+    benchmark = worlds.benchmark()
+    own = [record | {"name": f"query {i}".encode()} for i, record in enumerate(benchmark.gallery)]
+    benchmark = dataclasses.replace(benchmark, references=own)
+    records = list(per_query.records(benchmark, evaluated(tiny, benchmark)[-1:]))
+    expected = [f"query {query.reference}" for query in benchmark.queries]
+    assert [record["reference"] for record in records] == expected
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

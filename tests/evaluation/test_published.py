@@ -52,6 +52,17 @@ def test_rows_are_of_known_benchmarks_and_consistent(key):
                 assert row.metrics[f"R@{k}"] == pytest.approx(sum(parts) / 3, abs=0.2), row
 
 
+def test_ablations_are_shown_to_who_reproduces_the_paper_only():
+    of_all = published.of_paper("searle")
+    assert {row.paper for row in of_all} == {"searle"}
+    ablated = [row for row in of_all if row.variant]
+    assert ablated[0].variant == "L2 loss" and ablated[0].metrics == {"R@10": 16.46, "R@50": 29.04}
+    shown = published.rows("cirr", "val", ["searle", "searle_oti"])
+    assert shown and not any("Table" in row.source for row in shown)
+    with_notes = [row for row in published.of_paper("rtd") if "table" in row.source]
+    assert with_notes and not any(row.variant for row in with_notes)
+
+
 def test_no_row_for_other_benchmarks_protocols_and_methods():
     assert not published.rows("shapes/circo", "test_0", list(METHODS))
     assert not published.rows("circo (partial)", "val", list(METHODS))
