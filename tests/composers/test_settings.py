@@ -44,7 +44,7 @@ def test_negative_weights_are_refused(tiny, name, field):
             {"hidden_dim": 7},
         ),
         ("pic2word", {"link": ",", "image_weight": 0.2}, {"dropout": 0.4}),
-        ("isa", {"image_weight": 0.2}, {"tokens": 2}),
+        ("isa", {"image_weight": 0.2}, {"tokens": 4}),
     ],
 )
 def test_settings_of_query_time_need_no_new_training(tmp_path, name, free, fixed):

