@@ -35,6 +35,16 @@ def recall(ranks: np.ndarray, k: int) -> np.ndarray:
     return 100.0 * (ranks < k)
 
 
+def ground_truths(ranks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """int[queries, targets] ranks padded with PAD -> where there is one, bool of the same shape,
+    and how many each query has, int[queries]. Raises ValueError for a query without any."""
+    valid = ranks >= 0
+    count = valid.sum(axis=1)
+    if (count == 0).any():
+        raise ValueError(f"query {int(np.argmin(count))} has no ground truth")
+    return valid, count
+
+
 def average_precision(ranks: np.ndarray, k: int) -> np.ndarray:
     """int[queries, targets] ranks of all ground truths, padded with PAD -> AP@k, float64[queries].
 
@@ -42,10 +52,7 @@ def average_precision(ranks: np.ndarray, k: int) -> np.ndarray:
     the definition of CIRCO (arXiv 2303.15247, section 5.1). Raises ValueError for G = 0.
     """
     ranks = np.asarray(ranks, np.int64)
-    valid = ranks >= 0
-    count = valid.sum(axis=1)
-    if (count == 0).any():
-        raise ValueError(f"query {int(np.argmin(count))} has no ground truth")
+    valid, count = ground_truths(ranks)
     # the i-th ground truth by rank is the i-th hit, so the ranking itself is not needed
     order = np.sort(np.where(valid, ranks, np.iinfo(np.int64).max - 1), axis=1)
     hits = np.arange(1, ranks.shape[1] + 1)[None, :]
@@ -69,10 +76,7 @@ def map_at_r(ranks: np.ndarray) -> np.ndarray:
 def r_precision(ranks: np.ndarray) -> np.ndarray:
     """int[queries, targets] padded with PAD -> share of the top R that is right, R = G; percent."""
     ranks = np.asarray(ranks)
-    valid = ranks >= 0
-    count = valid.sum(axis=1)
-    if (count == 0).any():
-        raise ValueError(f"query {int(np.argmin(count))} has no ground truth")
+    valid, count = ground_truths(ranks)
     return 100.0 * (valid & (ranks < count[:, None])).sum(axis=1) / count
 
 
@@ -83,10 +87,7 @@ def ndcg(ranks: np.ndarray, k: int) -> np.ndarray:
     trec_eval's, which M-BEIR's copies in mteb are scored by. Raises ValueError for G = 0.
     """
     ranks = np.asarray(ranks)
-    valid = ranks >= 0
-    count = valid.sum(axis=1)
-    if (count == 0).any():
-        raise ValueError(f"query {int(np.argmin(count))} has no ground truth")
+    valid, count = ground_truths(ranks)
     gains = np.where(valid & (ranks < k), 1.0 / np.log2(np.maximum(ranks, 0) + 2.0), 0.0)
     ideal = np.cumsum(1.0 / np.log2(np.arange(k) + 2.0))
     return 100.0 * gains.sum(axis=1) / ideal[np.minimum(count, k) - 1]
@@ -100,10 +101,7 @@ def trapezoid_precision(ranks: np.ndarray) -> np.ndarray:
     denominator is kept. Raises ValueError for queries without ground truth.
     """
     ranks = np.asarray(ranks, np.int64)
-    valid = ranks >= 0
-    count = valid.sum(axis=1)
-    if (count == 0).any():
-        raise ValueError(f"query {int(np.argmin(count))} has no ground truth")
+    valid, count = ground_truths(ranks)
     order = np.sort(np.where(valid, ranks, np.iinfo(np.int64).max - 1), axis=1)
     hits = np.arange(ranks.shape[1])[None, :]
     before = np.where(order == 0, 1.0, hits / np.maximum(order, 1))

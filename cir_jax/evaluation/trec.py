@@ -19,22 +19,18 @@ from cir_jax.evaluation import metrics
 
 def recall(ranks: np.ndarray, k: int) -> np.ndarray:
     """int[queries, targets] ranks from 0, padded with -1 -> float64[queries]: share found in k."""
-    valid, count = _valid(ranks)
+    valid, count = metrics.ground_truths(ranks)
     return (valid & (ranks < k)).sum(axis=1) / count
 
 
 def ndcg(ranks: np.ndarray, k: int) -> np.ndarray:
-    """Likewise: the sum of 1 / log2(rank + 2) over ground truths in the top k, over the same of a
-    perfect ranking, which has min(k, G) of them."""
-    valid, count = _valid(ranks)
-    gains = np.where(valid & (ranks < k), 1 / np.log2(np.maximum(ranks, 0) + 2.0), 0.0)
-    perfect = np.cumsum(1 / np.log2(np.arange(k) + 2.0))
-    return gains.sum(axis=1) / perfect[np.minimum(k, count) - 1]
+    """Likewise `metrics.ndcg`."""
+    return metrics.ndcg(ranks, k) / 100
 
 
 def average_precision(ranks: np.ndarray, k: int) -> np.ndarray:
     """Likewise `map_cut_k`, divided by all ground truths."""
-    _, count = _valid(ranks)
+    _, count = metrics.ground_truths(ranks)
     return metrics.average_precision(ranks, k) / 100 * np.minimum(k, count) / count
 
 
@@ -46,11 +42,3 @@ def scores(ranks: np.ndarray, ks: Sequence[int]) -> dict[str, float]:
         for name, measure in measures.items()
         for k in ks
     }
-
-
-def _valid(ranks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    valid = ranks >= 0
-    count = valid.sum(axis=1)
-    if not count.all():
-        raise ValueError(f"query {int(np.argmin(count))} has no ground truth")
-    return valid, count
