@@ -39,6 +39,8 @@ sys.path.insert(0, str(ROOT))
 
 import numpy as np  # noqa: E402
 
+from benchmarks.ranking import forget_peak, held_mib  # noqa: E402
+
 K = 64
 FEW = 100
 BATCH = 2048
@@ -77,7 +79,7 @@ def ours(folder: Path, count: int, dim: int, asked: np.ndarray) -> dict[str, Any
 
     few = Gallery.read(Store(folder / "few.sqlite"), 1)
     ranking.rank(asked[0], few.held, k=K)
-    before = held("VmRSS")
+    before = held_mib("VmRSS")
     forget_peak()
     began = clocks()
     store = Store(folder / "library.sqlite")
@@ -104,7 +106,7 @@ def faiss(folder: Path, count: int, dim: int, asked: np.ndarray) -> dict[str, An
             index.add(piece)
         faiss.write_index(index, file)
         del index
-    before = held("VmRSS")
+    before = held_mib("VmRSS")
     forget_peak()
     began = clocks()
     index = faiss.read_index(file)
@@ -130,7 +132,7 @@ def measured(
         began = clocks()
         found.append(rank(query))
         took.append(1000 * (clocks() - began))
-    memory, took = held("VmHWM") - before, np.sort(took[3:], axis=0)
+    memory, took = held_mib("VmHWM") - before, np.sort(took[3:], axis=0)
     check(asked[-1], found[-1], count, dim)
     return {
         "open_seconds": round(opened[0], 3),
@@ -152,18 +154,6 @@ def check(query: np.ndarray, found: tuple[np.ndarray, np.ndarray], count: int, d
 
 
 CONTENDERS = {"cir_jax": ours, "faiss": faiss}
-
-
-def held(field: str) -> float:
-    """MiB of this process: "VmRSS" now, "VmHWM" at most since `forget_peak`."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field):
-            return int(line.split()[1]) / 1024
-    raise RuntimeError(f"no {field} in /proc/self/status: not Linux?")
-
-
-def forget_peak() -> None:
-    Path("/proc/self/clear_refs").write_text("5")
 
 
 def main() -> None:

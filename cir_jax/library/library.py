@@ -38,9 +38,9 @@ CONTROLS = tuple(
 """What `search` passes on to methods that take it: see `composers.conditions.Conditions`."""
 
 NEGATIVE = 0.5
-"""What a negative text is subtracted with, where that is vector arithmetic. Of the embedded world's
-photos "of a star", not "of a red star", a half leaves no red one and all stars, as does a quarter;
-the whole leaves few stars of any colour."""
+"""What a negative text is subtracted with, where that is vector arithmetic. In the embedded world
+the ten best photos of "a star" are stars, two of them red; without half of "a red star" they are
+stars, none is red; without the whole of it one is a star (tests/data/test_shapes_photos.py)."""
 
 
 class Update(NamedTuple):

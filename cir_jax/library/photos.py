@@ -14,7 +14,7 @@ from PIL import Image, ImageOps
 from cir_jax.errors import DataError
 from cir_jax.input import images
 
-SUFFIXES = frozenset(b".jpg .jpeg .png .webp .bmp .gif .tif .tiff .avif".split())
+SUFFIXES = frozenset(suffix.encode() for suffix in images.SUFFIXES)
 FOREIGN = frozenset(b".heic .heif .jxl .dng .cr2 .cr3 .nef .arw .raf .orf .rw2".split())
 """Photos that PIL does not read."""
 

@@ -19,8 +19,6 @@ from cir_jax.sharding.mesh import make_mesh
 from cir_jax.sharding.placement import on_mesh
 from cir_jax.storage.places import default_cache_dir
 
-SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
-
 
 class Files(Sequence):
     """Image files as records {"image": bytes}, read when asked for."""
@@ -202,11 +200,13 @@ def find(where: str | Path | Sequence[str | Path]) -> list[Path]:
             )
         # sorted: the order decides ties, and the name of the cache
         found = sorted(
-            path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file()
+            path
+            for path in folder.rglob("*")
+            if path.suffix.lower() in images.SUFFIXES and path.is_file()
         )
     if not found:
         raise DataError(
             f"{where}: no images. Give a folder that holds files ending in "
-            f"{', '.join(sorted(SUFFIXES))}, or a list of files."
+            f"{', '.join(sorted(images.SUFFIXES))}, or a list of files."
         )
     return found

@@ -9,7 +9,7 @@ from typing import Any
 import tensorflow_datasets as tfds
 
 from cir_jax.errors import DataError
-from cir_jax.retrieval.search import SUFFIXES
+from cir_jax.input.images import SUFFIXES
 from data import corpus
 from data.corpus import CorpusBuilder, Entry
 from data.source import Options, Survey, tables
