@@ -21,7 +21,7 @@ import dataclasses
 import hashlib
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from benchmarks.reproduce_table import SERVER, STAMP, document, listing, what  #
 from cir_jax.errors import CirError, DataError  # noqa: E402
 from cir_jax.evaluation import published  # noqa: E402
 from cir_jax.evaluation.published import Row  # noqa: E402
+from cir_jax.training.differences import differing_fields  # noqa: E402
 
 
 @dataclasses.dataclass(frozen=True)
@@ -259,27 +260,15 @@ PLACES = ("data.dataset", "phrases", "names", "microbatches")
 
 
 def differing(line: Line, config: Any) -> list[str]:
-    """Fields in which a training run is another than the one that the paper's row wants."""
+    """In what a training run is another than the one that the paper's row wants."""
     if not line.recipe.trained:
         return []
-    wanted, run = (
-        _flat(json.loads(one.to_json_best_effort())) for one in (_config(line.recipe), config)
-    )
+    wanted, run = (json.loads(one.to_json_best_effort()) for one in (_config(line.recipe), config))
     return [
-        name
-        for name in sorted(wanted.keys() | run.keys())
-        if wanted.get(name) != run.get(name)
-        and name.partition(".")[0] not in FREE
-        and not name.endswith(PLACES)
+        said
+        for said in differing_fields(wanted, run, FREE)
+        if not said.partition(" ")[0].endswith(PLACES)
     ]
-
-
-def _flat(fields: Mapping[str, Any], before: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name, value in fields.items():
-        inner = isinstance(value, Mapping) and value
-        found |= _flat(value, f"{before}{name}.") if inner else {before + name: value}
-    return found
 
 
 def forget_stale(line: Line, places: Places, seed: int) -> None:

@@ -246,7 +246,9 @@ def test_a_training_run_of_other_settings_is_told(tmp_path):
     assert reproduce.differing(line, config) == []
     config.composer.dropout, config.stage.smp.duration = 0.1, "8 steps"
     fields = reproduce.differing(line, config)
-    assert fields == ["composer.dropout", "stage.smp.duration"]
+    dropout = read_experiment("lincir:vit_b32").composer.dropout
+    assert fields[0] == f"composer.dropout (was {dropout}, is 0.1)"
+    assert [said.partition(" ")[0] for said in fields] == ["composer.dropout", "stage.smp.duration"]
     places = reproduce.Places(tmp_path, tmp_path, tmp_path)
     folder = places.run(line.recipe, row, 0)
     folder.mkdir(parents=True)
@@ -255,7 +257,7 @@ def test_a_training_run_of_other_settings_is_told(tmp_path):
     (folder / "results.json").write_text(json.dumps({"results": [result]}))
     (folder / reproduce.STAMP).write_text(json.dumps({"differs": fields}))
     text = reproduce.document("rtd", [line], places, {})
-    assert "the training run differs from the preset in composer.dropout, stage.smp.dur" in text
+    assert f"the training run differs from the preset in {', '.join(fields)}" in text
 
 
 def test_the_config_of_an_evaluation_names_what_lies_where(here, tmp_path, monkeypatch):
