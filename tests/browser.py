@@ -18,7 +18,8 @@ import pytest
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 FLAGS = ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
-         "--no-first-run", "--hide-scrollbars", "--remote-debugging-pipe")  # fmt: skip
+         "--no-first-run", "--disable-background-networking", "--disable-component-update",
+         "--disable-sync", "--hide-scrollbars", "--remote-debugging-pipe")  # fmt: skip
 LIMIT = 60
 """Seconds for one answer."""
 

@@ -1,8 +1,9 @@
 """Indexes slowly, to be killed: `python tests/library/killed.py PHOTOS STORE LOG SECONDS`.
 
-LOG: the names of each batch, as soon as it is kept. SECONDS: that each photo takes.
+LOG: there when it has begun; the names of each batch, as soon as it is kept. SECONDS: per photo.
 """
 
+import contextlib
 import sys
 import time
 from pathlib import Path
@@ -29,7 +30,7 @@ def searcher() -> Searcher:
 
 
 def main(folder: Path, store: Path, log: Path, seconds: float) -> None:
-    read, add = photos.read, Store.add
+    read, add, indexing = photos.read, Store.add, Store.indexing
 
     def slow(path, transform):
         time.sleep(seconds)
@@ -40,9 +41,14 @@ def main(folder: Path, store: Path, log: Path, seconds: float) -> None:
         with log.open("a") as file:
             file.write("".join(f"{new.file.path.decode()}\n" for new in news))
 
-    photos.read, Store.add = slow, told
+    @contextlib.contextmanager
+    def begun(self):
+        with indexing(self) as alone:
+            log.touch()
+            yield alone
+
+    photos.read, Store.add, Store.indexing = slow, told, begun
     with Library(folder, searcher(), store=store) as library:
-        log.touch()
         library.update()
 
 
