@@ -5,7 +5,7 @@ import re
 import numpy as np
 import pytest
 
-from cir_jax.library import Library
+from cir_jax.library import Library, library
 from data.shapes import photos
 from data.shapes.render import encode_png, render
 from tests.launch.binaries import ROOT
@@ -30,7 +30,7 @@ def test_queries_have_a_right_answer_that_is_not_their_reference():
 
 
 @pytest.mark.slow
-def test_a_right_answer_is_among_the_first_five(tmp_path):
+def test_a_right_answer_is_among_the_first_five(tmp_path, monkeypatch):
     """Of 100 queries in a fresh world of 500 photos, against what each of the two finds alone, and
     their sum."""
     made = photos.photos(100, "fresh")
@@ -49,6 +49,13 @@ def test_a_right_answer_is_among_the_first_five(tmp_path):
     with Library(tmp_path / "photos", "slerp", store=store) as slerp:
         assert slerp.update().decoded == 500
         measured = [hits(slerp, "image", "text"), hits(slerp, "image"), hits(slerp, "text")]
+        shown = []
+        for weight, negative in ((0, ()), (library.NEGATIVE, "a red star"), (1, "a red star")):
+            monkeypatch.setattr(library, "NEGATIVE", weight)
+            found = slerp.search(text="a star", negative=negative, k=10)
+            names = [path.name for path, _ in found]
+            shown.append([sum(kind in name for name in names) for kind in ("star", "red-star")])
+        assert shown == [[10, 2], [10, 0], [1, 0]]
     with Library(tmp_path / "photos", "image_text", store=store) as summed:
         measured.append(hits(summed, "image", "text"))
     assert measured[0] >= 80 and measured[0] > max(measured[1:])

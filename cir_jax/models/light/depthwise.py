@@ -1,8 +1,8 @@
 """Depthwise convolution: on CPUs a sum of shifted maps, elsewhere the compiler's own.
 
 XLA's convolution on a CPU computes the channels of a depthwise one apart from each other. The maps
-shifted by each place of the kernel, weighted and added, are the same sum in another order, 10 to 30
-times as fast, its gradient 2 to 30 times.
+shifted by each place of the kernel, weighted and added, are the same sum in another order:
+EfficientNet-B2 of one image takes 32 ms with them and 173 with XLA's (benchmarks/query.py).
 """
 
 import functools
