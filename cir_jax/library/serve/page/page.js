@@ -26,10 +26,11 @@ function button(text, does, name) {
   e.addEventListener("click", does);
   return e;
 }
-function say(text, wrong = false) {
-  at("said").textContent = text;
-  at("said").className = wrong ? "error" : "";
+function say(text, wrong = false, where = "said") {
+  at(where).textContent = text;
+  at(where).className = wrong ? "error" : "";
 }
+const tell = (text, wrong) => say(text, wrong, "taken"); // of references
 const chosen = () => library.methods.find(one => one.name === at("method").value);
 const takes = what => chosen().takes.includes(what);
 
@@ -101,6 +102,7 @@ function refer(one, more = false) {
   const known = references.some(({ id }) => id === one.id);
   if (more && known) return;
   mask = null;
+  tell("");
   references = more && takes("images") ? [...references, { weight: 1, ...one }] : [{ weight: 1, ...one }];
   drawReferences();
 }
@@ -112,22 +114,22 @@ async function drawMask() {
     drawReferences();
     await search();
   } catch (error) {
-    say(error.message, true);
+    tell(error.message, true);
   }
 }
 async function upload(files) {
   for (const file of files) {
     if (file.size > library.most.bytes) {
-      say(`${file.name} is too large: at most ${library.most.bytes / 1e6} MB are taken.`, true);
+      tell(`${file.name} is too large: at most ${library.most.bytes / 1e6} MB are taken.`, true);
       return;
     }
-    say(`reading ${file.name || "the photo"} ...`);
+    tell(`reading ${file.name || "the photo"} ...`);
     try {
       const { id } = await post("/api/pictures", file);
       refer({ id, name: file.name || "a pasted photo" }, references.length > 0);
-      say("");
+      tell("");
     } catch (error) {
-      say(error.message, true);
+      tell(error.message, true);
       return;
     }
   }
@@ -334,7 +336,7 @@ document.addEventListener("drop", event => {
     refer(JSON.parse(own), references.length > 0);
     search();
   } else if (files.length) upload(files);
-  else say("Drop a file: addresses are not fetched.", true);
+  else tell("Drop a file: addresses are not fetched.", true);
 });
 window.addEventListener("popstate", restore);
 at("before").addEventListener("click", () => step(-1));
