@@ -7,6 +7,7 @@ import shlex
 import shutil
 import statistics
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from PIL import Image
 from benchmarks import compare_table
 from cir_jax import loading
 from cir_jax.library import cli
+from cir_jax.library.serve import command as serving
 from tests.launch.binaries import ROOT, environment, run_command
 
 README = (ROOT / "README.md").read_text()
@@ -129,11 +131,23 @@ def test_searching_ones_own_photos_runs(tmp_path, monkeypatch, capsys):
         Image.open(source).save(tmp_path / f"{name}.jpg")
     load = functools.cache(loading.load)
     monkeypatch.setattr(loading, "load", lambda method, *_, **__: load(method))
+    served = []
+
+    def server(libraries, host, token):
+        started = types.SimpleNamespace()
+        started.run = lambda sockets: served.append([len(lib) for lib in libraries.values()])
+        return started
+
+    monkeypatch.setattr(serving, "check_installed", lambda: None)
+    monkeypatch.setattr(serving, "server", server)
     commands = re.findall(r"^    (cir .*)$", README, re.M)
-    assert len(commands) == 5
-    for command in commands:
-        demo = [] if "--demo" in command else ["--demo"]
-        assert cli.main(shlex.split(command)[1:] + demo) == 0, command
+    assert len(commands) == 7
+    for line in commands:
+        demo = [] if "--demo" in line else ["--demo"]
+        port = ["--port=0"] if "serve" in line else []
+        assert cli.main(shlex.split(line)[1:] + demo + port) == 0, line
+    photos = len(list((tmp_path / "photos").rglob("*.png")))
+    assert served == [[photos, photos], [200, 200]]  # two methods each
     assert (tmp_path / "found.html").is_file()
     code = re.search(r"```python\n(import cir_jax\nfrom cir_jax.library.*?)```", README, re.S)[1]
     capsys.readouterr()
