@@ -1,5 +1,6 @@
 """One query at a time, as a user gives it, to what a gallery is ranked by; search stands on it."""
 
+import functools
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -70,6 +71,11 @@ class Composing:
         alone = self._text_only if image is None else self._image_only
         return Composed(self._features(alone, pixels, text or ""), False)
 
+    @functools.cached_property
+    def _of_queries(self) -> Params:
+        alone = self.mesh.size == 1 and self.mesh.devices.item().platform == "cpu"
+        return self.composer.for_one_query(self.params) if alone else self.params
+
     def _varied(self, conditions: Conditions, text_alone: bool) -> Composer:
         """The method with the settings of a query: one object of each, which is one program."""
         settings = conditions.settings(self.composer, text_alone)
@@ -109,7 +115,7 @@ class Composing:
             references["reference_images"] = lambda row: image
         params, seed, fields = {}, self.seed, {}
         if conditions is not None:  # the method's own query
-            params, fields = self.params, conditions_of.fields(composer, conditions, 1)
+            params, fields = self._of_queries, conditions_of.fields(composer, conditions, 1)
             seed = self.seed if conditions.seed is None else conditions.seed
         return features.query_features(
             composer,
