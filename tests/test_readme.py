@@ -1,4 +1,4 @@
-"""The README is true: its commands run, its table is the committed measurement."""
+"""README and docs are true: their commands run, their numbers are the committed measurements."""
 
 import functools
 import json
@@ -15,15 +15,19 @@ from PIL import Image
 from benchmarks import compare_table
 from cir_jax import loading
 from cir_jax.library import cli
+from tests.data.corpora import sample, write_tar
 from tests.launch.binaries import ROOT, environment, run_command
 
 README = (ROOT / "README.md").read_text()
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCS = "\n".join(path.read_text() for path in PAGES)
 COMMANDS = [
     line.strip()
-    for line in re.sub(r"\\\n\s*", " ", README).splitlines()
+    for line in re.sub(r"\\\n\s*", " ", DOCS).splitlines()
     if line.startswith("    ") and "python " in line
-] + re.findall(r"`(python launch/(?:main|eval)[^`]+)`", " ".join(README.split()))
-NEEDS_WEIGHTS = ("vit_l14", "vit_b32", "bge_vl", "config.backbone=")
+] + re.findall(r"`(python launch/(?:main|eval)[^`]+)`", " ".join(DOCS.split()))
+COMMANDS = list(dict.fromkeys(COMMANDS))
+NEEDS_WEIGHTS = ("vit_l14", "vit_b32", "bge_vl", "config.backbone=", "features=")
 RAW_FILES = [command for command in COMMANDS if "circo" in command and "cirr" not in command]
 
 
@@ -47,8 +51,12 @@ def shrunk(command, tmp_path):
         command += " --benchmarks=shapes_tiny/inversion --config.composer.iterations=3"
     if "stages=oti" in command:  # what it stores is not evaluated
         command += " --config.evaluation.benchmarks=\"('shapes_tiny/inversion',)\""
-    if "launch/" in command and "benchmarks=" not in command and not all_benchmarks:
+    if "--config=" in command and "benchmarks=" not in command and not all_benchmarks:
         command += " --config.evaluation.benchmarks=\"('shapes_tiny/circo',)\""
+    if "--source=laion/" in command:
+        (source := tmp_path / "laion").mkdir()
+        write_tar(source / "00000.tar", [*sample("0"), *sample("1")])
+        command = command.replace("--source=laion/", f"--source={source}")
     if "--config.mesh.fsdp=4" in command:
         command += " --dry_run"
     words = shlex.split(command)
@@ -107,7 +115,7 @@ def test_python_example_runs(tmp_path, monkeypatch, capsys):
     (tmp_path / "photos").mkdir()
     for name in ("photos/a.png", "photos/b.png", "reference.jpg"):
         Image.fromarray(rng.integers(0, 255, (64, 64, 3), np.uint8)).save(tmp_path / name)
-    code = re.search(r"```python\n(import cir_jax\n\n.*?)```", README, re.S)[1]
+    code = re.search(r"```python\n(import cir_jax\n\n.*?)```", DOCS, re.S)[1]
     code = code.replace('cir_jax.load("runs/compodiff/shapes")', "load")
     assert '# or: cir_jax.load("slerp")' in code
     code = code.replace("load  ", 'cir_jax.load("slerp")')
@@ -129,13 +137,13 @@ def test_searching_ones_own_photos_runs(tmp_path, monkeypatch, capsys):
         Image.open(source).save(tmp_path / f"{name}.jpg")
     load = functools.cache(loading.load)
     monkeypatch.setattr(loading, "load", lambda method, *_, **__: load(method))
-    commands = re.findall(r"^    (cir .*)$", README, re.M)
+    commands = dict.fromkeys(re.findall(r"^    (cir .*)$", DOCS, re.M))  # each once, in order
     assert len(commands) == 5
     for command in commands:
         demo = [] if "--demo" in command else ["--demo"]
         assert cli.main(shlex.split(command)[1:] + demo) == 0, command
     assert (tmp_path / "found.html").is_file()
-    code = re.search(r"```python\n(import cir_jax\nfrom cir_jax.library.*?)```", README, re.S)[1]
+    code = re.search(r"```python\n(import cir_jax\nfrom cir_jax.library.*?)```", DOCS, re.S)[1]
     capsys.readouterr()
     exec(code, {})
     assert len(capsys.readouterr().out.splitlines()) == 5
@@ -251,8 +259,12 @@ def test_the_figures_of_ranking_are_the_committed_measurement():
     assert others in README
 
 
-def test_files_that_the_readme_names_exist():
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "benchmarks" / "README.md"], ids=lambda p: p.name)
+def test_what_a_page_names_and_links_to_exists(page):
+    text = page.read_text()
     for name in re.findall(
-        r"(?:experiments|benchmarks|data/shapes|tests)/[\w/]+\.(?:py|md|png|json)", README
+        r"(?:experiments|benchmarks|data/shapes|launch|tests)/[\w/]+\.(?:py|md|png|json)", text
     ):
         assert (ROOT / name).is_file(), name
+    for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text):
+        assert (page.parent / link).exists(), link
