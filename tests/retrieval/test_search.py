@@ -11,7 +11,7 @@ from PIL import Image, PngImagePlugin
 from cir_jax import composers
 from cir_jax.errors import CirError, DataError
 from cir_jax.retrieval.features import unit
-from cir_jax.retrieval.search import Searcher
+from cir_jax.retrieval.search import Searcher, find
 from cir_jax.sharding.mesh import make_mesh
 from tests import tiny as factory
 
@@ -111,6 +111,12 @@ def test_errors_say_what_to_do(searcher, folder, tmp_path):
         searcher.index([folder / "broken.jpg", folder / "notes.txt"])
     assert searcher.index([folder / "0.PNG", folder / "missing.png"]) == 1
     assert searcher.unreadable == [folder / "missing.png"]
+
+
+def test_a_folder_called_as_an_image_is_none(tmp_path):
+    (tmp_path / "holidays.jpg").mkdir()
+    (tmp_path / "holidays.jpg" / "a.png").write_bytes(b"")
+    assert find(tmp_path) == [tmp_path / "holidays.jpg" / "a.png"]
     with pytest.raises(CirError, match="an empty query: give an image, a text, or both"):
         searcher.search(text="  ")
     with pytest.raises(DataError, match="nothing.png: cannot be read"):
