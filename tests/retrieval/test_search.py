@@ -111,18 +111,18 @@ def test_errors_say_what_to_do(searcher, folder, tmp_path):
         searcher.index([folder / "broken.jpg", folder / "notes.txt"])
     assert searcher.index([folder / "0.PNG", folder / "missing.png"]) == 1
     assert searcher.unreadable == [folder / "missing.png"]
-
-
-def test_a_folder_called_as_an_image_is_none(tmp_path):
-    (tmp_path / "holidays.jpg").mkdir()
-    (tmp_path / "holidays.jpg" / "a.png").write_bytes(b"")
-    assert find(tmp_path) == [tmp_path / "holidays.jpg" / "a.png"]
     with pytest.raises(CirError, match="an empty query: give an image, a text, or both"):
         searcher.search(text="  ")
     with pytest.raises(DataError, match="nothing.png: cannot be read"):
         searcher.search(image=folder / "nothing.png")
     with pytest.raises(CirError, match="k=0"):
         searcher.search(text="red", k=0)
+
+
+def test_a_folder_called_as_an_image_is_none(tmp_path):
+    (tmp_path / "holidays.jpg").mkdir()
+    (tmp_path / "holidays.jpg" / "a.png").write_bytes(b"")
+    assert find(tmp_path) == [tmp_path / "holidays.jpg" / "a.png"]
 
 
 def test_any_failure_of_one_file_is_skipped(searcher, folder, monkeypatch, caplog):
