@@ -26,6 +26,7 @@ EXTRAS = {
     "triplets": ["spacy>=3.7", "sentence-transformers>=3"],
     # draws the images of data/synthtriplets, edits and decodes images
     "synth": ["torch>=2.6", "diffusers>=0.35,<1", "peft>=0.17"],
+    "serve": ["starlette>=0.46", "uvicorn>=0.34"],  # the page of `cir serve`
     # judges with mteb's code, and runs its tasks: cir_jax.evaluation.mteb_model
     "mteb": ["mteb>=2.26,<3"],
     "dev": [
@@ -83,7 +84,10 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_namespace_packages(include=["cir_jax", "cir_jax.*"]),
-    package_data={"cir_jax.evaluation.page": ["page.*"]},
+    package_data={
+        "cir_jax.evaluation.page": ["page.*"],
+        "cir_jax.library.serve": ["page/*"],
+    },
     install_requires=(ROOT / "requirements.txt").read_text().splitlines(),
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["cir = cir_jax.library.cli:main"]},

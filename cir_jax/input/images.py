@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import io
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -81,14 +81,20 @@ def check_size(size: tuple[int, int], what: str, max_megapixels: float | None = 
         )
 
 
-def opened(data: bytes, what: str, max_megapixels: float | None = None) -> Image.Image:
+def opened(
+    data: bytes,
+    what: str,
+    max_megapixels: float | None = None,
+    formats: Sequence[str] | None = None,
+) -> Image.Image:
     """Image whose header is read, but which is not decoded yet.
 
-    max_megapixels: None = the limit of this process.
+    max_megapixels: None = the limit of this process. formats: PIL's names of those that are tried,
+    None = all that it knows.
     Raises DataError naming `what` if it is over the limit, and what PIL raises for damaged ones.
     """
     with own_limit():
-        image = Image.open(io.BytesIO(data))
+        image = Image.open(io.BytesIO(data), formats=formats)
     check_size(image.size, what, max_megapixels)
     return image
 

@@ -1,10 +1,11 @@
-"""The command `cir`: index and search one's own photos from the shell.
+"""The command `cir`: index, search and serve one's own photos.
 
 It is here and not in `launch/`, whose binaries need a checkout: this one comes with `pip install`.
 Results alone go to stdout, all else to stderr. Exit status: 0 found, 1 nothing, 2 an error.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import sys
@@ -15,13 +16,16 @@ from typing import TYPE_CHECKING, Any
 
 from cir_jax import __version__
 from cir_jax.errors import CirError, ConfigError, WeightsError
+from cir_jax.library.serve import command as serving
 from cir_jax.storage import faults
 from cir_jax.storage.places import SHIPPED, default_compiled_dir
 
 if TYPE_CHECKING:
     from cir_jax.library.library import Library, Results, Update
+    from cir_jax.retrieval.search import Searcher
 
 METHOD = "slerp"
+SERVED = (METHOD, "image_text")
 BACKBONE = "openai/clip-vit-base-patch32"
 DEMO = {"backbone": "data/shapes/clip", "photos": SHIPPED / "data" / "shapes" / "photos"}
 FOUND, NOTHING, ERROR = 0, 1, 2
@@ -56,15 +60,17 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"cir_jax {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
-    shared = argparse.ArgumentParser(add_help=False)
-    add = shared.add_argument
+    everywhere = argparse.ArgumentParser(add_help=False)
+    add = everywhere.add_argument
     add("photos", nargs="?", type=Path, help="folder of photos; default the current one")
-    add("--method", default=METHOD, help=f"method or workdir of a training; default {METHOD}")
     add("--backbone", help=f"hub id or directory of a CLIP, BLIP or SigLIP; default {BACKBONE}")
-    add("--weights", help="of a trained method, the checkpoint of its authors")
     add("--store", type=Path, help="file that the index is kept in; default in the user's cache")
     add("--demo", action="store_true", help="the embedded world: its small CLIP, its photos")
     add("--max_megapixels", type=float, help="larger photos are not decoded; default 200")
+    shared = argparse.ArgumentParser(add_help=False, parents=[everywhere])
+    add = shared.add_argument
+    add("--method", default=METHOD, help=f"method or workdir of a training; default {METHOD}")
+    add("--weights", help="of a trained method, the checkpoint of its authors")
     index = commands.add_parser("index", parents=[shared], help="index a folder, or freshen it")
     index.add_argument("--retry", action="store_true", help="what could not be read, again")
     index.set_defaults(run=_index)
@@ -94,6 +100,12 @@ def _parser() -> argparse.ArgumentParser:
     form.add_argument("--paths", action="store_true", help="paths alone, one a line")
     form.add_argument("-0", dest="zero", action="store_true", help="paths alone, each ended by NUL")
     add("--html", type=Path, metavar="FILE", help="writes a page of the results, too")
+    serve = commands.add_parser("serve", parents=[everywhere], help="search in a browser")
+    serve.add_argument("--method", action="append", metavar="METHOD[=WEIGHTS]",
+        help="method or workdir, with its authors' checkpoint where it is trained; each one given "
+        f"can be chosen on the page; default {', '.join(SERVED)}")  # fmt: skip
+    serving.add_options(serve)
+    serve.set_defaults(run=_serve)
     return parser
 
 
@@ -134,23 +146,63 @@ def _search(args: argparse.Namespace) -> int:
     return FOUND if results else NOTHING
 
 
+def _serve(args: argparse.Namespace) -> int:
+    serving.check_installed()
+    token = serving.checked_token(args.host, args.token)
+    from cir_jax.input import images
+
+    with contextlib.ExitStack() as stack:
+        listening = stack.enter_context(serving.listening(args.host, args.port))
+        searchers = {}
+        for given in args.method or SERVED:
+            name, weights = _with_weights(given)
+            short = Path(name).name
+            searchers[name if short in searchers else short] = _load(args, name, weights)
+        libraries = serving.beside(_folder(args), searchers, args.store)
+        library = stack.enter_context(next(iter(libraries.values())))
+        if not args.no_update:
+            _freshen(library, args.max_megapixels)
+        with images.limited(args.max_megapixels), contextlib.suppress(KeyboardInterrupt):
+            server = serving.server(libraries, args.host, token)
+            port = listening.getsockname()[1]
+            print(serving.address(args.host, port, token), flush=True)
+            _say("Ctrl-C stops it.")
+            server.run(sockets=[listening])
+    return FOUND
+
+
+def _with_weights(given: str) -> tuple[str, str | None]:
+    """METHOD or METHOD=WEIGHTS; a directory of that whole name is one."""
+    method, equals, weights = given.rpartition("=")
+    if not equals or Path(given).expanduser().exists():
+        return given, None
+    return method, weights
+
+
 def _open(args: argparse.Namespace) -> "Library":
+    searcher = _load(args, args.method, args.weights)
+
+    from cir_jax.library.library import Library
+
+    return Library(_folder(args), searcher, store=args.store)
+
+
+def _load(args: argparse.Namespace, method: str, weights: str | None) -> "Searcher":
     if args.photos is not None and not args.photos.expanduser().is_dir():
         raise ConfigError(f"{args.photos}: no such folder. Give the folder of your photos.")
-    _say_what_is_fetched(args)
+    backbone = _backbone(args, method)
+    _say_what_is_fetched(backbone)
     import jax
 
     from cir_jax import loading
-    from cir_jax.library.library import Library
 
     if not jax.config.jax_compilation_cache_dir:  # $JAX_COMPILATION_CACHE_DIR
         jax.config.update("jax_compilation_cache_dir", str(default_compiled_dir()))
     try:
-        searcher = loading.load(args.method, backbone=_backbone(args), weights=args.weights)
+        return loading.load(method, backbone=backbone, weights=weights)
     except WeightsError as error:
         said = str(error).replace("--config.backbone", "--backbone")
         raise WeightsError(f"{said} Or see it work without: --demo.") from error
-    return Library(_folder(args), searcher, store=args.store)
 
 
 def _folder(args: argparse.Namespace) -> Path:
@@ -159,19 +211,18 @@ def _folder(args: argparse.Namespace) -> Path:
     return DEMO["photos"] if args.demo else Path()
 
 
-def _backbone(args: argparse.Namespace) -> str | None:
+def _backbone(args: argparse.Namespace, method: str) -> str | None:
     """None = as the preset or the workdir says."""
     if args.backbone or args.demo:
         return args.backbone or DEMO["backbone"]
-    workdir = (Path(args.method).expanduser() / "config.json").is_file()
-    own = workdir or ":" in args.method or args.method.endswith(".py")
+    workdir = (Path(method).expanduser() / "config.json").is_file()
+    own = workdir or ":" in method or method.endswith(".py")
     return None if own else BACKBONE
 
 
-def _say_what_is_fetched(args: argparse.Namespace) -> None:
+def _say_what_is_fetched(name: str | None) -> None:
     from cir_jax.weights import files
 
-    name = _backbone(args)
     if name and (size := files.to_fetch(name)):
         _say(f"{name} is not here yet: it comes from the Hugging Face hub, once ({size}).")
 

@@ -1,6 +1,7 @@
 """The vectors of a store, in memory, where they can be ranked."""
 
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Hashable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -33,3 +34,36 @@ class Gallery(NamedTuple):
 
         held = Held(pieces(), store.count())
         return cls(np.concatenate(numbers), held)
+
+
+class Galleries:
+    """Those of a store that are in memory: each once, for all methods that rank by it."""
+
+    def __init__(self, store: Store):
+        self._store, self._lock = store, threading.Lock()
+        self._read: dict[Hashable, Gallery] = {}
+        self._version = store.version()
+
+    def clear(self) -> None:
+        with self._lock:
+            self._read.clear()
+
+    def refresh(self) -> None:
+        """Forgets them where another process has changed something."""
+        version = self._store.version()
+        with self._lock:
+            if version != self._version:
+                self._read.clear()
+                self._version = version
+
+    def get(
+        self,
+        encoder: int,
+        method: Hashable = None,
+        made: Callable[[np.ndarray], np.ndarray] | None = None,
+    ) -> Gallery:
+        """The gallery of an encoder, or what a method has `made` of it; see `Gallery.read`."""
+        with self._lock:
+            if (encoder, method) not in self._read:
+                self._read[encoder, method] = Gallery.read(self._store, encoder, made)
+            return self._read[encoder, method]

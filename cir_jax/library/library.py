@@ -22,7 +22,7 @@ from cir_jax.composers.conditions import Conditions
 from cir_jax.errors import CirError, ConfigError, DataError, unknown
 from cir_jax.input import images
 from cir_jax.library import photos
-from cir_jax.library.gallery import Gallery
+from cir_jax.library.gallery import Galleries, Gallery
 from cir_jax.library.photos import File
 from cir_jax.library.plan import Plan
 from cir_jax.library.store import New, Store
@@ -59,9 +59,10 @@ class Update(NamedTuple):
 
 class Results(list):
     """(path, score), best first. approximate: what of the query is vector arithmetic instead of the
-    method's own way, "" = nothing."""
+    method's own way, "" = nothing. numbers: of the photos in the store."""
 
     approximate: str = ""
+    numbers: Sequence[int] = ()
 
 
 class Library:
@@ -70,14 +71,25 @@ class Library:
     composer: what `cir_jax.load` gives; or what it takes, a workdir or a method's name, with the
     backbone that its config names, which without a preset is the embedded world's.
     store: its file; None = one of the folder's name in `places.default_library_dir()`.
+    beside: another method's library of this folder: they share the store and the vectors in memory.
     Raises DataError as `Store`, and what `cir_jax.load` raises.
     """
 
     def __init__(
-        self, folder: str | Path, composer: Searcher | str | Path, *, store: Path | None = None
+        self,
+        folder: str | Path,
+        composer: Searcher | str | Path,
+        *,
+        store: Path | None = None,
+        beside: "Library | None" = None,
     ):
         self.folder = Path(folder).expanduser().resolve()
-        self.store = Store(store_of(self.folder) if store is None else Path(store).expanduser())
+        if beside is None:
+            file = store_of(self.folder) if store is None else Path(store).expanduser()
+            self.store = Store(file)
+            self._galleries = Galleries(self.store)
+        else:
+            self.store, self._galleries = beside.store, beside._galleries
         searcher = composer if isinstance(composer, Searcher) else loading.load(composer)
         self.searcher, self.composer = searcher, searcher.composer
         method = type(self.composer)
@@ -95,8 +107,6 @@ class Library:
         self._embeds = shared and method.embed_features is not Composer.embed_features
         self._by_cosine = method.score is Composer.score
         self._scoring = ranking.scoring(self.composer, searcher.params)
-        self._galleries: dict[bool, Gallery] = {}
-        self._version = self.store.version()
 
     def __enter__(self) -> "Library":
         return self
@@ -109,7 +119,7 @@ class Library:
 
     def __len__(self) -> int:
         """Photos that are found by image or by text alone."""
-        self._refresh()
+        self._galleries.refresh()
         return len(self._gallery(own=False).photos)
 
     def update(
@@ -209,13 +219,24 @@ class Library:
                 first += len(piece)
         return decoded
 
+    @property
+    def takes(self) -> frozenset[str]:
+        """What `search` takes with this method, beside an image and a text: of `CONTROLS`, and of
+        "images", "mask" and "negative"."""
+        taken = set(self.composer.conditions) - {"negative_text"}
+        if self._by_cosine:
+            taken.add("images")
+        if "negative_text" in self.composer.conditions or not self._gallery_is_its_own:
+            taken.add("negative")
+        return frozenset(taken)
+
     def search(
         self,
-        image: Picture | None = None,
+        image: Picture | bytes | None = None,
         text: str | None = None,
         *,
         negative: str | Sequence[str] = (),
-        images: Sequence[Picture] = (),
+        images: Sequence[Picture | bytes] = (),
         weights: Sequence[float] | None = None,
         mask: Picture | None = None,
         k: int = 10,
@@ -227,9 +248,10 @@ class Library:
     ) -> Results:
         """The k best photos with their scores, best first: cosine similarity for most methods.
 
-        image: the reference, as `Searcher.search` takes it; images: several, with their `weights`,
-        1 each by default, below 0 = unlike it. Of a file, all photos with its content are left out.
-        text: what should differ; without an image, what to find. negative: what should not be seen.
+        image: the reference, as `Searcher.search` takes it, or a file's bytes; images: several,
+        with their `weights`, 1 each by default, below 0 = unlike it. Of a file, all photos with its
+        content are left out. text: what should differ; without an image, what to find. negative:
+        what should not be seen.
         mask: the region of the image to edit, as it is seen. under: a folder of these photos.
         after: the day they were taken, or later: "2024", "2024-05", "2024-05-17". min_score: of
         what is found. dedup: of photos whose cosine is above this, the best alone. controls: what
@@ -252,13 +274,13 @@ class Library:
             opened.append((picture, weight))
             left_out += self.store.with_digest(digest) if digest else []
         query, own, approximate = self._query(opened, text, negatives, mask, controls)
-        self._refresh()
+        self._galleries.refresh()
         gallery = self._gallery(own)
         ranked = self._ranked(gallery, under, after, left_out)
-        results = Results(
-            self._found(query, own, gallery, ranked, k, min_score, dedup) if ranked.any() else ()
-        )
-        results.approximate = approximate
+        found = self._found(query, own, gallery, ranked, k, min_score, dedup)
+        found = list(found) if ranked.any() else []
+        results = Results((path, score) for _, path, score in found)
+        results.approximate, results.numbers = approximate, [number for number, *_ in found]
         return results
 
     def _references(
@@ -334,7 +356,7 @@ class Library:
         k: int,
         min_score: float | None,
         dedup: float | None,
-    ) -> Iterator[tuple[Path, float]]:
+    ) -> Iterator[tuple[int, Path, float]]:
         scoring = self._scoring if own else {}
         # few different numbers, so that few programs are compiled
         most = max(64, 1 << (4 * k if dedup is not None else k).bit_length())
@@ -348,11 +370,11 @@ class Library:
             if len(kept) >= k or len(rows) < most:  # enough, or all there are
                 break
             most *= 4
-        chosen = [(gallery.photos[rows[i]], float(scores[i])) for i in kept[:k]]
+        chosen = [(int(gallery.photos[rows[i]]), float(scores[i])) for i in kept[:k]]
         paths = self.store.paths(photo for photo, _ in chosen)
-        for path, (_, score) in zip(paths, chosen, strict=True):
+        for path, (photo, score) in zip(paths, chosen, strict=True):
             if path is not None:  # it went since the gallery was read
-                yield self._path(path), score
+                yield photo, self._path(path), score
 
     def _distinct(self, gallery: Gallery, rows: np.ndarray, k: int, most: float) -> list[int]:
         """Positions in `rows` of at most k photos no two of which are more alike than that."""
@@ -387,19 +409,11 @@ class Library:
                 return below
         raise DataError(f"under={str(under)!r}: no folder of {self.folder}.")
 
-    def _refresh(self) -> None:
-        """Forgets what another process has changed."""
-        version = self.store.version()
-        if version != self._version:
-            self._galleries.clear()
-            self._version = version
-
     def _gallery(self, own: bool) -> Gallery:
         other = own and (self._own is not self._plain or self._embeds)
-        if other not in self._galleries:
-            made = (self._own.number, self._embedded) if other else (self._plain.number,)
-            self._galleries[other] = Gallery.read(self.store, *made)
-        return self._galleries[other]
+        if not other:
+            return self._galleries.get(self._plain.number)
+        return self._galleries.get(self._own.number, self, self._embedded)
 
     def _embedded(self, raw: np.ndarray) -> np.ndarray:
         """What the method ranks by, of rows of its encoder."""

@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime
+import functools
 import hashlib
 import os
 from collections.abc import Callable
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from cir_jax.errors import DataError
 from cir_jax.input import images
@@ -17,6 +18,10 @@ from cir_jax.input import images
 SUFFIXES = frozenset(suffix.encode() for suffix in images.SUFFIXES)
 FOREIGN = frozenset(b".heic .heif .jxl .dng .cr2 .cr3 .nef .arw .raf .orf .rw2".split())
 """Photos that PIL does not read."""
+
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF")
+"""What may be in a photo's file, whatever it is called: PIL has other readers, one of which starts
+a program (EPS)."""
 
 SKIPPED = frozenset(b"@eadir #recycle #snapshot __macosx node_modules thumbnails thumbs".split())
 """Folders of programs, in lower case; so are those whose name begins with a dot."""
@@ -118,16 +123,44 @@ def read(path: Path, transform: Callable[[Image.Image], np.ndarray]) -> Read:
         return Read(digest(data), taken, None, str(error).removeprefix(str(path)).lstrip(": "))
 
 
-def opened(data: bytes, what: str) -> tuple[Image.Image, str]:
+def opened(data: bytes, what: str, side: int = 0) -> tuple[Image.Image, str]:
     """The picture as one looks at it, and when it was taken: turned as EXIF says, in 8 bits.
 
-    Raises DataError naming `what` for what is not readable, or over the limit of pixels.
+    side: where it is to be shown no larger, a JPEG is decoded at a fraction of its size, which is
+    faster; 0 = whole.
+    Raises DataError naming `what` for what is not readable, over the limit of pixels, or of no
+    format in `FORMATS`.
     """
     with images.reading(what):
-        image = images.opened(data, what)
+        image = header(data, what)
         when = _taken(image)
+        if side:
+            image.draft("RGB", (side, side))
         image.load()
         return eight_bits(ImageOps.exif_transpose(image)), when
+
+
+def header(data: bytes, what: str) -> Image.Image:
+    """The picture of which nothing is decoded yet. Raises as `opened`."""
+    with images.reading(what):
+        return images.opened(data, what, formats=_formats())
+
+
+def size(data: bytes, what: str) -> tuple[int, int]:
+    """(width, height) of the picture as one looks at it; PNGs are decoded for it, as what turns
+    them may come last. Raises as `opened`."""
+    with images.reading(what):
+        image = header(data, what)
+        width, height = image.size
+        turned = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+        return (height, width) if turned else (width, height)
+
+
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    """Those of `FORMATS` that this PIL has."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
 def eight_bits(image: Image.Image) -> Image.Image:
@@ -153,10 +186,12 @@ def _taken(image: Image.Image) -> str:
 
 
 def query(given: Any) -> tuple[Any, bytes | None]:
-    """A reference as a query gives it, and the digest of its file, if it is one.
+    """A reference as a query gives it, and the digest of its file, if it is one, or a file's bytes.
 
     Raises DataError for a file that is not readable.
     """
+    if isinstance(given, bytes):
+        return opened(given, "image")[0], digest(given)
     if not isinstance(given, str | Path):
         return given, None
     try:

@@ -2,19 +2,13 @@
 
 import base64
 import html
-import io
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
-from cir_jax.input import images
-from cir_jax.library import photos
+from cir_jax.errors import DataError
+from cir_jax.library import thumbnails
 from cir_jax.storage.atomic import write_atomically
-
-THUMBNAIL = 320
-"""Longer side, in pixels."""
 
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8">
@@ -63,12 +57,11 @@ def write(
 
 
 def _figure(file: Any, name: str, score: str = "") -> str:
-    with images.reading(str(file)):
-        picture = images.to_rgb(photos.query(file)[0])
-        picture.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.BICUBIC)
-        buffer = io.BytesIO()
-        picture.save(buffer, "JPEG", quality=85)  # without what the file says of place and camera
-    data = base64.b64encode(buffer.getvalue()).decode()
+    try:
+        content = Path(file).read_bytes()
+    except OSError as error:
+        raise DataError(f"{file}: cannot be read ({error.strerror}).") from error
+    data = base64.b64encode(thumbnails.jpeg(content, str(file), thumbnails.SMALL)).decode()
     said = html.escape(name)
     return (
         f'<figure><img alt="{said}" src="data:image/jpeg;base64,{data}">'

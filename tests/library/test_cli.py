@@ -190,7 +190,8 @@ def test_what_stands_in_the_way_of_an_update_alone(run, monkeypatch, scratch):
 
 def test_the_backbone_is_the_methods_or_a_real_one(tmp_path):
     def chosen(*argv):
-        return cli._backbone(cli._parser().parse_args(["search", *argv]))
+        args = cli._parser().parse_args(["search", *argv])
+        return cli._backbone(args, args.method)
 
     assert chosen() == "openai/clip-vit-base-patch32"
     assert chosen("--method", "searle") == "openai/clip-vit-base-patch32"

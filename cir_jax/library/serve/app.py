@@ -1,0 +1,190 @@
+"""The routes of `cir serve`: what the page asks for, as an ASGI application."""
+
+import asyncio
+import importlib.resources
+import os
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from cir_jax.errors import CirError
+from cir_jax.library.library import Library
+from cir_jax.library.serve import questions
+from cir_jax.library.serve.guard import MOST_BYTES, Guard
+from cir_jax.library.serve.pictures import SIDES, Pictures
+from cir_jax.library.serve.refusal import Refusal
+from cir_jax.library.serve.turns import Turns
+
+PATIENCE = 60.0
+"""Seconds for a body to come."""
+
+FILES = {
+    "/": ("page.html", "text/html"),
+    "/page.css": ("page.css", "text/css"),
+    "/page.js": ("page.js", "text/javascript"),
+    "/icon.svg": ("icon.svg", "image/svg+xml"),
+}
+FOLDERS = 1000
+"""That the page offers to search in."""
+
+
+class Service:
+    """Methods over one folder, asked by name; the first one where none is named."""
+
+    def __init__(self, libraries: Mapping[str, Library]):
+        self.libraries = libraries
+        self.library = next(iter(libraries.values()))
+        self.pictures = Pictures(self.library.folder, self.library.store)
+        self.asking = Turns("queries", at_once=1, waiting=4)
+        self.uploading = Turns("uploads", at_once=1, waiting=4)
+        self.showing = Turns("pictures", at_once=2, waiting=300)
+
+    def close(self) -> None:
+        for turns in (self.asking, self.uploading, self.showing):
+            turns.close()
+
+    async def file(self, request: Request) -> Response:
+        name, kind = FILES[request.url.path]
+        return Response(page_file(name), media_type=kind)
+
+    async def about(self, request: Request) -> Response:
+        guard: Guard = request.app.state.guard
+        about = await self.asking_about()
+        return JSONResponse(about | {"csrf": guard.csrf})
+
+    async def asking_about(self) -> dict[str, Any]:
+        async with self.asking.turn():
+            return await self.asking.run(self._about)
+
+    def _about(self) -> dict[str, Any]:
+        folders = {os.path.dirname(photo.path) for photo in self.library.store.photos()} - {b""}
+        named = sorted(os.fsdecode(folder) for folder in folders if _is_text(folder))
+        return {
+            "folder": printable(self.library.folder.name),
+            "photos": len(self.library),
+            "folders": named[:FOLDERS],
+            "most": {
+                "bytes": MOST_BYTES,
+                "images": questions.MOST_IMAGES,
+                "weight": questions.MOST_WEIGHT,
+                "found": questions.MOST_FOUND,
+            },
+            "methods": [
+                {
+                    "name": name,
+                    "takes": sorted(library.takes),
+                    "controls": questions.controls(library),
+                }
+                for name, library in self.libraries.items()
+            ],
+        }
+
+    async def search(self, request: Request) -> Response:
+        body = await _body(request, questions.MOST_BYTES)
+        async with self.asking.turn():
+            return JSONResponse(await self.asking.run(self._search, body))
+
+    def _search(self, body: bytes) -> dict[str, Any]:
+        question = questions.read(body, self.libraries, self.pictures)
+        library = self.libraries[question.method]
+        began = time.perf_counter()
+        found = library.search(**question.asked)
+        took = 1000 * (time.perf_counter() - began)
+        return {
+            "results": [
+                {
+                    "id": f"p{number}",
+                    "path": printable(path.relative_to(library.folder)),
+                    "score": round(score, 6),
+                }
+                for (path, score), number in zip(found, found.numbers, strict=True)
+            ],
+            "approximate": found.approximate,
+            "milliseconds": round(took, 1),
+        }
+
+    async def upload(self, request: Request) -> Response:
+        # a turn first: bodies that are waited for are not read yet
+        async with self.uploading.turn():
+            content = await _body(request, MOST_BYTES)
+            number, size = await self.uploading.run(self.pictures.keep, content)
+        return JSONResponse({"id": number, "width": size[0], "height": size[1]}, 201)
+
+    async def picture(self, request: Request) -> Response:
+        number, side = request.path_params["number"], request.path_params["side"]
+        if side not in SIDES:
+            raise Refusal(404, f"a picture is {questions.listed(SIDES)}, not {side[:40]!r}.")
+        async with self.showing.turn():
+            data = await self.showing.run(self.pictures.thumbnail, number, side)
+        # by id, whose content may change with its file
+        return Response(data, 200, {"cache-control": "private, max-age=60"}, "image/jpeg")
+
+
+def application(libraries: Mapping[str, Library], host: str, token: str = "") -> Guard:
+    """What a server runs. host: that it listens on, see `Guard`."""
+    service = Service(libraries)
+    routes = [
+        *(Route(path, service.file) for path in FILES),
+        Route("/api/about", service.about),
+        Route("/api/search", service.search, methods=["POST"]),
+        Route("/api/pictures", service.upload, methods=["POST"]),
+        Route("/pictures/{number}/{side}", service.picture),
+    ]
+    handlers = {
+        Refusal: lambda request, error: error.answer(),
+        CirError: lambda request, error: Refusal(400, _said(error, service)).answer(),
+        ClientDisconnect: lambda request, error: Refusal(400, "the request broke off.").answer(),
+        HTTPException: lambda request, error: _unknown(request, error).answer(),
+        Exception: lambda request, error: Refusal(
+            500, f"an accident ({type(error).__name__}); its report is where `cir serve` runs."
+        ).answer(),
+    }
+    app = Starlette(routes=routes, exception_handlers=handlers)
+    app.state.service = service
+    app.state.guard = Guard(app, host, token)
+    return app.state.guard
+
+
+def page_file(name: str) -> bytes:
+    return (importlib.resources.files(__package__) / "page" / name).read_bytes()
+
+
+def printable(name: Any) -> str:
+    """A name in the file system's own bytes, in characters that can be sent."""
+    return os.fsencode(name).decode("utf-8", "replace")
+
+
+def _is_text(name: bytes) -> bool:
+    return os.fsencode(printable(os.fsdecode(name))) == name
+
+
+def _said(error: CirError, service: Service) -> str:
+    """An error, without where the library lies."""
+    return str(error).replace(str(service.library.folder), service.library.folder.name)
+
+
+def _unknown(request: Request, error: HTTPException) -> Refusal:
+    if error.status_code == 405:
+        return Refusal(405, f"{request.method} is not answered here.")
+    return Refusal(error.status_code, "there is nothing of this name.")
+
+
+async def _body(request: Request, most: int) -> bytes:
+    """Raises Refusal for more than that many bytes, and for what does not come."""
+    parts, size = [], 0
+    try:
+        async with asyncio.timeout(PATIENCE):
+            async for part in request.stream():
+                size += len(part)
+                if size > most:
+                    raise Refusal(413, f"too large: at most {most:,} bytes are taken here.")
+                parts.append(part)
+    except TimeoutError as error:
+        raise Refusal(408, f"the request did not come within {PATIENCE:g} s.") from error
+    return b"".join(parts)
