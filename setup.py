@@ -15,6 +15,7 @@ VERSION = next(
 EXTRAS = {
     "gpu": ["jax[cuda13]"],
     "tpu": ["jax[tpu]"],
+    "gs": ["gcsfs>=2026.4"],  # workdirs and data in Google's buckets, gs://...
     "torch": ["torch>=2.6"],  # reads .pt files; live parity tests
     "parquet": ["pyarrow>=17"],  # corpora that come as Parquet files
     "coco": ["pycocotools>=2.0.8"],  # draws the masks of data/coco_object

@@ -1,5 +1,6 @@
 """Files that appear whole or not at all."""
 
+import contextlib
 import os
 import tempfile
 from collections.abc import Callable
@@ -7,15 +8,26 @@ from pathlib import Path
 from typing import BinaryIO
 
 from cir_jax.errors import DataError
+from cir_jax.storage import lease
+from cir_jax.storage.buckets import is_remote, os_errors, upload
 from cir_jax.storage.places import CACHE_VARIABLE
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
-    """The whole file or none: a temporary file in the same directory, then `os.replace`.
+    """The whole file or none: a temporary file in the same directory, then `os.replace`; in a
+    bucket one upload.
 
-    Raises DataError when the disk is full or the directory is not writable.
+    Raises DataError when the disk is full or the directory is not writable, CheckpointError when
+    the lease over it was lost.
     """
     try:
+        if is_remote(path):
+            lease.check(path)
+            with tempfile.NamedTemporaryFile() as file:
+                write(file)
+                file.flush()
+                upload(Path(file.name), path)
+            return
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, scratch = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
         try:
@@ -33,3 +45,17 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
             f"{path}: cannot be written ({error.strerror or error}). Free some space or choose "
             f"another folder: --workdir or --output for results, ${CACHE_VARIABLE} for features."
         ) from error
+
+
+def check_writable(directory: Path) -> None:
+    """Raises OSError when nothing can be written in `directory`, which is made."""
+    if is_remote(directory):
+        probe = directory / f".writable-{os.getpid()}"
+        with tempfile.NamedTemporaryFile() as empty:
+            upload(Path(empty.name), probe)
+        with os_errors(probe), contextlib.suppress(FileNotFoundError):
+            probe.unlink()
+        return
+    directory.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=directory):
+        pass
