@@ -54,6 +54,7 @@ DATASETS = {  # name: module and class of its TFDS builder, whose configs are th
     "fashioniq": ("data.fashioniq.fashioniq_dataset_builder", "Fashioniq"),
     "cirr": ("data.cirr.cirr_dataset_builder", "Cirr"),
     "circo": ("data.circo.circo_dataset_builder", "Circo"),
+    "annotated": ("data.annotated.annotated_dataset_builder", "Annotated"),
     "genecis": ("data.genecis.genecis_dataset_builder", "Genecis"),
     "coco_object": ("data.coco_object.coco_object_dataset_builder", "CocoObject"),
     "coco_captions": ("data.coco_captions.coco_captions_dataset_builder", "CocoCaptions"),

@@ -122,6 +122,7 @@ REGISTRY |= {
         gallery_split="unlabeled",
         circus="circo",
     ),
+    "annotated": Entry("annotated", "queries", protocols.CIRCO, gallery_split="unlabeled"),
     "cirr": Entry(
         "cirr",
         "queries",

@@ -5,6 +5,7 @@ says, grey levels of 16 bits are scaled, and vectors are kept in float16 of unit
 """
 
 import contextlib
+import dataclasses
 import datetime
 import hashlib
 import json
@@ -20,6 +21,7 @@ from cir_jax.composers import COMPOSERS, composer_class
 from cir_jax.composers.base import Composer
 from cir_jax.composers.conditions import Conditions
 from cir_jax.errors import CirError, ConfigError, DataError, unknown
+from cir_jax.evaluation import protocols
 from cir_jax.input import images
 from cir_jax.library import photos
 from cir_jax.library.gallery import Galleries, Gallery
@@ -36,6 +38,9 @@ CONTROLS = tuple(
     name for name in Conditions.__dataclass_fields__ if name not in ("mask", "negative_text")
 )
 """What `search` passes on to methods that take it: see `composers.conditions.Conditions`."""
+
+_SHARED = dataclasses.replace(protocols.CIRCO, text="shared_concept")
+"""The sentence alone is asked for."""
 
 NEGATIVE = 0.5
 """What a negative text is subtracted with, where that is vector arithmetic. In the embedded world
@@ -244,6 +249,7 @@ class Library:
         after: str | datetime.date = "",
         min_score: float | None = None,
         dedup: float | None = None,
+        concept: str = "",
         **controls: Any,
     ) -> Results:
         """The k best photos with their scores, best first: cosine similarity for most methods.
@@ -254,8 +260,9 @@ class Library:
         what should not be seen.
         mask: the region of the image to edit, as it is seen. under: a folder of these photos.
         after: the day they were taken, or later: "2024", "2024-05", "2024-05-17". min_score: of
-        what is found. dedup: of photos whose cosine is above this, the best alone. controls: what
-        some methods take, `CONTROLS`.
+        what is found. dedup: of photos whose cosine is above this, the best alone. concept: what
+        the image and what is looked for share, beside a text; in the prompt as CIRCO's annotators
+        had it, "a photo of {concept} $ that {text}". controls: what some methods take, `CONTROLS`.
         Several images are composed one by one and added, and so are negatives but for CompoDiff:
         `Results.approximate` says so.
         Raises CirError without a query, ConfigError for what the method does not take, DataError
@@ -273,7 +280,8 @@ class Library:
             picture, digest = photos.query(given)
             opened.append((picture, weight))
             left_out += self.store.with_digest(digest) if digest else []
-        query, own, approximate = self._query(opened, text, negatives, mask, controls)
+        prompt = self._prompt(text, concept, bool(opened))
+        query, own, approximate = self._query(opened, text, negatives, mask, controls, prompt)
         self._galleries.refresh()
         gallery = self._gallery(own)
         ranked = self._ranked(gallery, under, after, left_out)
@@ -307,6 +315,7 @@ class Library:
         negatives: list[str],
         mask: Any,
         controls: dict[str, Any],
+        prompt: str,
     ) -> tuple[np.ndarray, bool, str]:
         """float32[1, dim], whether it is ranked by the method's own gallery, what of it is vector
         arithmetic."""
@@ -315,14 +324,16 @@ class Library:
         conditions = Conditions(negative_text=native or None, mask=mask, **controls)
         if len(references) < 2:
             reference = references[0][0] if references else None
-            query, own = composing.compose(reference, text, conditions)
+            query, own = composing.compose(reference, text, conditions, prompt=prompt)
             arithmetic = []
         else:
             if mask is not None:
                 raise ConfigError("mask: the region of one image; here are several.")
             if not self._by_cosine:
                 raise ConfigError(f"images: {method} has no sum of queries. Give one image.")
-            made = [composing.compose(one, text, conditions) for one, _ in references]
+            made = [
+                composing.compose(one, text, conditions, prompt=prompt) for one, _ in references
+            ]
             own = made[0].own
             query = sum(w * one.features for one, (_, w) in zip(made, references, strict=True))
             arithmetic = [f"{len(made)} images are composed one by one and added"]
@@ -342,6 +353,14 @@ class Library:
             query = features.unit(query)
         said = f"approximate: {', '.join(arithmetic)}" if arithmetic else ""
         return query, own, said
+
+    def _prompt(self, text: str | None, concept: str, with_image: bool) -> str:
+        """ "" = the method's own. Raises ConfigError for a concept without an image and a text."""
+        if not concept.strip():
+            return ""
+        if not (with_image and text and text.strip()):
+            raise ConfigError(f"concept={concept!r}: what an image shares with a text. Give both.")
+        return _SHARED.prompt(self.composer.prompt, text.strip(), concept.strip())
 
     @property
     def _gallery_is_its_own(self) -> bool:
