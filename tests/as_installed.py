@@ -55,7 +55,7 @@ def main() -> None:
     from cir_jax.evaluation.page import page
 
     assert "function histogram(" in page("a run", []) and "--hit:" in page("a run", [])
-    for name in ("page.html", "page.js", "page.css", "icon.svg"):
+    for name in ("page.html", "page.js", "mask.js", "server.js", "page.css", "icon.svg"):
         assert (installed / "library" / "serve" / "page" / name).is_file(), name
     assert "no such file" in refusal(WeightsError, "searle", weights="nowhere.pt")
     assert "Did you mean 'slerp'" in refusal(ConfigError, config="slrp")

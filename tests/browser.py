@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -97,9 +98,10 @@ class Browser:
             assert part, f"the browser {'ended' if ready else 'does not answer'}"
             self._buffer += part
 
-    def open(self, path: Path) -> None:
+    def open(self, what: Path | str) -> None:
+        """A file, or an address."""
         self.events.clear()
-        self.call("Page.navigate", url=path.as_uri())
+        self.call("Page.navigate", url=what if isinstance(what, str) else what.as_uri())
         loaded = "Page.loadEventFired"
         if not any(event["method"] == loaded for event in self.events):
             self._until(lambda one: one.get("method") == loaded)
@@ -133,6 +135,28 @@ class Browser:
         for kind in ("mousePressed", "mouseReleased"):
             self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
 
+    def drag(self, points: Sequence[tuple[float, float]]) -> None:
+        """The mouse, pressed all the way, in pixels of the window."""
+        for i, (x, y) in enumerate(points):
+            kind = "mouseMoved" if i else "mousePressed"
+            self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", buttons=1,
+                      clickCount=1)  # fmt: skip
+        self.call("Input.dispatchMouseEvent", type="mouseReleased", x=x, y=y, button="left",
+                  clickCount=1)  # fmt: skip
+
+    def drop(self, files: Sequence[Path], x: float, y: float) -> None:
+        """Files from elsewhere, at a place in the window."""
+        data = {"items": [], "files": list(map(str, files)), "dragOperationsMask": 1}
+        for kind in ("dragEnter", "dragOver", "drop"):
+            self.call("Input.dispatchDragEvent", type=kind, x=x, y=y, data=data)
+
+    def until(self, script: str, seconds: float = 30) -> None:
+        """Waits for an expression to be true."""
+        deadline = time.monotonic() + seconds
+        while not self.run(f"!!({script})"):
+            assert time.monotonic() < deadline, f"never true: {script}"
+            time.sleep(0.02)
+
     def choose(self, selector: str, value: Any) -> None:
         """A value of a control, as if it were typed or picked."""
         self.run(
@@ -145,8 +169,9 @@ class Browser:
         data = self.call("Page.captureScreenshot", format="png")["data"]
         path.write_bytes(base64.b64decode(data))
 
-    def complaints(self) -> list[Any]:
-        """Errors of scripts and the console, and requests for anything that is not in the file."""
+    def complaints(self, *own: str) -> list[Any]:
+        """Errors of scripts and the console, and requests for anything that is not in the file, or
+        below one of these addresses."""
         found = []
         for event in self.events:
             method, params = event["method"], event["params"]
@@ -156,6 +181,6 @@ class Browser:
                 found.append(params)
             elif method == "Network.requestWillBeSent":
                 url = params["request"]["url"]
-                if not url.startswith(("file:", "data:")):
+                if not url.startswith(("file:", "data:", *own)):
                     found.append(url)
         return found

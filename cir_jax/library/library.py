@@ -10,7 +10,8 @@ import datetime
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+import types
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +25,7 @@ from cir_jax.errors import CirError, ConfigError, DataError, unknown
 from cir_jax.evaluation import protocols
 from cir_jax.input import images
 from cir_jax.library import photos
+from cir_jax.library.explaining import Alone, Order
 from cir_jax.library.gallery import Galleries, Gallery
 from cir_jax.library.photos import File
 from cir_jax.library.plan import Plan
@@ -64,10 +66,12 @@ class Update(NamedTuple):
 
 class Results(list):
     """(path, score), best first. approximate: what of the query is vector arithmetic instead of the
-    method's own way, "" = nothing. numbers: of the photos in the store."""
+    method's own way, "" = nothing. numbers: of the photos in the store. explained: by "image" and
+    "text" what each alone would give, where a query of both was to be explained."""
 
     approximate: str = ""
     numbers: Sequence[int] = ()
+    explained: Mapping[str, Alone] = types.MappingProxyType({})
 
 
 class Library:
@@ -250,6 +254,7 @@ class Library:
         min_score: float | None = None,
         dedup: float | None = None,
         concept: str = "",
+        explain: bool = False,
         **controls: Any,
     ) -> Results:
         """The k best photos with their scores, best first: cosine similarity for most methods.
@@ -262,7 +267,8 @@ class Library:
         after: the day they were taken, or later: "2024", "2024-05", "2024-05-17". min_score: of
         what is found. dedup: of photos whose cosine is above this, the best alone. concept: what
         the image and what is looked for share, beside a text; in the prompt as CIRCO's annotators
-        had it, "a photo of {concept} $ that {text}". controls: what some methods take, `CONTROLS`.
+        had it, "a photo of {concept} $ that {text}". explain: fills `Results.explained`. controls:
+        what some methods take, `CONTROLS`.
         Several images are composed one by one and added, and so are negatives but for CompoDiff:
         `Results.approximate` says so.
         Raises CirError without a query, ConfigError for what the method does not take, DataError
@@ -289,6 +295,15 @@ class Library:
         found = list(found) if ranked.any() else []
         results = Results((path, score) for _, path, score in found)
         results.approximate, results.numbers = approximate, [number for number, *_ in found]
+        if explain and opened and (text or "").strip():
+            whole = Order.of(query, gallery, ranked, **(self._scoring if own else {}))
+            for name, part in (("image", (opened, None)), ("text", ([], text))):
+                query, own, _ = self._query(*part, [], None, {})
+                gallery = self._gallery(own)
+                ranked = self._ranked(gallery, under, after, left_out)
+                order = Order.of(query, gallery, ranked, **(self._scoring if own else {}))
+                alone = Alone.of(order, whole, results.numbers, k)
+                results.explained = {**results.explained, name: alone}
         return results
 
     def _references(

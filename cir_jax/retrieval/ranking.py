@@ -171,6 +171,35 @@ def rank(
     )
 
 
+def scores(
+    query: np.ndarray,
+    gallery: Held,
+    members: np.ndarray,
+    *,
+    score: Score = dot_product,
+    params: Any = None,
+) -> np.ndarray:
+    """float32[n] of one query, float32[1, dim], with all images; -inf where not bool[n] `members`.
+
+    As `rank` computes them. Raises CirError for those that are not finite.
+    """
+    _check_finite("query", query)
+    width = gallery.width
+    allowed = np.zeros((1, len(gallery.blocks) * width), bool)
+    allowed[0, : len(gallery)] = members
+    group, nobody = np.zeros(1, np.int32), np.full(1, -1, np.int32)
+    parts = [np.zeros(0, np.float32)]
+    with jax.default_matmul_precision("highest"):
+        for i, rows in enumerate(gallery.blocks):
+            ranked, start = allowed[:, i * width : (i + 1) * width], np.int32(i * width)
+            found = _scores(score, params, query, rows, ranked, group, nobody, start)
+            parts.append(np.asarray(found)[0])
+    every = np.concatenate(parts)[: len(gallery)]
+    if np.isnan(every).any():
+        raise CirError("query 0: its scores are NaN.")
+    return every
+
+
 def _check_finite(what: str, x: np.ndarray, first: int = 0) -> None:
     for start in range(0, len(x), GALLERY_BLOCK):  # a mask of all would be a quarter of it
         bad = ~np.isfinite(x[start : start + GALLERY_BLOCK]).all(axis=1)

@@ -11,11 +11,11 @@ import pytest
 
 
 @contextlib.contextmanager
-def served(libraries, host="127.0.0.1", token=""):
+def served(libraries, host="127.0.0.1", token="", port=0):
     """Yields a `Client` of a server over these libraries."""
     from cir_jax.library.serve import command
 
-    with contextlib.closing(command.listening("127.0.0.1", 0)) as listening:
+    with contextlib.closing(command.listening("127.0.0.1", port)) as listening:
         server = command.server(libraries, host, token)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
         thread.start()

@@ -442,3 +442,27 @@ def test_each_folder_has_a_store_of_its_own(monkeypatch, tmp_path, slerp):
         with Library(tmp_path / "link/photos", slerp) as same:
             assert len(same) == 1
     assert library.store_of(Path("/")).name.startswith("root-")
+
+
+def test_what_image_and_text_alone_would_give(lib, folder):
+    """The ranks of an explanation are those of the searches themselves."""
+    lib.update()
+    reference, text = folder / "2024" / "03.png", "make it red"
+    found = lib.search(reference, text, k=3, explain=True)
+    everything = names(lib.search(reference, text, k=9))
+    assert len(everything) == 8
+    for name, query in (("image", {"image": reference}), ("text", {"text": text})):
+        alone = found.explained[name]
+        order = lib.search(**query, k=9)
+        paths = [path for path, _ in order if path != reference]
+        by_number = dict(zip(order.numbers, names(order), strict=True))
+        assert [by_number[number] for number, _ in alone.found] == [p.name for p in paths[:3]]
+        assert alone.now == [everything.index(path.name) + 1 for path in paths[:3]]
+        assert alone.ranks == [paths.index(path) + 1 for path, _ in found]
+    below = lib.search(reference, text, k=3, explain=True, under="2024")
+    numbers = {number for one in below.explained.values() for number, _ in one.found}
+    assert numbers <= set(lib.search(text=text, under="2024").numbers)
+    assert not lib.search(reference, explain=True).explained
+    assert not lib.search(text=text, explain=True).explained
+    nothing = lib.search(reference, text, after="2999", explain=True)
+    assert not nothing and nothing.explained["image"].found == []

@@ -70,9 +70,10 @@ def searchers(tiny):
     sizes = {"depth": 1, "heads": 2, "dim_head": 8, "cross_heads": 2}
     compodiff = CompoDiff(tiny[0], **sizes, steps=1, samples_per_query=1)
     params = jax.jit(compodiff.init)(jax.random.key(5))
+    frozen = compodiff.freeze(tiny[1])
     made = {"slerp": (composers.build("slerp", tiny[0]), {}), "compodiff": (compodiff, params)}
     return {
-        name: Searcher(composer, params, {"backbone": tiny[1]}, mesh=mesh, batch_size=4)
+        name: Searcher(composer, params, frozen, mesh=mesh, batch_size=4)
         for name, (composer, params) in made.items()
     }
 

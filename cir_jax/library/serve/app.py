@@ -14,6 +14,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from cir_jax.errors import CirError
+from cir_jax.library.explaining import Alone
 from cir_jax.library.library import Library
 from cir_jax.library.serve import questions
 from cir_jax.library.serve.guard import MOST_BYTES, Guard
@@ -27,9 +28,12 @@ PATIENCE = 60.0
 FILES = {
     "/": ("page.html", "text/html"),
     "/page.css": ("page.css", "text/css"),
-    "/page.js": ("page.js", "text/javascript"),
+    **{f"/{name}": (name, "text/javascript") for name in ("page.js", "mask.js", "server.js")},
     "/icon.svg": ("icon.svg", "image/svg+xml"),
 }
+EXPLAINED = 8
+"""Photos shown of what the image alone and the text alone would give."""
+
 FOLDERS = 1000
 """That the page offers to search in."""
 
@@ -96,17 +100,28 @@ class Service:
         began = time.perf_counter()
         found = library.search(**question.asked)
         took = 1000 * (time.perf_counter() - began)
+        results = [
+            _result(number, path.relative_to(library.folder), score)
+            for (path, score), number in zip(found, found.numbers, strict=True)
+        ]
         return {
-            "results": [
-                {
-                    "id": f"p{number}",
-                    "path": printable(path.relative_to(library.folder)),
-                    "score": round(score, 6),
-                }
-                for (path, score), number in zip(found, found.numbers, strict=True)
-            ],
+            "results": results,
             "approximate": found.approximate,
             "milliseconds": round(took, 1),
+            "explained": {name: self._alone(one) for name, one in found.explained.items()},
+        }
+
+    def _alone(self, alone: Alone) -> dict[str, Any]:
+        """As `Alone`, `now` beside each of its best photos."""
+        shown = alone.found[:EXPLAINED]
+        paths = self.library.store.paths(number for number, _ in shown)
+        return {
+            "found": [
+                _result(number, os.fsdecode(path), score) | {"now": now}
+                for (number, score), path, now in zip(shown, paths, alone.now, strict=False)
+                if path is not None
+            ],
+            "ranks": alone.ranks,
         }
 
     async def upload(self, request: Request) -> Response:
@@ -149,6 +164,10 @@ def application(libraries: Mapping[str, Library], host: str, token: str = "") ->
     app.state.service = service
     app.state.guard = Guard(app, host, token)
     return app.state.guard
+
+
+def _result(number: int, path: Any, score: float) -> dict[str, Any]:
+    return {"id": f"p{number}", "path": printable(path), "score": round(score, 6)}
 
 
 def page_file(name: str) -> bytes:

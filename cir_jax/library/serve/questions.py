@@ -74,7 +74,6 @@ class Question(NamedTuple):
 
     method: str
     asked: dict[str, Any]
-    explain: bool
 
 
 FIELDS = {"method", "images", "text", "negative", "mask", "controls", "k", "under", "after",
@@ -100,6 +99,8 @@ def read(body: bytes, libraries: Mapping[str, Library], pictures: Pictures) -> Q
         "after": text(said, "after"),
         "k": int(Control("", 1, MOST_FOUND, 1).check("k", said.get("k", 24))),
     }
+    if said.get("explain") is True:
+        asked["explain"] = True
     if said.get("min_score") is not None:
         asked["min_score"] = number("min_score", said["min_score"])
     if said.get("mask") is not None:
@@ -107,7 +108,7 @@ def read(body: bytes, libraries: Mapping[str, Library], pictures: Pictures) -> Q
             raise Refusal(400, "mask: the region of one image. Give one.")
         where = references[0][0]
         asked["mask"] = mask(pictures, said["mask"], where, asked["images"][0])
-    return Question(method, asked | _controls(said, library), said.get("explain") is True)
+    return Question(method, asked | _controls(said, library))
 
 
 def parsed(body: bytes) -> dict[str, Any]:
