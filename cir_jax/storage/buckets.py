@@ -9,7 +9,7 @@ import contextlib
 import importlib.util
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,15 +63,16 @@ def client(path: Path) -> tuple[Any, str]:
     return fsspec.core.url_to_fs(os.fspath(path))
 
 
-def files_below(directory: Path) -> dict[str, tuple[int, str]]:
+def files_below(directory: Path) -> dict[str, tuple[int, int | str]]:
     """Name below `directory`, with slashes -> (bytes, version) of its files, of any depth, sorted.
 
-    version: another one when the file was written again. {} where there is no such directory.
+    version: another one when the file was written again (a time, or a bucket's generation). {}
+    where there is no such directory.
     """
     if not is_remote(directory):
         found = sorted(path for path in directory.rglob("*") if path.is_file())
         stats = ((path.relative_to(directory).as_posix(), path.stat()) for path in found)
-        return {name: (stat.st_size, str(stat.st_mtime_ns)) for name, stat in stats}
+        return {name: (stat.st_size, stat.st_mtime_ns) for name, stat in stats}
     system, root = client(directory)
     listed = system.find(root, detail=True)
     return {
@@ -86,6 +87,14 @@ def upload(file: Path, path: Path) -> None:
     system, name = client(path)
     with os_errors(path):
         system.put_file(os.fspath(file), name)
+
+
+def upload_folder(folder: Path, target: Path, last: Sequence[str]) -> None:
+    """Puts the files of a local folder into a bucket, those named `last` after all others, in that
+    order. Raises OSError, whatever the client."""
+    names = list(files_below(folder))
+    for name in [*(name for name in names if name not in last), *last]:
+        upload(folder / name, target / name)
 
 
 def download(path: Path, file: Path) -> None:

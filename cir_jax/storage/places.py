@@ -24,6 +24,11 @@ def default_data_dir() -> Path:
     return Path(value).expanduser() if value else Path.home() / ".cache" / "cir_jax" / "data"
 
 
+def default_uploads_dir() -> Path:
+    """Where tables for a bucket are built, until they are whole."""
+    return Path.home() / ".cache" / "cir_jax" / "uploads"
+
+
 def default_compiled_dir() -> Path:
     """Where compiled programs are kept, if `$JAX_COMPILATION_CACHE_DIR` says nothing."""
     return Path.home() / ".cache" / "cir_jax" / "xla"

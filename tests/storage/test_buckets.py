@@ -129,7 +129,7 @@ def test_a_log_that_cannot_be_uploaded_is_so_later(bucket, monkeypatch, caplog):
     log.write(1, row(1), {})
     monkeypatch.setattr(Bucket, "fails", full)
     log.upload()
-    assert "gs://bucket/run/metrics.jsonl: cannot be written (Remote I/O error)" in caplog.text
+    assert "gs://bucket/run/metrics.jsonl: cannot be written (Quota exceeded)" in caplog.text
     assert logs.read(bucket / "metrics.jsonl") == []
     monkeypatch.setattr(Bucket, "fails", None)
     log.close()
