@@ -330,7 +330,7 @@ class Library:
         negatives: list[str],
         mask: Any,
         controls: dict[str, Any],
-        prompt: str,
+        prompt: str = "",
     ) -> tuple[np.ndarray, bool, str]:
         """float32[1, dim], whether it is ranked by the method's own gallery, what of it is vector
         arithmetic."""
