@@ -87,6 +87,7 @@ setup(
     packages=find_namespace_packages(include=["cir_jax", "cir_jax.*"]),
     package_data={
         "cir_jax.evaluation.page": ["page.*"],
+        "cir_jax.library.annotate": ["page/*"],
         "cir_jax.library.serve": ["page/*"],
     },
     install_requires=(ROOT / "requirements.txt").read_text().splitlines(),

@@ -26,16 +26,17 @@ class Album:
     def __init__(self, library: Library):
         self.library = library
         self._paths: dict[bytes, bytes] = {}
+        self._numbers: dict[bytes, int] = {}
         self.refresh()
 
     def refresh(self) -> None:
         """After an update of the library."""
-        self._paths = {}
-        for photo in self.library.store.photos():
-            if not photo.problem:  # of copies, the first by name
-                known = self._paths.get(photo.digest, photo.path)
-                self._paths[photo.digest] = min(known, photo.path)
-        self._contents = {path: digest for digest, path in self._paths.items()}
+        there = [photo for photo in self.library.store.photos() if not photo.problem]
+        there.sort(key=lambda photo: photo.path, reverse=True)  # of copies, the first by name
+        self._paths = {photo.digest: photo.path for photo in there}
+        self._numbers = {photo.digest: photo.id for photo in there}
+        self._contents = {photo.path: photo.digest for photo in there}
+        self._of_number = {photo.id: photo.digest for photo in there}
 
     def __len__(self) -> int:
         return len(self._paths)
@@ -55,17 +56,29 @@ class Album:
             )
         return self.library.folder / os.fsdecode(self._paths[content])
 
+    def number(self, content: bytes) -> int:
+        """The store's, of a photo that is there."""
+        return self._numbers[content]
+
+    def of_number(self, number: int) -> bytes:
+        """Raises DataError where there is none of this number."""
+        if number not in self._of_number:
+            raise DataError(
+                f"photo {number}: there is none; it may have gone. Load the page again."
+            )
+        return self._of_number[number]
+
     def named(self, found: Iterable[Path]) -> list[bytes]:
         """Contents of what a search gives, each once."""
         names = (bytes(path.relative_to(self.library.folder)) for path in found)
         return list(dict.fromkeys(self._contents[n] for n in names if n in self._contents))
 
 
-def next_reference(album: Album, annotator: str, seen: set[bytes], seed: int = 0) -> bytes | None:
+def next_reference(album: Album, annotator: str, seen: set[bytes]) -> bytes | None:
     """A random photo, in an order that is each annotator's own; None = all are seen."""
 
     def place(content: bytes) -> bytes:
-        return hashlib.blake2b(f"{seed} {annotator} ".encode() + content).digest()
+        return hashlib.blake2b(f"{annotator} ".encode() + content).digest()
 
     return min((c for c in album.contents() if c not in seen), key=place, default=None)
 

@@ -86,13 +86,18 @@ def address(host: str, port: int, token: str) -> str:
 
 def server(libraries: "Mapping[str, Library]", host: str, token: str) -> Any:
     """A uvicorn server; `run(sockets=[...])` serves until it is interrupted."""
-    import uvicorn
-
     from cir_jax.library.serve.app import application
+
+    return running(application(libraries, host, token))
+
+
+def running(application: Any) -> Any:
+    """The same of any application."""
+    import uvicorn
 
     return uvicorn.Server(
         uvicorn.Config(
-            application(libraries, host, token),
+            application,
             http="h11",
             ws="none",
             lifespan="off",
