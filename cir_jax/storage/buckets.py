@@ -56,6 +56,17 @@ def place(given: str | os.PathLike) -> Path:
     return epath.Path(text)
 
 
+def local(given: str | os.PathLike, what: str) -> Path:
+    """The absolute path of what must lie on a disk. what: the flag, field or variable that gives
+    it. Raises ConfigError for an address of a bucket."""
+    if is_remote(given):
+        raise ConfigError(
+            f"{what}={os.fspath(given)}: this must lie on a disk of this machine. Workdirs and "
+            "data_dir may lie in a bucket; copy others there and back."
+        )
+    return Path(given).expanduser().absolute()
+
+
 def client(path: Path) -> tuple[Any, str]:
     """fsspec's file system of a path in a bucket, and the path's name there."""
     import fsspec

@@ -11,7 +11,7 @@ import time
 import pytest
 
 from cir_jax.errors import CheckpointError, ConfigError, DataError
-from cir_jax.storage import atomic, buckets, digests, lease, locks
+from cir_jax.storage import atomic, buckets, digests, lease, locks, places
 from cir_jax.training import logs, workdir
 from tests.storage.bucket import Bucket, in_memory
 
@@ -222,3 +222,14 @@ def test_a_run_that_cannot_renew_its_lease_stops_before_another_may_begin(
             lease.check(bucket / "stage" / "checkpoints")
     assert "the lease was not renewed" in caplog.text
     assert "the lease was not given back" in caplog.text
+
+
+def test_what_must_lie_on_a_disk(monkeypatch, tmp_path):
+    assert buckets.local(tmp_path / "x", "--output") == tmp_path / "x"
+    with pytest.raises(ConfigError, match="--output=gs://bucket/x: this must lie on a disk"):
+        buckets.local("gs://bucket/x", "--output")
+    monkeypatch.setenv(places.CACHE_VARIABLE, "gs://bucket/features")
+    with pytest.raises(ConfigError, match="CIR_JAX_CACHE=gs://bucket/features: this must lie on a"):
+        places.default_cache_dir()
+    monkeypatch.setenv(places.DATA_VARIABLE, "gs://bucket/data")
+    assert str(places.default_data_dir()) == "gs://bucket/data"
