@@ -22,10 +22,13 @@ from cir_jax.composers.conditions import Conditions
 from cir_jax.errors import CirError, ConfigError, DataError, unknown
 from cir_jax.input import images
 from cir_jax.library import photos
-from cir_jax.library.gallery import Gallery
+from cir_jax.library.indexes import ladder
+from cir_jax.library.indexes.base import Index
+from cir_jax.library.indexes.exact import Exact
 from cir_jax.library.photos import File
 from cir_jax.library.plan import Plan
 from cir_jax.library.store import New, Store
+from cir_jax.library.vectors import Vectors
 from cir_jax.retrieval import encoders, features, ranking
 from cir_jax.retrieval.composing import Picture
 from cir_jax.retrieval.encoders import Encoder
@@ -95,7 +98,8 @@ class Library:
         self._embeds = shared and method.embed_features is not Composer.embed_features
         self._by_cosine = method.score is Composer.score
         self._scoring = ranking.scoring(self.composer, searcher.params)
-        self._galleries: dict[bool, Gallery] = {}
+        self._indexes: dict[bool, Index] = {}
+        self._fresh: set[bool] = set()
         self._version = self.store.version()
 
     def __enter__(self) -> "Library":
@@ -105,12 +109,13 @@ class Library:
         self.close()
 
     def close(self) -> None:
+        for index in self._indexes.values():
+            index.close()
         self.store.close()
 
     def __len__(self) -> int:
         """Photos that are found by image or by text alone."""
-        self._refresh()
-        return len(self._gallery(own=False).photos)
+        return len(self._index(own=False))
 
     def update(
         self, *, retry: bool = False, max_megapixels: float | None = None, label: str = ""
@@ -131,10 +136,11 @@ class Library:
                 raise Busy(f"{self.folder}: another process is indexing it.")
             if retry or max_megapixels is not None:
                 self.store.forget_problems()
-            with images.limited(max_megapixels):
-                done = self._update(label)
-        self._galleries.clear()
-        return done
+            try:
+                with images.limited(max_megapixels):
+                    return self._update(label)
+            finally:
+                self._fresh.clear()
 
     def _update(self, label: str) -> Update:
         found = photos.walk(self.folder)
@@ -252,12 +258,9 @@ class Library:
             opened.append((picture, weight))
             left_out += self.store.with_digest(digest) if digest else []
         query, own, approximate = self._query(opened, text, negatives, mask, controls)
-        self._refresh()
-        gallery = self._gallery(own)
-        ranked = self._ranked(gallery, under, after, left_out)
-        results = Results(
-            self._found(query, own, gallery, ranked, k, min_score, dedup) if ranked.any() else ()
-        )
+        only = self._only(under, after)
+        ranked = {"only": only, "without": left_out}
+        results = Results(self._found(query, self._index(own), ranked, k, min_score, dedup))
         results.approximate = approximate
         return results
 
@@ -328,53 +331,45 @@ class Library:
     def _found(
         self,
         query: np.ndarray,
-        own: bool,
-        gallery: Gallery,
-        ranked: np.ndarray,
+        index: Index,
+        ranked: dict[str, Any],
         k: int,
         min_score: float | None,
         dedup: float | None,
     ) -> Iterator[tuple[Path, float]]:
-        scoring = self._scoring if own else {}
         # few different numbers, so that few programs are compiled
         most = max(64, 1 << (4 * k if dedup is not None else k).bit_length())
         while True:
-            top = ranking.rank(query, gallery.held, k=most, members=ranked[None], **scoring)
-            rows = top.top[0][top.top[0] >= 0]
-            scores = top.scores[0][: len(rows)]
+            top = index.search(query, most, **ranked)
+            ids = top.ids[0][top.ids[0] >= 0]
+            there, scores = len(ids), top.scores[0][: len(ids)]
             if min_score is not None:
-                rows = rows[scores >= min_score]
-            kept = range(len(rows)) if dedup is None else self._distinct(gallery, rows, k, dedup)
-            if len(kept) >= k or len(rows) < most:  # enough, or all there are
+                ids = ids[scores >= min_score]
+            kept = range(len(ids)) if dedup is None else self._distinct(ids, k, dedup)
+            if len(kept) >= k or len(ids) < there or there < most:  # enough, or all there are
                 break
             most *= 4
-        chosen = [(gallery.photos[rows[i]], float(scores[i])) for i in kept[:k]]
+        chosen = [(ids[i], float(scores[i])) for i in kept[:k]]
         paths = self.store.paths(photo for photo, _ in chosen)
         for path, (_, score) in zip(paths, chosen, strict=True):
-            if path is not None:  # it went since the gallery was read
+            if path is not None:  # it went since the index was brought up to date
                 yield self._path(path), score
 
-    def _distinct(self, gallery: Gallery, rows: np.ndarray, k: int, most: float) -> list[int]:
-        """Positions in `rows` of at most k photos no two of which are more alike than that."""
-        plain = self._plain
-        vectors = self.store.vectors_of(plain.number, gallery.photos[rows])
+    def _distinct(self, ids: np.ndarray, k: int, most: float) -> list[int]:
+        """Positions in `ids` of at most k photos no two of which are more alike than that."""
+        vectors = self._vectors(other=False).of(ids)
         kept: list[int] = []
         for i, vector in enumerate(vectors):
             if len(kept) < k and not (vectors[kept] @ vector > most).any():
                 kept.append(i)
         return kept
 
-    def _ranked(
-        self, gallery: Gallery, under: str | Path, after: Any, left_out: Sequence[int]
-    ) -> np.ndarray:
-        """bool[n]: which photos may be found."""
-        ranked = np.ones(len(gallery.photos), bool)
-        if under or after:
-            folder, day = self._below(under), _day(after)
-            ranked &= np.isin(gallery.photos, self.store.chosen(folder, day))
-        if len(left_out):
-            ranked &= ~np.isin(gallery.photos, left_out)
-        return ranked
+    def _only(self, under: str | Path, after: Any) -> np.ndarray | None:
+        """The photos that may be found; None = all."""
+        if not (under or after):
+            return None
+        folder, day = self._below(under), _day(after)
+        return self.store.chosen(folder, day)
 
     def _below(self, under: str | Path) -> bytes:
         """A folder below ours, as paths in the store have it. Raises DataError for any other."""
@@ -387,19 +382,27 @@ class Library:
                 return below
         raise DataError(f"under={str(under)!r}: no folder of {self.folder}.")
 
-    def _refresh(self) -> None:
-        """Forgets what another process has changed."""
+    def _index(self, own: bool) -> Index:
+        """Brought up to date with the store, where another process may have changed something."""
         version = self.store.version()
         if version != self._version:
-            self._galleries.clear()
+            self._fresh.clear()
             self._version = version
+        other = own and self._gallery_is_its_own
+        vectors = self._vectors(other)
+        if other not in self._indexes:
+            self._indexes[other] = Exact(**(self._scoring if other else {}))
+        index = self._indexes[other]
+        if other not in self._fresh:
+            ladder.follow(index, vectors)
+            self._fresh.add(other)
+        return index
 
-    def _gallery(self, own: bool) -> Gallery:
-        other = own and (self._own is not self._plain or self._embeds)
-        if other not in self._galleries:
-            made = (self._own.number, self._embedded) if other else (self._plain.number,)
-            self._galleries[other] = Gallery.read(self.store, *made)
-        return self._galleries[other]
+    def _vectors(self, other: bool) -> Vectors:
+        """Of the backbone, or the method's own."""
+        if other and (self._own is not self._plain or self._embeds):
+            return Vectors(self.store, self._own.number, self._embedded)
+        return Vectors(self.store, self._plain.number)
 
     def _embedded(self, raw: np.ndarray) -> np.ndarray:
         """What the method ranks by, of rows of its encoder."""

@@ -60,21 +60,36 @@ class Held:
         """
         self.width = min(HELD_BLOCK, 1 << max(6, (at_most - 1).bit_length()))
         self.blocks: list[jax.Array] = []
-        self.rows, block = 0, None
-        for piece in pieces:
-            _check_finite("gallery", piece, self.rows)
-            while len(piece):
-                filled = self.rows % self.width
-                if block is None:
-                    block = np.zeros((self.width, piece.shape[1]), piece.dtype)
-                part, piece = np.split(piece, [self.width - filled])
-                block[filled : filled + len(part)] = part
-                self.rows += len(part)
-                if not self.rows % self.width:
-                    self.blocks.append(jax.device_put(block))
-                    block = None
-        if block is not None:
-            self.blocks.append(jax.device_put(block))
+        self.rows = 0
+        self.extend(pieces)
+
+    def extend(self, pieces: Iterable[np.ndarray]) -> None:
+        """More rows, after those that are there."""
+        block = np.array(self.blocks.pop()) if self.rows % self.width else None
+        try:
+            for piece in pieces:
+                _check_finite("gallery", piece, self.rows)
+                while len(piece):
+                    filled = self.rows % self.width
+                    if block is None:
+                        block = np.zeros((self.width, piece.shape[1]), piece.dtype)
+                    part, piece = np.split(piece, [self.width - filled])
+                    block[filled : filled + len(part)] = part
+                    self.rows += len(part)
+                    if not self.rows % self.width:
+                        self.blocks.append(jax.device_put(block))
+                        block = None
+        finally:
+            if block is not None:
+                self.blocks.append(jax.device_put(block))
+
+    def put(self, rows: np.ndarray, vectors: np.ndarray) -> None:
+        """[some, dim] in the place of these rows."""
+        _check_finite("gallery", vectors)
+        for i in np.unique(rows // self.width):
+            block, here = np.array(self.blocks[i]), rows // self.width == i
+            block[rows[here] % self.width] = vectors[here]
+            self.blocks[i] = jax.device_put(block)
 
     def __len__(self) -> int:
         return self.rows
