@@ -7,13 +7,13 @@ says, grey levels of 16 bits are scaled, and vectors are kept in float16 of unit
 import contextlib
 import datetime
 import hashlib
-import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from absl import logging
 
 from cir_jax import loading
 from cir_jax.composers import COMPOSERS, composer_class
@@ -24,14 +24,12 @@ from cir_jax.input import images
 from cir_jax.library import photos
 from cir_jax.library.indexes import ladder
 from cir_jax.library.indexes.base import Index
-from cir_jax.library.indexes.exact import Exact
 from cir_jax.library.photos import File
 from cir_jax.library.plan import Plan
 from cir_jax.library.store import New, Store
-from cir_jax.library.vectors import Vectors
+from cir_jax.library.vectors import Kept, Vectors
 from cir_jax.retrieval import encoders, features, ranking
 from cir_jax.retrieval.composing import Picture
-from cir_jax.retrieval.encoders import Encoder
 from cir_jax.retrieval.search import Searcher
 from cir_jax.storage.places import default_library_dir
 
@@ -44,6 +42,10 @@ NEGATIVE = 0.5
 """What a negative text is subtracted with, where that is vector arithmetic. In the embedded world
 the ten best photos of "a star" are stars, two of them red; without half of "a red star" they are
 stars, none is red; without the whole of it one is a star (tests/data/test_shapes_photos.py)."""
+
+
+EDITS = ("at night", "is red", "two of them", "seen from above", "a drawing of it")
+"""What `Library.check` asks of photos."""
 
 
 class Update(NamedTuple):
@@ -73,19 +75,29 @@ class Library:
     composer: what `cir_jax.load` gives; or what it takes, a workdir or a method's name, with the
     backbone that its config names, which without a preset is the embedded world's.
     store: its file; None = one of the folder's name in `places.default_library_dir()`.
-    Raises DataError as `Store`, and what `cir_jax.load` raises.
+    index: what it is searched with, `ladder.NAMES`; "" = an exact scan up to 2 million photos.
+    say: is told of an index that is made anew.
+    Raises DataError as `Store`, ConfigError for an index that is none, lacks its package or cannot
+    rank as the method does, and what `cir_jax.load` raises.
     """
 
     def __init__(
-        self, folder: str | Path, composer: Searcher | str | Path, *, store: Path | None = None
+        self,
+        folder: str | Path,
+        composer: Searcher | str | Path,
+        *,
+        store: Path | None = None,
+        index: str = "",
+        say: Callable[[str], None] = logging.warning,
     ):
+        ladder.check_name(index)
         self.folder = Path(folder).expanduser().resolve()
         self.store = Store(store_of(self.folder) if store is None else Path(store).expanduser())
         searcher = composer if isinstance(composer, Searcher) else loading.load(composer)
         self.searcher, self.composer = searcher, searcher.composer
         method = type(self.composer)
         shared = features.uses_backbone_gallery(self.composer)
-        self._plain = _Kept(
+        self._plain = Kept(
             self.store,
             encoders.of_backbone(
                 self.composer.backbone, searcher.frozen["backbone"], searcher.mesh
@@ -94,10 +106,13 @@ class Library:
         self._own = self._plain
         if not shared:
             made = (self.composer, searcher.params, searcher.frozen, searcher.mesh)
-            self._own = _Kept(self.store, encoders.of_composer(*made))
+            self._own = Kept(self.store, encoders.of_composer(*made))
         self._embeds = shared and method.embed_features is not Composer.embed_features
         self._by_cosine = method.score is Composer.score
-        self._scoring = ranking.scoring(self.composer, searcher.params)
+        self._scoring = {}
+        if not self._by_cosine:
+            self._scoring = ranking.scoring(self.composer, searcher.params)
+        self._rung, self._say = index, say
         self._indexes: dict[bool, Index] = {}
         self._fresh: set[bool] = set()
         self._version = self.store.version()
@@ -171,7 +186,7 @@ class Library:
         )
 
     def _encode(
-        self, kept: "_Kept", files: Sequence[File], problems: list[tuple[Path, str]], label: str
+        self, kept: Kept, files: Sequence[File], problems: list[tuple[Path, str]], label: str
     ) -> int:
         """Reads these files and keeps a vector of each, or its problem; how many were decoded."""
         if not files:
@@ -263,6 +278,25 @@ class Library:
         results = Results(self._found(query, self._index(own), ranked, k, min_score, dedup))
         results.approximate = approximate
         return results
+
+    def check(self, k: int = 10, queries: int = 50) -> ladder.Checked:
+        """How many of the k best by an exact scan the index finds, and how fast: for photos of the
+        library, drawn at random, each with one of EDITS.
+
+        Raises DataError where there is no photo, ConfigError for a method with a score of its own.
+        """
+        if not self._by_cosine:
+            method = type(self.composer).__name__
+            raise ConfigError(f"check: {method} ranks by a score of its own, always exactly.")
+        known = [photo.path for photo in self.store.photos() if not photo.problem]
+        if not known:
+            raise DataError(f"{self.folder}: nothing is indexed yet.")
+        asked = []
+        for i, row in enumerate(np.random.default_rng(0).permutation(len(known))[:queries]):
+            picture, _ = photos.query(self._path(known[row]))
+            asked.append(self._query([(picture, 1.0)], EDITS[i % len(EDITS)], [], None, {})[0])
+        vectors = self._vectors(self._gallery_is_its_own)
+        return ladder.checked(self._index(own=True), vectors, np.concatenate(asked), k)
 
     def _references(
         self, image: Any, several: Sequence[Any], weights: Sequence[float] | None
@@ -391,12 +425,26 @@ class Library:
         other = own and self._gallery_is_its_own
         vectors = self._vectors(other)
         if other not in self._indexes:
-            self._indexes[other] = Exact(**(self._scoring if other else {}))
+            self._indexes[other] = ladder.opened(
+                self._rung,
+                vectors,
+                space=lambda: self._space(other),
+                scoring=self._scoring if other else {},
+                method=type(self.composer).__name__,
+                say=self._say,
+            )
         index = self._indexes[other]
         if other not in self._fresh:
             ladder.follow(index, vectors)
             self._fresh.add(other)
         return index
+
+    def _space(self, other: bool) -> str:
+        """Names what vectors are of."""
+        if not (other and self._embeds):
+            return (self._own if other else self._plain).identity
+        made = (self.composer, self.searcher.params, self.searcher.frozen, self.searcher.mesh)
+        return encoders.of_composer(*made).identity
 
     def _vectors(self, other: bool) -> Vectors:
         """Of the backbone, or the method's own."""
@@ -417,24 +465,6 @@ class Library:
 
 class Busy(DataError):
     """Another process is indexing the folder."""
-
-
-class _Kept:
-    """An encoder and its vectors in a store."""
-
-    def __init__(self, store: Store, encoder: Encoder):
-        self._store, self.encoder = store, encoder
-        # photos are turned as EXIF says and scaled to 8 bits, which no other store's images are
-        self._identity = f"{encoder.identity} upright"
-        self._description = json.dumps(dict(encoder.description), sort_keys=True)
-        self._number = 0
-
-    @property
-    def number(self) -> int:
-        """In the store, where it is made if it can be; 0 = it is not there."""
-        if not self._number:
-            self._number = self._store.encoder(self._identity, self._description)
-        return self._number
 
 
 def _day(after: Any) -> str:

@@ -1,11 +1,31 @@
-"""The vectors of a store that an index is made of, as of a place in the store's log."""
+"""The vectors of a store: what encodes them, and what an index is made of."""
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from cir_jax.library.store import Store
+from cir_jax.retrieval.encoders import Encoder
+
+
+class Kept:
+    """An encoder and its vectors in a store."""
+
+    def __init__(self, store: Store, encoder: Encoder):
+        self._store, self.encoder = store, encoder
+        # photos are turned as EXIF says and scaled to 8 bits, which no other store's images are
+        self.identity = f"{encoder.identity} upright"
+        self._description = json.dumps(dict(encoder.description), sort_keys=True)
+        self._number = 0
+
+    @property
+    def number(self) -> int:
+        """In the store, where it is made if it can be; 0 = it is not there."""
+        if not self._number:
+            self._number = self._store.encoder(self.identity, self._description)
+        return self._number
 
 
 class Vectors(NamedTuple):

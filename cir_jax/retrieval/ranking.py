@@ -68,7 +68,7 @@ class Held:
         block = np.array(self.blocks.pop()) if self.rows % self.width else None
         try:
             for piece in pieces:
-                _check_finite("gallery", piece, self.rows)
+                check_finite("gallery", piece, self.rows)
                 while len(piece):
                     filled = self.rows % self.width
                     if block is None:
@@ -85,7 +85,7 @@ class Held:
 
     def put(self, rows: np.ndarray, vectors: np.ndarray) -> None:
         """[some, dim] in the place of these rows."""
-        _check_finite("gallery", vectors)
+        check_finite("gallery", vectors)
         for i in np.unique(rows // self.width):
             block, here = np.array(self.blocks[i]), rows // self.width == i
             block[rows[here] % self.width] = vectors[here]
@@ -128,10 +128,10 @@ def rank(
     Raises CirError for features or scores that are not finite, ValueError for targets not ranked.
     """
     batch, n = len(queries), len(gallery)
-    _check_finite("query", queries)
+    check_finite("query", queries)
     holds = isinstance(gallery, Held)
     if not holds:
-        _check_finite("gallery", gallery)
+        check_finite("gallery", gallery)
     elif targets is not None:
         raise ValueError("targets are not looked for in a gallery that is held")
     k = min(k, n)
@@ -186,7 +186,7 @@ def rank(
     )
 
 
-def _check_finite(what: str, x: np.ndarray, first: int = 0) -> None:
+def check_finite(what: str, x: np.ndarray, first: int = 0) -> None:
     for start in range(0, len(x), GALLERY_BLOCK):  # a mask of all would be a quarter of it
         bad = ~np.isfinite(x[start : start + GALLERY_BLOCK]).all(axis=1)
         if bad.any():

@@ -17,6 +17,10 @@ Read = Callable[[], Iterator[Piece]]
 """Gives all vectors, ids rising, from the beginning each time it is called."""
 
 
+ROUNDING = 1e-5
+"""Scores of one vector may differ by this, of two programs."""
+
+
 class Found(NamedTuple):
     """ids: int64[batch, k], best first, equal scores by id; -1 where there are fewer than k.
     scores: float32[batch, k], exact whatever the index approximates; -inf there."""
@@ -82,6 +86,27 @@ def ordered(ids: np.ndarray, scores: np.ndarray, k: int) -> Found:
     scores = np.pad(scores.astype(np.float32), lacking, constant_values=-np.inf)
     ids = np.pad(ids.astype(np.int64), lacking, constant_values=-1)
     return Found(np.where(np.isfinite(scores), ids, -1), scores)
+
+
+def scan(read: Read, queries: np.ndarray, k: int) -> Found:
+    """The exact answer, by one look at all vectors, of which a piece at a time is in memory."""
+    best = nothing(len(queries), k)
+    for ids, vectors in read():
+        scores = queries @ vectors.astype(np.float32).T
+        ids = np.broadcast_to(ids, scores.shape)
+        if scores.shape[1] > k:
+            top = np.argpartition(-scores, k - 1, axis=1)[:, :k]
+            ids, scores = (np.take_along_axis(x, top, axis=1) for x in (ids, scores))
+        both = (np.concatenate(x, axis=1) for x in zip(best, (ids, scores), strict=True))
+        best = ordered(*both, k)
+    return best
+
+
+def recall(found: Found, best: Found) -> float:
+    """Share of the best that were found; of equal ones, any counts."""
+    last = best.scores.min(axis=1, where=best.ids >= 0, initial=np.inf, keepdims=True)
+    right = (found.ids >= 0) & (found.scores >= last - ROUNDING)
+    return float(right.sum() / max(1, (best.ids >= 0).sum()))
 
 
 def nothing(batch: int, k: int) -> Found:
