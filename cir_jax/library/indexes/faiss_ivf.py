@@ -239,7 +239,7 @@ class Faiss:
                 self.stamp, self._made_of = header["stamp"], header["made_of"]
         except FileNotFoundError:
             return
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
             self._forget(f"the file was damaged: {faults.cause(error)}")
         self._seen = seen
 

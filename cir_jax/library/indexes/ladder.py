@@ -85,13 +85,14 @@ def follow(index: Index, vectors: Vectors) -> None:
         if changed is not None and stamp == index.stamp:
             return
         # what is written from here on is read now or later, and then again: that changes nothing
-        if changed is None or index.outgrown or 2 * len(changed) > len(index):
-            index.rebuild(vectors.read, vectors.at_most())
-        else:
+        anew = changed is None or 2 * len(changed) > len(index)
+        if not anew:
             for ids, rows in vectors.read(changed):
                 index.upsert(ids, rows)
                 changed = np.setdiff1d(changed, ids, assume_unique=True)
             index.delete(changed)
+        if anew or index.outgrown:
+            index.rebuild(vectors.read, vectors.at_most())
         index.keep(stamp)
 
 
