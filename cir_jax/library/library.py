@@ -431,6 +431,7 @@ class Library:
                 space=lambda: self._space(other),
                 scoring=self._scoring if other else {},
                 method=type(self.composer).__name__,
+                mesh=self.searcher.mesh,
                 say=self._say,
             )
         index = self._indexes[other]

@@ -1,5 +1,6 @@
 """What every index can do: one suite for all rungs of the ladder."""
 
+import jax
 import numpy as np
 import pytest
 
@@ -7,9 +8,11 @@ from cir_jax.errors import CirError
 from cir_jax.library.indexes import faiss_ivf, ladder
 from cir_jax.library.indexes.exact import Exact
 from cir_jax.library.indexes.faiss_ivf import Faiss
+from cir_jax.library.indexes.sharded import OnMesh
 from cir_jax.library.photos import File
 from cir_jax.library.store import New, Store
 from cir_jax.library.vectors import Vectors
+from cir_jax.sharding.mesh import make_mesh
 
 DIM, COUNT = 16, 300
 
@@ -24,6 +27,11 @@ def drawn(count, seed=0):
     centres = np.random.default_rng(9).standard_normal((12, DIM))
     rows = centres[rng.integers(0, 12, count)] + 0.5 * rng.standard_normal((count, DIM))
     return unit(rows).astype(np.float16)
+
+
+def mesh(data, fsdp=1, tensor=1):
+    devices = jax.devices()[: data * fsdp * tensor]
+    return make_mesh({"data": data, "fsdp": fsdp, "tensor": tensor}, devices)
 
 
 class World:
@@ -61,6 +69,9 @@ class World:
 
 RUNGS = {
     "exact": lambda world, folder: Exact(),
+    "sharded:1": lambda world, folder: OnMesh(mesh(1)),
+    "sharded:3": lambda world, folder: OnMesh(mesh(3)),
+    "sharded:8": lambda world, folder: OnMesh(mesh(2, 2, 2)),
     "faiss": lambda world, folder: Faiss(folder / "x.faiss", world.of, lambda said: None),
 }
 
@@ -91,10 +102,12 @@ def filled(index, world):
     return index
 
 
+def asked():
+    return unit(np.random.default_rng(5).standard_normal((9, DIM)))
+
+
 def agrees(index, world, k=10, queries=None, **ranked):
-    queries = (
-        unit(np.random.default_rng(5).standard_normal((9, DIM))) if queries is None else queries
-    )
+    queries = asked() if queries is None else queries
     found = index.search(queries, k, **ranked)
     ids, scores = world.best(queries, k, **ranked)
     width = ids.shape[1]

@@ -7,15 +7,17 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
+from jax.sharding import Mesh
 
 from cir_jax.errors import ConfigError, unknown
 from cir_jax.library.indexes.base import Found, Index, recall, scan
 from cir_jax.library.indexes.exact import Exact
 from cir_jax.library.indexes.faiss_ivf import Faiss
+from cir_jax.library.indexes.sharded import OnMesh
 from cir_jax.library.vectors import Vectors
 
-NAMES = ("exact", "faiss")
-BY_ANY_SCORE = ("exact",)
+NAMES = ("exact", "sharded", "faiss")
+BY_ANY_SCORE = ("exact", "sharded")
 """Those that rank by whatever a method ranks by; the others by the dot product."""
 
 EXACT_UP_TO = 2_000_000
@@ -47,12 +49,14 @@ def opened(
     space: Callable[[], str],
     scoring: dict[str, Any],
     method: str,
+    mesh: Mesh,
     say: Callable[[str], None],
 ) -> Index:
     """The index of this name, or which fits where it is "".
 
     space: names encoder and method, where that is to be kept. scoring: as `ranking.rank` takes it,
-    for a method that does not rank by the dot product. say: is told what takes its time, and why.
+    for a method that does not rank by the dot product. mesh: of "sharded". say: is told what is made
+    anew, and why.
     Raises ConfigError for an index that cannot rank as the method does, and for one that lacks its
     package.
     """
@@ -66,6 +70,8 @@ def opened(
         path = vectors.store.path
         kept = hashlib.sha256(space().encode()).hexdigest()[:8]
         return Faiss(path.with_name(f"{path.name}.{kept}.faiss"), vectors.of, say)
+    if name == "sharded":
+        return OnMesh(mesh, **scoring)
     return Exact(**scoring)
 
 
