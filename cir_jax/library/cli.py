@@ -65,7 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--weights", help="of a trained method, the checkpoint of its authors")
     add("--store", type=Path, help="file that the index is kept in; default in the user's cache")
     add("--index", default="", metavar="KIND",
-        help="what is searched: exact (default up to 2 million photos), sharded, faiss")  # fmt: skip
+        help="exact (default up to 2 million photos), sharded, faiss or qdrant")  # fmt: skip
     add("--demo", action="store_true", help="the embedded world: its small CLIP, its photos")
     add("--max_megapixels", type=float, help="larger photos are not decoded; default 200")
     index = commands.add_parser("index", parents=[shared], help="index a folder, or freshen it")

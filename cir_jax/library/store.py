@@ -264,8 +264,11 @@ class Store:
             return now, np.int64([row[0] for row in self._db.execute(query, (number,))])
 
     def origin(self, encoder: int) -> str:
-        """Tells the vectors of this encoder apart from those of every other store."""
+        """Tells the vectors of this encoder apart from those of every other store. Raises DataError
+        where there is no log, and none can be made."""
         with self._about():
+            if not self._logs(encoder):
+                raise DataError(f"{self.path}: index it once where it can be written.")
             row = self._db.execute(f"SELECT mark FROM log_{encoder} ORDER BY seq LIMIT 1")
             return f"{row.fetchone()[0] % (1 << 64):016x}"
 

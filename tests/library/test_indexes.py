@@ -1,13 +1,17 @@
 """What every index can do: one suite for all rungs of the ladder."""
 
+import os
+import uuid
+
 import jax
 import numpy as np
 import pytest
 
 from cir_jax.errors import CirError
-from cir_jax.library.indexes import faiss_ivf, ladder
+from cir_jax.library.indexes import faiss_ivf, ladder, qdrant
 from cir_jax.library.indexes.exact import Exact
 from cir_jax.library.indexes.faiss_ivf import Faiss
+from cir_jax.library.indexes.qdrant import Qdrant
 from cir_jax.library.indexes.sharded import OnMesh
 from cir_jax.library.photos import File
 from cir_jax.library.store import New, Store
@@ -73,13 +77,37 @@ RUNGS = {
     "sharded:3": lambda world, folder: OnMesh(mesh(3)),
     "sharded:8": lambda world, folder: OnMesh(mesh(2, 2, 2)),
     "faiss": lambda world, folder: Faiss(folder / "x.faiss", world.of, lambda said: None),
+    "qdrant": lambda world, folder: in_qdrant(":memory:", folder),
+    # a real one, where there is one to write to
+    "qdrant:server": lambda world, folder: in_qdrant(os.environ.get(SERVER), folder),
 }
+pytestmark = pytest.mark.filterwarnings("ignore:Local mode performs exact")
+SERVER = "CIR_JAX_TEST_QDRANT"
+
+
+def in_qdrant(url, folder):
+    if not url:
+        pytest.skip(f"${SERVER} names no server")
+    qdrant_client = pytest.importorskip("qdrant_client")
+    client = qdrant_client.QdrantClient(url)
+    made = f"cir_jax_test_{uuid.uuid4().hex}"
+    index = Qdrant(client, made, folder / "x.lock", lambda said: None)
+    close = index.close
+
+    def closed():
+        client.delete_collection(made)
+        close()
+
+    index.close = closed
+    return index
 
 
 @pytest.fixture(autouse=True)
 def few_are_many(monkeypatch):
-    """FAISS's lists are lists, of a few hundred vectors, too."""
+    """What is for many vectors is done for a few hundred, too."""
     monkeypatch.setattr(faiss_ivf, "SMALL", 64)
+    monkeypatch.setattr(qdrant, "LISTED", 20)
+    monkeypatch.setattr(qdrant, "NUMBERS", 30 * DIM)
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ import hashlib
 import importlib.util
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,10 +14,11 @@ from cir_jax.errors import ConfigError, unknown
 from cir_jax.library.indexes.base import Found, Index, recall, scan
 from cir_jax.library.indexes.exact import Exact
 from cir_jax.library.indexes.faiss_ivf import Faiss
+from cir_jax.library.indexes.qdrant import Qdrant, connect
 from cir_jax.library.indexes.sharded import OnMesh
 from cir_jax.library.vectors import Vectors
 
-NAMES = ("exact", "sharded", "faiss")
+NAMES = ("exact", "sharded", "faiss", "qdrant")
 BY_ANY_SCORE = ("exact", "sharded")
 """Those that rank by whatever a method ranks by; the others by the dot product."""
 
@@ -55,10 +57,10 @@ def opened(
     """The index of this name, or which fits where it is "".
 
     space: names encoder and method, where that is to be kept. scoring: as `ranking.rank` takes it,
-    for a method that does not rank by the dot product. mesh: of "sharded". say: is told what is made
-    anew, and why.
+    for a method that does not rank by the dot product. mesh: of "sharded". say: is told what is
+    made anew, and why.
     Raises ConfigError for an index that cannot rank as the method does, and for one that lacks its
-    package.
+    package, DataError for a server that does not answer.
     """
     if name and scoring and name not in BY_ANY_SCORE:
         raise ConfigError(
@@ -66,10 +68,14 @@ def opened(
             f"Take {' or '.join(BY_ANY_SCORE)}."
         )
     name = name or ("exact" if scoring else _fitting(vectors.at_most(), say))
-    if name == "faiss":
+    if name in ("faiss", "qdrant") and vectors.encoder:
         path = vectors.store.path
-        kept = hashlib.sha256(space().encode()).hexdigest()[:8]
-        return Faiss(path.with_name(f"{path.name}.{kept}.faiss"), vectors.of, say)
+        what = hashlib.sha256(space().encode()).hexdigest()[:8]
+        file = path.with_name(f"{path.name}.{what}.{name}")
+        if name == "faiss":
+            return Faiss(file, vectors.of, say)
+        origin = vectors.store.origin(vectors.encoder)
+        return Qdrant(connect(), f"cir_jax_{origin}_{what}", Path(f"{file}.lock"), say)
     if name == "sharded":
         return OnMesh(mesh, **scoring)
     return Exact(**scoring)
