@@ -28,6 +28,9 @@ EXTRAS = {
     "synth": ["torch>=2.6", "diffusers>=0.35,<1", "peft>=0.17"],
     # judges with mteb's code, and runs its tasks: cir_jax.evaluation.mteb_model
     "mteb": ["mteb>=2.26,<3"],
+    # indexes of a library of photos: FAISS's file, Qdrant's server
+    "search": ["faiss-cpu>=1.9"],
+    "qdrant": ["qdrant-client>=1.16"],
     "dev": [
         "pytest>=8",
         "pytest-xdist>=3.7",

@@ -130,7 +130,7 @@ def test_it_is_made_again_when_it_has_grown(opened, photos, path, said, monkeypa
     photos.add(["one too many"], 8)
     index = opened()
     assert len(said) == 2 and f"(it has grown since it was made of {COUNT} vectors)" in said[1]
-    assert index._index.nlist > 1 and len(index) == 2 * COUNT + 1
+    assert index.lists[0] > 1 and len(index) == 2 * COUNT + 1
 
 
 def test_no_room_for_the_file(opened, path, said, monkeypatch):
@@ -160,8 +160,8 @@ def test_few_lists_are_as_good_as_is_said(tmp_path, monkeypatch):
     index = Faiss(tmp_path / "f", lambda some: rows[np.maximum(some, 1) - 1], lambda said: None)
     read = lambda: iter([(ids, rows)])  # noqa: E731
     index.rebuild(read, 6000)
-    lists = index._index.nprobe
-    assert 1 < lists < index._index.nlist
+    every, lists = index.lists
+    assert 1 < lists < every
     queries = rows[:100] + rows[100:200]
     found = lambda **ranked: index.search(queries, 10, **ranked)  # noqa: E731
     best = faiss_ivf.scan(read, queries, 10)

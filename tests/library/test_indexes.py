@@ -76,13 +76,18 @@ RUNGS = {
     "sharded:1": lambda world, folder: OnMesh(mesh(1)),
     "sharded:3": lambda world, folder: OnMesh(mesh(3)),
     "sharded:8": lambda world, folder: OnMesh(mesh(2, 2, 2)),
-    "faiss": lambda world, folder: Faiss(folder / "x.faiss", world.of, lambda said: None),
+    "faiss": lambda world, folder: in_faiss(world, folder),
     "qdrant": lambda world, folder: in_qdrant(":memory:", folder),
     # a real one, where there is one to write to
     "qdrant:server": lambda world, folder: in_qdrant(os.environ.get(SERVER), folder),
 }
 pytestmark = pytest.mark.filterwarnings("ignore:Local mode performs exact")
 SERVER = "CIR_JAX_TEST_QDRANT"
+
+
+def in_faiss(world, folder):
+    pytest.importorskip("faiss")
+    return Faiss(folder / "x.faiss", world.of, lambda said: None)
 
 
 def in_qdrant(url, folder):

@@ -76,6 +76,11 @@ class Faiss:
     def outgrown(self) -> bool:
         return len(self) > max(2 * self._made_of, SMALL)
 
+    @property
+    def lists(self) -> tuple[int, int]:
+        """How many there are, and how many of them a search looks into."""
+        return (self._index.nlist, self._index.nprobe) if self._index is not None else (0, 0)
+
     def rebuild(self, read: Read, at_most: int) -> None:
         if self.stamp:
             self._why = (
