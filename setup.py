@@ -31,6 +31,9 @@ EXTRAS = {
     "serve": ["starlette>=0.46", "uvicorn>=0.34"],  # the page of `cir serve`
     # judges with mteb's code, and runs its tasks: cir_jax.evaluation.mteb_model
     "mteb": ["mteb>=2.26,<3"],
+    # indexes of a library of photos: FAISS's file, Qdrant's server
+    "search": ["faiss-cpu>=1.9"],
+    "qdrant": ["qdrant-client>=1.16"],
     "dev": [
         "pytest>=8",
         "pytest-xdist>=3.7",

@@ -23,6 +23,7 @@ from cir_jax.storage import faults
 from cir_jax.storage.places import SHIPPED, default_compiled_dir
 
 if TYPE_CHECKING:
+    from cir_jax.library.indexes.ladder import Checked
     from cir_jax.library.library import Library, Results, Update
     from cir_jax.retrieval.search import Searcher
 
@@ -67,6 +68,8 @@ def _parser() -> argparse.ArgumentParser:
     add("photos", nargs="?", type=Path, help="folder of photos; default the current one")
     add("--backbone", help=f"hub id or directory of a CLIP, BLIP or SigLIP; default {BACKBONE}")
     add("--store", type=Path, help="file that the index is kept in; default in the user's cache")
+    add("--index", default="", metavar="KIND",
+        help="exact (default up to 2 million photos), sharded, faiss or qdrant")  # fmt: skip
     add("--demo", action="store_true", help="the embedded world: its small CLIP, its photos")
     add("--max_megapixels", type=float, help="larger photos are not decoded; default 200")
     shared = argparse.ArgumentParser(add_help=False, parents=[everywhere])
@@ -75,6 +78,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--weights", help="of a trained method, the checkpoint of its authors")
     index = commands.add_parser("index", parents=[shared], help="index a folder, or freshen it")
     index.add_argument("--retry", action="store_true", help="what could not be read, again")
+    index.add_argument("--check", nargs="?", type=int, const=10, metavar="K",
+        help="measures how many of the K (10) best by an exact scan the index finds")  # fmt: skip
     index.set_defaults(run=_index)
     search = commands.add_parser("search", parents=[shared], help="search a folder")
     search.set_defaults(run=_search)
@@ -126,7 +131,10 @@ def _index(args: argparse.Namespace) -> int:
         )
         _report(done)
         print(_summary(done))
-        return FOUND if len(library) else NOTHING
+        there = len(library)  # which makes what the index keeps
+        if there and args.check:
+            print(_measured(library.check(args.check)))
+        return FOUND if there else NOTHING
 
 
 def _search(args: argparse.Namespace) -> int:
@@ -194,7 +202,7 @@ def _several(args: argparse.Namespace, default: Sequence[str]) -> "Iterator[dict
         name, weights = _with_weights(given)
         short = Path(name).name
         searchers[name if short in searchers else short] = _load(args, name, weights)
-    libraries = serving.beside(_folder(args), searchers, args.store)
+    libraries = serving.beside(_folder(args), searchers, args.store, index=args.index, say=_say)
     with next(iter(libraries.values())) as library:
         if not args.no_update:
             _freshen(library, args.max_megapixels)
@@ -225,7 +233,7 @@ def _open(args: argparse.Namespace) -> "Library":
 
     from cir_jax.library.library import Library
 
-    return Library(_folder(args), searcher, store=args.store)
+    return Library(_folder(args), searcher, store=args.store, index=args.index, say=_say)
 
 
 def _load(args: argparse.Namespace, method: str, weights: str | None) -> "Searcher":
@@ -298,6 +306,13 @@ def _summary(done: "Update") -> str:
         ("deleted", done.deleted), ("left out", len(done.problems)),
     ) if count]  # fmt: skip
     return f"{done.photos} photos: {', '.join(parts) or 'nothing new'}"
+
+
+def _measured(found: "Checked") -> str:
+    return (
+        f"{found.name}: recall@{found.k} {found.recall:.3f} of an exact scan, {found.queries} "
+        f"composed queries of {found.photos} photos; {found.milliseconds:.1f} ms each"
+    )
 
 
 def _weighted(given: str) -> tuple[str, float]:

@@ -1,4 +1,4 @@
-"""A directory for one process at a time: the kernel's lock, in a bucket a lease."""
+"""Locks between processes, which end with whoever holds them, however that ends."""
 
 import contextlib
 import fcntl
@@ -11,7 +11,8 @@ from cir_jax.storage.buckets import is_remote
 
 @contextlib.contextmanager
 def holding(directory: Path) -> Iterator[None]:
-    """Holds the lock of `directory`, which goes with the process (a lease: a minute later).
+    """Holds a directory for this process alone: by the kernel's lock, in a bucket by a lease, which
+    goes a minute after the process.
 
     Raises `lease.Taken` while another process holds it, OSError when nothing can be written there.
     """
@@ -19,9 +20,22 @@ def holding(directory: Path) -> Iterator[None]:
         with lease.holding(directory):
             yield
         return
-    with (directory / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise lease.Taken("") from error
+    with locked(directory / ".lock", wait=False) as alone:
+        if not alone:
+            raise lease.Taken("")
         yield
+
+
+@contextlib.contextmanager
+def locked(path: Path, *, wait: bool) -> Iterator[bool]:
+    """Whether this process alone is in here now, by a lock on the file at `path`, which is made.
+
+    wait: until it is. Raises OSError where the file cannot be made.
+    """
+    with path.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
