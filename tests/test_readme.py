@@ -7,6 +7,7 @@ import shlex
 import shutil
 import statistics
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -15,6 +16,8 @@ from PIL import Image
 from benchmarks import compare_table
 from cir_jax import loading
 from cir_jax.library import cli
+from cir_jax.library.annotate import command as annotating
+from cir_jax.library.serve import command as serving
 from tests.data.corpora import sample, write_tar
 from tests.launch.binaries import ROOT, environment, run_command
 
@@ -137,11 +140,27 @@ def test_searching_ones_own_photos_runs(tmp_path, monkeypatch, capsys):
         Image.open(source).save(tmp_path / f"{name}.jpg")
     load = functools.cache(loading.load)
     monkeypatch.setattr(loading, "load", lambda method, *_, **__: load(method))
-    commands = dict.fromkeys(re.findall(r"^    (cir .*)$", DOCS, re.M))  # each once, in order
-    assert len(commands) == 5
-    for command in commands:
-        demo = [] if "--demo" in command else ["--demo"]
-        assert cli.main(shlex.split(command)[1:] + demo) == 0, command
+    served = []
+
+    def server(of, host, token):
+        libraries = getattr(of, "methods", of)  # of annotators' tasks
+        started = types.SimpleNamespace()
+        started.run = lambda sockets: served.append([len(lib) for lib in libraries.values()])
+        return started
+
+    monkeypatch.setattr(serving, "check_installed", lambda: None)
+    monkeypatch.setattr(serving, "server", server)
+    monkeypatch.setattr(annotating, "server", server)
+    lines = dict.fromkeys(re.findall(r"^    (cir .*)$", DOCS, re.M))  # each once, in order
+    asked = [line for line in lines if "annotate" not in line]
+    assert (len(lines), len(asked)) == (9, 7)
+    for line in [*asked, *(line for line in lines if line not in asked)]:
+        demo = [] if "--demo" in line else ["--demo"]
+        port = [] if re.match("cir (index|search)", line) else ["--port=0"]
+        nothing_is_finished = "--export" in line
+        assert cli.main(shlex.split(line)[1:] + demo + port) == 2 * nothing_is_finished, line
+    photos = len(list((tmp_path / "photos").rglob("*.png")))
+    assert served == [[photos, photos], [200, 200], [photos, photos]]  # two methods each
     assert (tmp_path / "found.html").is_file()
     code = re.search(r"```python\n(import cir_jax\nfrom cir_jax.library.*?)```", DOCS, re.S)[1]
     capsys.readouterr()

@@ -2,8 +2,12 @@
 
 import io
 import os
+import re
+import signal
 import socket
 import struct
+import subprocess
+import sys
 import threading
 import time
 import zlib
@@ -22,6 +26,7 @@ from cir_jax.library import cli
 from cir_jax.retrieval.search import Searcher
 from cir_jax.sharding.mesh import make_mesh
 from tests import tiny as factory
+from tests.launch.binaries import ROOT, environment
 from tests.library import serving
 
 serving.installed()
@@ -436,6 +441,40 @@ def test_where_it_listens():
         with pytest.raises(ConfigError, match=f"--port={port}: cannot be listened on.*--port=0"):
             command.listening("127.0.0.1", port)
     assert command.address("::1", 80, "t") == "http://[::1]:80/?token=t"
+
+
+def test_the_command_from_another_directory(folder, tmp_path):
+    """As a user starts it, without a terminal, and ends it."""
+    command = [sys.executable, "-m", "cir_jax.library.cli", "serve", "photos", "--demo", "--port=0",
+               "--token", "--method=slerp", "--method=text_only"]  # fmt: skip
+    env = environment(tmp_path) | {"CIR_JAX_LIBRARY": str(tmp_path)}
+    env["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [env.get("PYTHONPATH")])])
+    with subprocess.Popen(
+        command,
+        cwd=folder.parent,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        try:
+            address = process.stdout.readline().strip()
+            found = re.fullmatch(r"http://127\.0\.0\.1:(\d+)(/\?token=[\w-]{32})", address)
+            assert found, (address, process.poll() is not None and process.stderr.read())
+            client = serving.Client(int(found[1]))
+            status, headers, _ = client.get(found[2])
+            session = {"cookie": headers["set-cookie"].split(";")[0]}
+            about = client.get("/api/about", **session)[2]
+            assert [one["name"] for one in about["methods"]] == ["slerp", "text_only"]
+            post = session | {"x-cir-jax": about["csrf"]}
+            said = client.ask("POST", "/api/search", {"text": "a red star", "k": 3}, post)[2]
+            assert len(said["results"]) == 3
+            process.send_signal(signal.SIGINT)
+            out, err = process.communicate(timeout=30)
+        finally:
+            process.kill()
+    assert (process.returncode, out) == (0, "") and "Traceback" not in err, err
+    assert "13 photos: 13 new" in err and "token" not in err
 
 
 def test_without_the_extra(monkeypatch, capsys):

@@ -45,6 +45,7 @@ class Service:
         self.libraries = libraries
         self.library = next(iter(libraries.values()))
         self.pictures = Pictures(self.library.folder, self.library.store)
+        self._folders: tuple[int, list[str]] = (-1, [])
         self.asking = Turns("queries", at_once=1, waiting=4)
         self.uploading = Turns("uploads", at_once=1, waiting=4)
         self.showing = Turns("pictures", at_once=2, waiting=300)
@@ -59,20 +60,15 @@ class Service:
 
     async def about(self, request: Request) -> Response:
         guard: Guard = request.app.state.guard
-        about = await self.asking_about()
+        async with self.asking.turn():
+            about = await self.asking.run(self._about)
         return JSONResponse(about | {"csrf": guard.csrf})
 
-    async def asking_about(self) -> dict[str, Any]:
-        async with self.asking.turn():
-            return await self.asking.run(self._about)
-
     def _about(self) -> dict[str, Any]:
-        folders = {os.path.dirname(photo.path) for photo in self.library.store.photos()} - {b""}
-        named = sorted(os.fsdecode(folder) for folder in folders if _is_text(folder))
         return {
             "folder": printable(self.library.folder.name),
             "photos": len(self.library),
-            "folders": named[:FOLDERS],
+            "folders": self._listed(self.library.store.version()),
             "most": {
                 "bytes": MOST_BYTES,
                 "images": questions.MOST_IMAGES,
@@ -88,6 +84,14 @@ class Service:
                 for name, library in self.libraries.items()
             ],
         }
+
+    def _listed(self, version: int) -> list[str]:
+        """Folders of photos, as the store is in that version."""
+        if self._folders[0] != version:
+            found = {os.path.dirname(photo.path) for photo in self.library.store.photos()} - {b""}
+            named = sorted(os.fsdecode(folder) for folder in found if _is_text(folder))
+            self._folders = version, named[:FOLDERS]
+        return self._folders[1]
 
     async def search(self, request: Request) -> Response:
         body = await _body(request, questions.MOST_BYTES)
@@ -106,10 +110,16 @@ class Service:
         ]
         return {
             "results": results,
+            "names": {given: self._name(given) for given in question.pictures},
             "approximate": found.approximate,
             "milliseconds": round(took, 1),
             "explained": {name: self._alone(one) for name, one in found.explained.items()},
         }
+
+    def _name(self, given: str) -> str:
+        """What a photo is called that was asked with; "" for uploads."""
+        path = self.pictures.path(given)
+        return "" if path is None else printable(os.fsdecode(path))
 
     def _alone(self, alone: Alone) -> dict[str, Any]:
         """As `Alone`, `now` beside each of its best photos."""

@@ -59,6 +59,13 @@ class Pictures:
         """The file of an id. Raises Refusal where there is none, or none any more."""
         return self._opened(number)[0]
 
+    def path(self, number: str) -> bytes | None:
+        """Of a photo, below the folder; None for what is no photo of it."""
+        match = _ID.fullmatch(number)
+        if match is None or match[1] is None:
+            return None
+        return self._store.paths([int(match[1])])[0]
+
     def size(self, number: str, side: str) -> tuple[int, int]:
         """(width, height) of its thumbnail."""
         return thumbnails.size(photos.size(self.content(number), "the picture"), SIDES[side])
@@ -98,8 +105,7 @@ class Pictures:
             if (content := self._uploads.get(number)) is None:
                 raise Refusal(404, "this picture is not held any more: drop it here again.")
             return content, None
-        (path,) = self._store.paths([int(match[1])])
-        if path is None:
+        if (path := self.path(number)) is None:
             raise Refusal(404, "this photo is gone from the library.")
         try:
             return read_below(self._folder, path)

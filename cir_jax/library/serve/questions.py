@@ -70,10 +70,11 @@ def controls(library: Library) -> dict[str, dict[str, Any]]:
 
 
 class Question(NamedTuple):
-    """asked: arguments of `Library.search`; method: of which library."""
+    """asked: arguments of `Library.search`; method: of which library; pictures: their ids."""
 
     method: str
     asked: dict[str, Any]
+    pictures: list[str]
 
 
 FIELDS = {"method", "images", "text", "negative", "mask", "controls", "k", "under", "after",
@@ -108,7 +109,8 @@ def read(body: bytes, libraries: Mapping[str, Library], pictures: Pictures) -> Q
             raise Refusal(400, "mask: the region of one image. Give one.")
         where = references[0][0]
         asked["mask"] = mask(pictures, said["mask"], where, asked["images"][0])
-    return Question(method, asked | _controls(said, library))
+    pictured = [given for given, _ in references]
+    return Question(method, asked | _controls(said, library), pictured)
 
 
 def parsed(body: bytes) -> dict[str, Any]:

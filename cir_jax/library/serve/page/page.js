@@ -210,6 +210,9 @@ async function search() {
   try {
     const answer = await post("/api/search", JSON.stringify(said), mine.signal);
     results = answer.results;
+    const nameless = references.filter(one => !one.name && answer.names[one.id]);
+    for (const one of nameless) one.name = answer.names[one.id];
+    if (nameless.length) drawReferences();
     draw(answer);
     const count = results.length === 1 ? "1 photo" : `${results.length} photos`;
     const told = [`${results.length ? count : "No photo"} of ${library.photos}`, `${answer.milliseconds} ms`];
