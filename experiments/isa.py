@@ -8,10 +8,10 @@ small one that ships (data/shapes/blip), and the light encoder is one for 32 pix
 Presets: shapes (embedded world), symmetric (the map is BLIP's own), smoke (seconds, for tests), and
 the paper's recipe on BLIP ViT-B/16 at 224 with EfficientNet-B2 (paper), other light encoders
 (efficientnet_b0, efficientvit_m2, mobilenetv2, mobilevitv2) or BLIP's own tower (paper_symmetric).
-These need `model_base.pth`, the BLIP of 129 million pairs, from salesforce/BLIP (README: Real
-weights), and CC3M as a prepared dataset with a table `images`, named with
---config.stage.distil.data.dataset. There v and F^v are computed in the step: stored,
-as in the paper (--config.stage.distil.data.features=True), they are 605 kB an image.
+These need `model_base.pth`, the BLIP of 129 million pairs, from salesforce/BLIP (docs/weights.md),
+and CC3M as a prepared dataset with a table `images`, named with --config.stage.distil.data.dataset.
+There v and F^v are computed in the step: stored, as in the paper
+(--config.stage.distil.data.features=True), they are 605 kB an image.
 
     python launch/attention.py --workdir=runs/isa/shapes --images=FOLDER --output=DIR
 

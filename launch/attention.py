@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from absl import app, flags, logging  # noqa: E402
 
+from cir_jax.storage import buckets  # noqa: E402
 from launch import ending  # noqa: E402
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Run directory of a trained ISA")
@@ -35,7 +36,7 @@ def main(argv: list[str]) -> None:
         folder = len(given) == 1 and given[0].is_dir()
         paths = find(given[0] if folder else given)
         search = cir_jax.load(_WORKDIR.value)
-        output = Path(_OUTPUT.value).expanduser()
+        output = buckets.local(_OUTPUT.value, "--output")
         for path in attention_maps.write(search, paths[: _LIMIT.value], output):
             print(path)
     except CirError as error:

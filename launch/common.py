@@ -10,7 +10,7 @@ from absl import logging as absl_logging
 from ml_collections import ConfigDict, config_flags
 
 from cir_jax.errors import CirError, ConfigError, unknown
-from cir_jax.storage import places
+from cir_jax.storage import buckets, places
 from launch import ending, huge_pages
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -18,7 +18,9 @@ ROOT = Path(__file__).resolve().parents[1]
 CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Experiment, with a preset after a colon: experiments/compodiff.py:vit_l14"
 )
-WORKDIR = flags.DEFINE_string("workdir", None, "Run directory; default runs/<experiment>/<preset>")
+WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Run directory, also gs://BUCKET/...; default runs/<experiment>/<preset>"
+)
 COORDINATOR = flags.DEFINE_string("coordinator", None, "host:port of process 0")
 NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Processes of this run")
 PROCESS_ID = flags.DEFINE_integer("process_id", None, "Number of this process, from 0")
@@ -45,7 +47,7 @@ def _run(main: Callable[[], None], needs_config: Callable[[], bool]) -> None:
 def workdir() -> Path:
     """--workdir, or the default for this config."""
     config = CONFIG.value
-    return Path(WORKDIR.value or f"runs/{config.name}/{config.preset}").expanduser().absolute()
+    return buckets.place(WORKDIR.value or f"runs/{config.name}/{config.preset}")
 
 
 def command() -> list[str]:

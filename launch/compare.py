@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from absl import app, flags  # noqa: E402
 from absl import logging as absl_logging  # noqa: E402
 
+from cir_jax.storage.buckets import place  # noqa: E402
 from launch import ending, pixel_limit  # noqa: E402
 
 _OUTPUT = flags.DEFINE_string("output", "compare", "Folder for compare.json and the sheets.")
@@ -37,7 +38,7 @@ def main(argv: list[str]) -> None:
     absl_logging.set_verbosity(absl_logging.WARNING)
     try:
         pixel_limit.apply()
-        _compare([Path(name).expanduser() for name in argv[1:]])
+        _compare([place(name) for name in argv[1:]])
     except CirError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -50,7 +51,7 @@ def _compare(folders: list[Path]) -> None:
     from cir_jax.evaluation.submissions import file_name
     from cir_jax.storage.atomic import write_atomically
 
-    output = Path(_OUTPUT.value).expanduser()
+    output = place(_OUTPUT.value)
     shared = comparison.load(folders)
     loaded = {key: _images(*key) for key in shared} if _SHEETS.value else {}
     found = []
@@ -89,7 +90,7 @@ def _images(name: str, split: str):
     from cir_jax.errors import DataError
     from cir_jax.evaluation import benchmarks
 
-    data_dir = Path(_DATA_DIR.value).expanduser() if _DATA_DIR.value else None
+    data_dir = place(_DATA_DIR.value) if _DATA_DIR.value else None
     try:
         partial = name.endswith(" (partial)")
         return benchmarks.load(

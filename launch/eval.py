@@ -28,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from absl import flags  # noqa: E402
 
 from cir_jax.errors import ConfigError  # noqa: E402
+from cir_jax.storage import buckets  # noqa: E402
 from launch import common, pixel_limit  # noqa: E402
 
 BENCHMARKS = flags.DEFINE_list(
@@ -90,7 +91,7 @@ def main() -> None:
     experiment = experiments.setup(config)
     asked.of(experiment.composer, config.seed)  # before minutes of work
     params = runner.trained_params(experiment, common.workdir())
-    output = Path(OUTPUT.value).expanduser().absolute() if OUTPUT.value else common.workdir()
+    output = buckets.place(OUTPUT.value) if OUTPUT.value else common.workdir()
     common.evaluating(output)
     runner.run(experiment, params, output, common.command(), asked=asked if asked.said else None)
 

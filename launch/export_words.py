@@ -21,12 +21,14 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
     from cir_jax.errors import CirError
+    from cir_jax.storage import buckets
     from cir_jax.storage.places import default_data_dir
     from cir_jax.training import inversion
 
-    data_dir = Path(_DATA_DIR.value).expanduser() if _DATA_DIR.value else default_data_dir()
     try:
-        inversion.export(Path(_STAGE.value), Path(_OUTPUT.value), data_dir)
+        data_dir = buckets.place(_DATA_DIR.value) if _DATA_DIR.value else default_data_dir()
+        output = buckets.local(_OUTPUT.value, "--output")
+        inversion.export(buckets.place(_STAGE.value), output, data_dir)
     except CirError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from absl import app, flags  # noqa: E402
 
+from cir_jax.storage import buckets  # noqa: E402
 from launch import ending  # noqa: E402
 
 _CONCEPTS = flags.DEFINE_string("concepts", None, "CSV with DisplayName, or one name per line")
@@ -34,7 +35,7 @@ def main(argv: list[str]) -> None:
     try:
         generation.generate(
             list(dict.fromkeys(phrases.read_names(_CONCEPTS.value))),
-            Path(_OUTPUT.value).expanduser(),
+            buckets.local(_OUTPUT.value, "--output"),
             model=_MODEL.value,
             count=_COUNT.value,
             batch_size=_BATCH_SIZE.value,

@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from absl import app, flags  # noqa: E402
 
+from cir_jax.storage import buckets  # noqa: E402
 from launch import ending, pixel_limit  # noqa: E402
 
 _STEP = flags.DEFINE_enum("step", None, ["examples", "write", "draw", "filter"], "What to do")
@@ -74,18 +75,14 @@ def main(argv: list[str]) -> None:
         sys.exit(2)
 
 
-def _place(value: str) -> Path:
-    return Path(value).expanduser().absolute()
-
-
 def _examples() -> None:
     from data import corpus
     from data.synthtriplets import instructions
     from data.synthtriplets.triplets import CaptionTriplets
 
     columns = corpus.parse_columns(_COLUMNS.value or ())
-    triplets = CaptionTriplets(_place(_SOURCE.value), columns)
-    count = instructions.write_examples(triplets, _place(_OUTPUT.value))
+    triplets = CaptionTriplets(buckets.local(_SOURCE.value, "--source"), columns)
+    count = instructions.write_examples(triplets, buckets.local(_OUTPUT.value, "--output"))
     print(f"{_OUTPUT.value}: {count:,} prompts and completions", file=sys.stderr)
 
 
@@ -103,12 +100,12 @@ def _write() -> None:
             "--step=write needs --model: a directory or hub id of a causal language model that was "
             "fine-tuned on what --step=examples writes."
         )
-    data_dir = _place(_DATA_DIR.value) if _DATA_DIR.value else default_data_dir()
+    data_dir = buckets.place(_DATA_DIR.value) if _DATA_DIR.value else default_data_dir()
     columns = corpus.parse_columns(_COLUMNS.value or ())
     ending.phase("writing", f"what is done is kept in {_OUTPUT.value}.parts")
     instructions.write(
         captions.read(_SOURCE.value, data_dir, columns),
-        _place(_OUTPUT.value),
+        buckets.local(_OUTPUT.value, "--output"),
         LanguageModel(_MODEL.value, _ADAPTER.value),
         per_caption=_SAMPLES.value,
         seed=_SEED.value,
@@ -122,9 +119,9 @@ def _draw() -> None:
     from data.synthtriplets import drawing
     from data.synthtriplets.triplets import CaptionTriplets
 
-    shard, output = Shard.read(_SHARD.value), _place(_OUTPUT.value)
+    shard, output = Shard.read(_SHARD.value), buckets.local(_OUTPUT.value, "--output")
     columns = corpus.parse_columns(_COLUMNS.value or ())
-    triplets = CaptionTriplets(_place(_SOURCE.value), columns)
+    triplets = CaptionTriplets(buckets.local(_SOURCE.value, "--source"), columns)
     painter = drawing.painter(_MODEL.value)
     ending.phase("drawing", f"finished files are kept in {output}")
     counts = drawing.draw(
@@ -138,12 +135,17 @@ def _filter() -> None:
     from data.sharing import Shard
     from data.synthtriplets import filtering, filters
 
-    shard, output = Shard.read(_SHARD.value), _place(_OUTPUT.value)
+    shard, output = Shard.read(_SHARD.value), buckets.local(_OUTPUT.value, "--output")
     thresholds = filters.read_thresholds(_THRESHOLDS.value)
     clip = filtering.Clip(_BACKBONE.value)
     ending.phase("filtering", f"finished files are kept in {output}")
     statistics = filtering.filter_pairs(
-        _place(_SOURCE.value), output, clip, thresholds, best=_BEST.value, shard=shard
+        buckets.local(_SOURCE.value, "--source"),
+        output,
+        clip,
+        thresholds,
+        best=_BEST.value,
+        shard=shard,
     )
     if statistics is None:
         print(f"{output}: this shard's files are there; others are not yet", file=sys.stderr)

@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from absl import app, flags  # noqa: E402
 
+from cir_jax.storage import buckets  # noqa: E402
 from launch import ending  # noqa: E402
 
 _EMBEDDERS = {
@@ -93,7 +94,7 @@ def _generate() -> None:
     from data.text_triplets import captions, editing, embedders, generation, templates
     from data.text_triplets.inversion_filter import InversionFilter
 
-    output = Path(_OUTPUT.value).expanduser().absolute()
+    output = buckets.local(_OUTPUT.value, "--output")
     ending.phase("generating", f"what is done is kept in {output}.parts")
     recipe = generation.Recipe(
         editing.Rules(
@@ -106,7 +107,7 @@ def _generate() -> None:
         _SEED.value,
     )
     shard = generation.Shard.read(_SHARD.value)
-    data_dir = Path(_DATA_DIR.value).expanduser() if _DATA_DIR.value else default_data_dir()
+    data_dir = buckets.place(_DATA_DIR.value) if _DATA_DIR.value else default_data_dir()
     columns = corpus.parse_columns(_COLUMNS.value or ())
     tag = keywords.tagger(_KEYWORDS.value)
     embedder = _EMBEDDER.value or _EMBEDDERS[_TEMPLATES.value]

@@ -1,4 +1,4 @@
-"""The README is true: its commands run, its table is the committed measurement."""
+"""README and docs are true: their commands run, their numbers are the committed measurements."""
 
 import functools
 import json
@@ -16,16 +16,21 @@ from PIL import Image
 from benchmarks import compare_table
 from cir_jax import loading
 from cir_jax.library import cli
+from cir_jax.library.annotate import command as annotating
 from cir_jax.library.serve import command as serving
+from tests.data.corpora import sample, write_tar
 from tests.launch.binaries import ROOT, environment, run_command
 
 README = (ROOT / "README.md").read_text()
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCS = "\n".join(path.read_text() for path in PAGES)
 COMMANDS = [
     line.strip()
-    for line in re.sub(r"\\\n\s*", " ", README).splitlines()
+    for line in re.sub(r"\\\n\s*", " ", DOCS).splitlines()
     if line.startswith("    ") and "python " in line
-] + re.findall(r"`(python launch/(?:main|eval)[^`]+)`", " ".join(README.split()))
-NEEDS_WEIGHTS = ("vit_l14", "vit_b32", "bge_vl", "config.backbone=")
+] + re.findall(r"`(python launch/(?:main|eval)[^`]+)`", " ".join(DOCS.split()))
+COMMANDS = list(dict.fromkeys(COMMANDS))
+NEEDS_WEIGHTS = ("vit_l14", "vit_b32", "bge_vl", "config.backbone=", "features=")
 RAW_FILES = [command for command in COMMANDS if "circo" in command and "cirr" not in command]
 
 
@@ -49,8 +54,12 @@ def shrunk(command, tmp_path):
         command += " --benchmarks=shapes_tiny/inversion --config.composer.iterations=3"
     if "stages=oti" in command:  # what it stores is not evaluated
         command += " --config.evaluation.benchmarks=\"('shapes_tiny/inversion',)\""
-    if "launch/" in command and "benchmarks=" not in command and not all_benchmarks:
+    if "--config=" in command and "benchmarks=" not in command and not all_benchmarks:
         command += " --config.evaluation.benchmarks=\"('shapes_tiny/circo',)\""
+    if "--source=laion/" in command:
+        (source := tmp_path / "laion").mkdir()
+        write_tar(source / "00000.tar", [*sample("0"), *sample("1")])
+        command = command.replace("--source=laion/", f"--source={source}")
     if "--config.mesh.fsdp=4" in command:
         command += " --dry_run"
     words = shlex.split(command)
@@ -109,7 +118,7 @@ def test_python_example_runs(tmp_path, monkeypatch, capsys):
     (tmp_path / "photos").mkdir()
     for name in ("photos/a.png", "photos/b.png", "reference.jpg"):
         Image.fromarray(rng.integers(0, 255, (64, 64, 3), np.uint8)).save(tmp_path / name)
-    code = re.search(r"```python\n(import cir_jax\n\n.*?)```", README, re.S)[1]
+    code = re.search(r"```python\n(import cir_jax\n\n.*?)```", DOCS, re.S)[1]
     code = code.replace('cir_jax.load("runs/compodiff/shapes")', "load")
     assert '# or: cir_jax.load("slerp")' in code
     code = code.replace("load  ", 'cir_jax.load("slerp")')
@@ -133,23 +142,27 @@ def test_searching_ones_own_photos_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(loading, "load", lambda method, *_, **__: load(method))
     served = []
 
-    def server(libraries, host, token):
+    def server(of, host, token):
+        libraries = getattr(of, "methods", of)  # of annotators' tasks
         started = types.SimpleNamespace()
         started.run = lambda sockets: served.append([len(lib) for lib in libraries.values()])
         return started
 
     monkeypatch.setattr(serving, "check_installed", lambda: None)
     monkeypatch.setattr(serving, "server", server)
-    commands = re.findall(r"^    (cir .*)$", README, re.M)
-    assert len(commands) == 7
-    for line in commands:
+    monkeypatch.setattr(annotating, "server", server)
+    lines = dict.fromkeys(re.findall(r"^    (cir .*)$", DOCS, re.M))  # each once, in order
+    asked = [line for line in lines if "annotate" not in line]
+    assert (len(lines), len(asked)) == (9, 7)
+    for line in [*asked, *(line for line in lines if line not in asked)]:
         demo = [] if "--demo" in line else ["--demo"]
-        port = ["--port=0"] if "serve" in line else []
-        assert cli.main(shlex.split(line)[1:] + demo + port) == 0, line
+        port = [] if re.match("cir (index|search)", line) else ["--port=0"]
+        nothing_is_finished = "--export" in line
+        assert cli.main(shlex.split(line)[1:] + demo + port) == 2 * nothing_is_finished, line
     photos = len(list((tmp_path / "photos").rglob("*.png")))
-    assert served == [[photos, photos], [200, 200]]  # two methods each
+    assert served == [[photos, photos], [200, 200], [photos, photos]]  # two methods each
     assert (tmp_path / "found.html").is_file()
-    code = re.search(r"```python\n(import cir_jax\nfrom cir_jax.library.*?)```", README, re.S)[1]
+    code = re.search(r"```python\n(import cir_jax\nfrom cir_jax.library.*?)```", DOCS, re.S)[1]
     capsys.readouterr()
     exec(code, {})
     assert len(capsys.readouterr().out.splitlines()) == 5
@@ -265,8 +278,12 @@ def test_the_figures_of_ranking_are_the_committed_measurement():
     assert others in README
 
 
-def test_files_that_the_readme_names_exist():
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "benchmarks" / "README.md"], ids=lambda p: p.name)
+def test_what_a_page_names_and_links_to_exists(page):
+    text = page.read_text()
     for name in re.findall(
-        r"(?:experiments|benchmarks|data/shapes|tests)/[\w/]+\.(?:py|md|png|json)", README
+        r"(?:experiments|benchmarks|data/shapes|launch|tests)/[\w/]+\.(?:py|md|png|json)", text
     ):
         assert (ROOT / name).is_file(), name
+    for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text):
+        assert (page.parent / link).exists(), link

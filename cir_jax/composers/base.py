@@ -155,6 +155,11 @@ class Composer:
         del frozen
         return self.init(rng)
 
+    def for_one_query(self, params: Params) -> Params:
+        """Trainable parameters as `compose` reads them fastest for one query at a time on a CPU:
+        the same numbers but for rounding. Not for training, nor for files."""
+        return params
+
     def take_over(self, given: Params, frozen: Params) -> Params:
         """What training begins with where the stage before gave a result, or `read_official` did;
         methods that take over less than all say here how."""

@@ -65,7 +65,14 @@ from cir_jax.diffusion.schedule import cosine, q_sample
 from cir_jax.errors import ConfigError, DataError, unknown
 from cir_jax.input import masks
 from cir_jax.models.backbone import Backbone, visible
-from cir_jax.models.denoiser import CONDITIONING, Conditions, Denoiser, DenoiserConfig, TextStates
+from cir_jax.models.denoiser import (
+    CONDITIONING,
+    Conditions,
+    Denoiser,
+    DenoiserConfig,
+    TextStates,
+    transposed,
+)
 from cir_jax.sharding.placement import to_host
 from cir_jax.weights import compodiff as released
 from cir_jax.weights import files, official
@@ -217,6 +224,10 @@ class CompoDiff(Composer):
                 null = compute(backbone_params, self.null_token_ids)
             null = jax.tree.map(to_host, null)
         return super().freeze(backbone_params, shapes_only) | {"null_text": null}
+
+    def for_one_query(self, params: Params) -> Params:
+        """See the base class."""
+        return jax.jit(transposed)(params)
 
     def read_official(self, path: Path, frozen: Params) -> Params:
         del frozen

@@ -17,6 +17,7 @@ from cir_jax.evaluation import circus, protocols
 from cir_jax.evaluation.protocols import Protocol
 from cir_jax.evaluation.queries import Benchmark, CaptionBenchmark, Query, Truth, pad_rows
 from cir_jax.input.tables import Table, is_prepared
+from cir_jax.storage.buckets import place
 from cir_jax.storage.places import default_data_dir
 
 __all__ = [
@@ -122,6 +123,7 @@ REGISTRY |= {
         gallery_split="unlabeled",
         circus="circo",
     ),
+    "annotated": Entry("annotated", "queries", protocols.CIRCO, gallery_split="unlabeled"),
     "cirr": Entry(
         "cirr",
         "queries",
@@ -221,7 +223,7 @@ def load(
     """
     entry = find(name)
     split = entry.aliases.get(split, split) or entry.split
-    directory = Path(data_dir) if data_dir is not None else default_data_dir()
+    directory = place(data_dir) if data_dir is not None else default_data_dir()
     table = Table(directory, entry.dataset, entry.table, split)
     if entry.gallery == entry.table:
         gallery = table

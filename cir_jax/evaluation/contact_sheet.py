@@ -13,6 +13,7 @@ from cir_jax.evaluation.result import Result
 from cir_jax.input.images import reading, to_rgb
 from cir_jax.retrieval.features import open_image
 from cir_jax.storage.atomic import write_atomically
+from cir_jax.storage.buckets import place
 
 TILE = 128
 GAP = 14
@@ -69,7 +70,7 @@ def contact_sheet(
             shown = decode(result.composed[position], f"{result.seed}/{position}")
         _row(sheet, draw, result, benchmark, int(position), HEADER + line * ROW, shown)
     if path is not None and jax.process_index() == 0:
-        write_atomically(Path(path), lambda file: sheet.save(file, format="PNG"))
+        write_atomically(place(path), lambda file: sheet.save(file, format="PNG"))
     return sheet
 
 
@@ -116,7 +117,7 @@ def comparison_sheet(
         what = f"gallery record {query.targets[0]}"
         tile(sheet, benchmark.gallery[query.targets[0]], what, missed, top + 24, HIT)
     if path is not None:
-        write_atomically(Path(path), lambda file: sheet.save(file, format="PNG"))
+        write_atomically(place(path), lambda file: sheet.save(file, format="PNG"))
     return sheet
 
 

@@ -28,6 +28,7 @@ from cir_jax.evaluation.queries import Benchmark
 from cir_jax.evaluation.result import UNIMODAL, Result
 from cir_jax.evaluation.submissions import image_names
 from cir_jax.storage.atomic import write_atomically
+from cir_jax.storage.buckets import place
 
 FILE = "queries.jsonl"
 
@@ -46,7 +47,7 @@ def write(path: Path, sections: Sequence[tuple[Benchmark, Sequence[Result]]]) ->
                 text = json.dumps(record, allow_nan=False, ensure_ascii=False)
                 file.write(f"{text}\n".encode())
 
-    write_atomically(Path(path), lines)
+    write_atomically(place(path), lines)
 
 
 def records(benchmark: Benchmark, results: Sequence[Result]) -> Iterator[dict[str, Any]]:
@@ -124,10 +125,10 @@ FIELDS = ("benchmark", "split", "method", "id", "ranks", "metrics", "AP", "top",
 
 def read(path: Path) -> list[dict[str, Any]]:
     """The records of a file. Raises DataError naming the line that is no record."""
-    path = Path(path)
+    path = place(path)
     found = []
     try:
-        with open(path, encoding="utf-8") as file:
+        with path.open(encoding="utf-8") as file:
             for number, line in enumerate(file, 1):
                 where = f"{path}, line {number}"
                 try:

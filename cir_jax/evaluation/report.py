@@ -16,6 +16,7 @@ from cir_jax.evaluation.metrics import Estimate
 from cir_jax.evaluation.published import Row
 from cir_jax.evaluation.result import UNIMODAL, Result
 from cir_jax.storage.atomic import write_atomically
+from cir_jax.storage.buckets import place
 
 LISTED = 6  # groups of a gallery that are counted one by one
 PACKAGES = ("cir_jax", "jax", "jaxlib", "flax", "numpy", "pillow")
@@ -169,7 +170,7 @@ def write_results(
         return
     content = to_dict(results, command, settings)
     text = json.dumps(content, indent=2, allow_nan=False) + "\n"
-    write_atomically(Path(path), lambda file: file.write(text.encode()))
+    write_atomically(place(path), lambda file: file.write(text.encode()))
 
 
 def to_dict(

@@ -1,7 +1,6 @@
 """From an experiment to its tables, results.json, submissions, pictures and page."""
 
 import dataclasses
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,9 @@ from cir_jax.evaluation.queries import Benchmark, CaptionBenchmark
 from cir_jax.evaluation.result import Result
 from cir_jax.experiment import Experiment, for_evaluation, stage_names
 from cir_jax.sharding.placement import to_host
+from cir_jax.storage.atomic import check_writable
 from cir_jax.storage.places import default_cache_dir
+from cir_jax.training import checkpoints
 from cir_jax.training import workdir as workdirs
 from cir_jax.training.stages import as_trained, official_params, scored_params
 from cir_jax.weights.files import content_id
@@ -37,7 +38,7 @@ def trained_params(experiment: Experiment, workdir: Path | None) -> Any:
         return {}
     for name in reversed(stage_names(experiment.config)) if workdir else ():
         directory = workdir / name
-        if any(path.name.isdigit() for path in (directory / "checkpoints").glob("*")):
+        if checkpoints.finished(directory / "checkpoints"):
             params, position = scored_params(as_trained(experiment, name), directory)
             params = experiment.composer.take_over(params, experiment.frozen)
             step, steps = position["next_batch"], position["steps"]
@@ -164,9 +165,7 @@ def _check_writable(output: Path) -> None:
     if jax.process_index() != 0:
         return
     try:
-        output.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=output):
-            pass
+        check_writable(output)
     except OSError as error:
         raise DataError(
             f"{output}: nothing can be written there ({error.strerror}). Choose another folder "

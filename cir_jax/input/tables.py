@@ -3,6 +3,7 @@
 A table is one TFDS configuration in ArrayRecord: `<data_dir>/<dataset>/<table>/<version>/`.
 """
 
+import fnmatch
 import hashlib
 import json
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 
 from cir_jax.errors import DataError, unknown
 from cir_jax.input import links
+from cir_jax.storage.buckets import files_below, place
 
 OWN_DATA = {  # table of a training corpus: the --dataset of launch/prepare.py that makes it
     "images": "images",
@@ -25,7 +27,7 @@ OWN_DATA = {  # table of a training corpus: the --dataset of launch/prepare.py t
 
 def is_prepared(data_dir: Path, dataset: str, table: str) -> bool:
     """Whether there is such a table, in any version."""
-    return bool(_versions(Path(data_dir) / dataset / table))
+    return bool(_versions(place(data_dir) / dataset / table))
 
 
 def _versions(root: Path) -> list[Path]:
@@ -40,7 +42,7 @@ class Table:
     """Random access to the records of one split: `table[i] -> dict[str, value]`."""
 
     def __init__(self, data_dir: Path, dataset: str, table: str, split: str):
-        self.data_dir, self.dataset, self.table, self.split = Path(data_dir), dataset, table, split
+        self.data_dir, self.dataset, self.table, self.split = place(data_dir), dataset, table, split
         self._source = self._open()
 
     def _open(self) -> Any:
@@ -107,7 +109,7 @@ class Table:
     def identity(self) -> str:
         """Its name and its files' names, sizes and times: a table prepared again is another one."""
         root = self.data_dir / self.dataset / self.table / self.version
-        files = sorted((f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in root.iterdir())
+        files = [(name, *of_file) for name, of_file in files_below(root).items()]
         return f"{self!r} {hashlib.sha256(repr(files).encode()).hexdigest()[:24]}"
 
     def contents(self) -> dict[str, Any]:
@@ -118,11 +120,15 @@ class Table:
         """
         root = self.data_dir / self.dataset / self.table / self.version
         split = self.split.partition("[")[0]
-        shards = sorted(root.glob(f"*-{split}.array_record*"))
+        shards = {
+            name: size
+            for name, (size, _) in files_below(root).items()
+            if fnmatch.fnmatchcase(name, f"*-{split}.array_record*")
+        }
         return {
             "records": len(self),
             "lengths": list(self._lengths),
-            "shards": {file.name: file.stat().st_size for file in shards},
+            "shards": shards,
             "stamp": self.mark().get("stamp", {}).get(split),
         }
 

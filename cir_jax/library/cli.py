@@ -1,4 +1,4 @@
-"""The command `cir`: index, search and serve one's own photos.
+"""The command `cir`: index, search and serve one's own photos, make a benchmark of them.
 
 It is here and not in `launch/`, whose binaries need a checkout: this one comes with `pip install`.
 Results alone go to stdout, all else to stderr. Exit status: 0 found, 1 nothing, 2 an error.
@@ -8,19 +8,22 @@ import argparse
 import contextlib
 import json
 import os
+import socket
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cir_jax import __version__
 from cir_jax.errors import CirError, ConfigError, WeightsError
+from cir_jax.library.annotate import command as annotating
 from cir_jax.library.serve import command as serving
 from cir_jax.storage import faults
 from cir_jax.storage.places import SHIPPED, default_compiled_dir
 
 if TYPE_CHECKING:
+    from cir_jax.library.indexes.ladder import Checked
     from cir_jax.library.library import Library, Results, Update
     from cir_jax.retrieval.search import Searcher
 
@@ -65,6 +68,8 @@ def _parser() -> argparse.ArgumentParser:
     add("photos", nargs="?", type=Path, help="folder of photos; default the current one")
     add("--backbone", help=f"hub id or directory of a CLIP, BLIP or SigLIP; default {BACKBONE}")
     add("--store", type=Path, help="file that the index is kept in; default in the user's cache")
+    add("--index", default="", metavar="KIND",
+        help="exact (default up to 2 million photos), sharded, faiss or qdrant")  # fmt: skip
     add("--demo", action="store_true", help="the embedded world: its small CLIP, its photos")
     add("--max_megapixels", type=float, help="larger photos are not decoded; default 200")
     shared = argparse.ArgumentParser(add_help=False, parents=[everywhere])
@@ -73,6 +78,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--weights", help="of a trained method, the checkpoint of its authors")
     index = commands.add_parser("index", parents=[shared], help="index a folder, or freshen it")
     index.add_argument("--retry", action="store_true", help="what could not be read, again")
+    index.add_argument("--check", nargs="?", type=int, const=10, metavar="K",
+        help="measures how many of the K (10) best by an exact scan the index finds")  # fmt: skip
     index.set_defaults(run=_index)
     search = commands.add_parser("search", parents=[shared], help="search a folder")
     search.set_defaults(run=_search)
@@ -106,6 +113,14 @@ def _parser() -> argparse.ArgumentParser:
         f"can be chosen on the page; default {', '.join(SERVED)}")  # fmt: skip
     serving.add_options(serve)
     serve.set_defaults(run=_serve)
+    annotate = commands.add_parser(
+        "annotate", parents=[everywhere], help="make a benchmark of the photos, in a browser"
+    )
+    annotate.add_argument("--method", action="append", metavar="METHOD[=WEIGHTS]",
+        help="candidates for right answers are what these find; default "
+        f"{', '.join(annotating.METHODS)}")  # fmt: skip
+    annotating.add_options(annotate)
+    annotate.set_defaults(run=_annotate)
     return parser
 
 
@@ -116,7 +131,10 @@ def _index(args: argparse.Namespace) -> int:
         )
         _report(done)
         print(_summary(done))
-        return FOUND if len(library) else NOTHING
+        there = len(library)  # which makes what the index keeps
+        if there and args.check:
+            print(_measured(library.check(args.check)))
+        return FOUND if there else NOTHING
 
 
 def _search(args: argparse.Namespace) -> int:
@@ -149,26 +167,57 @@ def _search(args: argparse.Namespace) -> int:
 def _serve(args: argparse.Namespace) -> int:
     serving.check_installed()
     token = serving.checked_token(args.host, args.token)
-    from cir_jax.input import images
-
     with contextlib.ExitStack() as stack:
         listening = stack.enter_context(serving.listening(args.host, args.port))
-        searchers = {}
-        for given in args.method or SERVED:
-            name, weights = _with_weights(given)
-            short = Path(name).name
-            searchers[name if short in searchers else short] = _load(args, name, weights)
-        libraries = serving.beside(_folder(args), searchers, args.store)
-        library = stack.enter_context(next(iter(libraries.values())))
+        libraries = stack.enter_context(_several(args, SERVED))
+        _run(args, listening, serving.server(libraries, args.host, token), token)
+    return FOUND
+
+
+def _annotate(args: argparse.Namespace) -> int:
+    from cir_jax.library.annotate.records import Records
+    from cir_jax.library.annotate.tasks import Tasks
+
+    if not args.export:
+        serving.check_installed()
+    token = serving.checked_token(args.host, args.token)
+    with contextlib.ExitStack() as stack:
+        records = stack.enter_context(contextlib.closing(Records(args.out)))
+        if args.export:
+            libraries = stack.enter_context(_several(args, annotating.METHODS))
+            print(annotating.summary(Tasks(libraries, records).export()))
+            return FOUND
+        listening = stack.enter_context(serving.listening(args.host, args.port))
+        libraries = stack.enter_context(_several(args, annotating.METHODS))
+        tasks = Tasks(libraries, records, annotating.annotator())
+        _run(args, listening, annotating.server(tasks, args.host, token), token)
+    return FOUND
+
+
+@contextlib.contextmanager
+def _several(args: argparse.Namespace, default: Sequence[str]) -> "Iterator[dict[str, Library]]":
+    """A library of each method, brought up to date."""
+    searchers = {}
+    for given in args.method or default:
+        name, weights = _with_weights(given)
+        short = Path(name).name
+        searchers[name if short in searchers else short] = _load(args, name, weights)
+    libraries = serving.beside(_folder(args), searchers, args.store, index=args.index, say=_say)
+    with next(iter(libraries.values())) as library:
         if not args.no_update:
             _freshen(library, args.max_megapixels)
-        with images.limited(args.max_megapixels), contextlib.suppress(KeyboardInterrupt):
-            server = serving.server(libraries, args.host, token)
-            port = listening.getsockname()[1]
-            print(serving.address(args.host, port, token), flush=True)
-            _say("Ctrl-C stops it.")
-            server.run(sockets=[listening])
-    return FOUND
+        yield libraries
+
+
+def _run(args: argparse.Namespace, listening: socket.socket, server: Any, token: str) -> None:
+    """Serves until it is interrupted."""
+    from cir_jax.input import images
+
+    with images.limited(args.max_megapixels), contextlib.suppress(KeyboardInterrupt):
+        port = listening.getsockname()[1]
+        print(serving.address(args.host, port, token), flush=True)
+        _say("Ctrl-C stops it.")
+        server.run(sockets=[listening])
 
 
 def _with_weights(given: str) -> tuple[str, str | None]:
@@ -184,7 +233,7 @@ def _open(args: argparse.Namespace) -> "Library":
 
     from cir_jax.library.library import Library
 
-    return Library(_folder(args), searcher, store=args.store)
+    return Library(_folder(args), searcher, store=args.store, index=args.index, say=_say)
 
 
 def _load(args: argparse.Namespace, method: str, weights: str | None) -> "Searcher":
@@ -257,6 +306,13 @@ def _summary(done: "Update") -> str:
         ("deleted", done.deleted), ("left out", len(done.problems)),
     ) if count]  # fmt: skip
     return f"{done.photos} photos: {', '.join(parts) or 'nothing new'}"
+
+
+def _measured(found: "Checked") -> str:
+    return (
+        f"{found.name}: recall@{found.k} {found.recall:.3f} of an exact scan, {found.queries} "
+        f"composed queries of {found.photos} photos; {found.milliseconds:.1f} ms each"
+    )
 
 
 def _weighted(given: str) -> tuple[str, float]:

@@ -1,26 +1,32 @@
 """What the image alone and the text alone of a query would give, and how the ranks moved."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from cir_jax.library.gallery import Gallery
-from cir_jax.retrieval import ranking
+from cir_jax.library.indexes.base import Index
+from cir_jax.library.indexes.exact import Exact
+
+DEPTH = 1000
+"""Places that are told of an index that does not hold all vectors in memory."""
 
 
 class Order(NamedTuple):
-    """All photos that a query may find, best first. photos: int64[n]; scores: float32[n]."""
+    """The photos that a query may find, best first: all, or the first `DEPTH`. photos: int64[n];
+    scores: float32[n]."""
 
     photos: np.ndarray
     scores: np.ndarray
 
     @classmethod
-    def of(cls, query: np.ndarray, gallery: Gallery, ranked: np.ndarray, **scoring: Any) -> "Order":
-        """float32[1, dim] and bool[n], which of the gallery may be found."""
-        scores = ranking.scores(query, gallery.held, ranked, **scoring)
-        best = np.argsort(-scores, kind="stable")[: int(ranked.sum())]  # as ties are ranked
-        return cls(gallery.photos[best], scores[best])
+    def of(cls, query: np.ndarray, index: Index, ranked: Mapping[str, Any]) -> "Order":
+        """query: float32[1, dim]; ranked: which photos may be found, as `Index.search` takes it."""
+        if isinstance(index, Exact):
+            return cls(*index.order(query, **ranked))
+        found = index.search(query, DEPTH, **ranked)
+        there = found.ids[0] >= 0
+        return cls(found.ids[0][there], found.scores[0][there])
 
     def ranks(self, photos: Sequence[int]) -> list[int]:
         """Of photos, 1 = the best; 0 = not among them."""

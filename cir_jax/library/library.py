@@ -7,30 +7,31 @@ says, grey levels of 16 bits are scaled, and vectors are kept in float16 of unit
 import contextlib
 import datetime
 import hashlib
-import json
 import os
 import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from absl import logging
 
 from cir_jax import loading
-from cir_jax.composers import COMPOSERS, composer_class
 from cir_jax.composers.base import Composer
 from cir_jax.composers.conditions import Conditions
 from cir_jax.errors import CirError, ConfigError, DataError, unknown
 from cir_jax.input import images
-from cir_jax.library import photos
+from cir_jax.library import asking, photos
 from cir_jax.library.explaining import Alone, Order
-from cir_jax.library.gallery import Galleries, Gallery
+from cir_jax.library.indexes import ladder
+from cir_jax.library.indexes.base import Index
+from cir_jax.library.indexes.opened import Opened
 from cir_jax.library.photos import File
 from cir_jax.library.plan import Plan
 from cir_jax.library.store import New, Store
+from cir_jax.library.vectors import Kept, Vectors
 from cir_jax.retrieval import encoders, features, ranking
 from cir_jax.retrieval.composing import Picture
-from cir_jax.retrieval.encoders import Encoder
 from cir_jax.retrieval.search import Searcher
 from cir_jax.storage.places import default_library_dir
 
@@ -39,10 +40,8 @@ CONTROLS = tuple(
 )
 """What `search` passes on to methods that take it: see `composers.conditions.Conditions`."""
 
-NEGATIVE = 0.5
-"""What a negative text is subtracted with, where that is vector arithmetic. In the embedded world
-the ten best photos of "a star" are stars, two of them red; without half of "a red star" they are
-stars, none is red; without the whole of it one is a star (tests/data/test_shapes_photos.py)."""
+EDITS = ("at night", "is red", "two of them", "seen from above", "a drawing of it")
+"""What `Library.check` asks of photos."""
 
 
 class Update(NamedTuple):
@@ -75,8 +74,11 @@ class Library:
     composer: what `cir_jax.load` gives; or what it takes, a workdir or a method's name, with the
     backbone that its config names, which without a preset is the embedded world's.
     store: its file; None = one of the folder's name in `places.default_library_dir()`.
-    beside: another method's library of this folder: they share the store and the vectors in memory.
-    Raises DataError as `Store`, and what `cir_jax.load` raises.
+    index: what it is searched with, `ladder.NAMES`; "" = an exact scan up to 2 million photos.
+    beside: another method's library of this folder: they share the store and the open indexes.
+    say: is told of an index that is made anew.
+    Raises DataError as `Store`, ConfigError for an index that is none, lacks its package or cannot
+    rank as the method does, and what `cir_jax.load` raises.
     """
 
     def __init__(
@@ -85,20 +87,23 @@ class Library:
         composer: Searcher | str | Path,
         *,
         store: Path | None = None,
+        index: str = "",
         beside: "Library | None" = None,
+        say: Callable[[str], None] = logging.warning,
     ):
+        ladder.check_name(index)
         self.folder = Path(folder).expanduser().resolve()
         if beside is None:
             file = store_of(self.folder) if store is None else Path(store).expanduser()
             self.store = Store(file)
-            self._galleries = Galleries(self.store)
+            self._indexes = Opened(self.store)
         else:
-            self.store, self._galleries = beside.store, beside._galleries
+            self.store, self._indexes = beside.store, beside._indexes
         searcher = composer if isinstance(composer, Searcher) else loading.load(composer)
         self.searcher, self.composer = searcher, searcher.composer
         method = type(self.composer)
         shared = features.uses_backbone_gallery(self.composer)
-        self._plain = _Kept(
+        self._plain = Kept(
             self.store,
             encoders.of_backbone(
                 self.composer.backbone, searcher.frozen["backbone"], searcher.mesh
@@ -107,10 +112,13 @@ class Library:
         self._own = self._plain
         if not shared:
             made = (self.composer, searcher.params, searcher.frozen, searcher.mesh)
-            self._own = _Kept(self.store, encoders.of_composer(*made))
+            self._own = Kept(self.store, encoders.of_composer(*made))
         self._embeds = shared and method.embed_features is not Composer.embed_features
         self._by_cosine = method.score is Composer.score
-        self._scoring = ranking.scoring(self.composer, searcher.params)
+        self._scoring = {}
+        if not self._by_cosine:
+            self._scoring = ranking.scoring(self.composer, searcher.params)
+        self._rung, self._say = index, say
 
     def __enter__(self) -> "Library":
         return self
@@ -119,12 +127,12 @@ class Library:
         self.close()
 
     def close(self) -> None:
+        self._indexes.close()
         self.store.close()
 
     def __len__(self) -> int:
         """Photos that are found by image or by text alone."""
-        self._galleries.refresh()
-        return len(self._gallery(own=False).photos)
+        return len(self._index(own=False))
 
     def update(
         self, *, retry: bool = False, max_megapixels: float | None = None, label: str = ""
@@ -145,10 +153,11 @@ class Library:
                 raise Busy(f"{self.folder}: another process is indexing it.")
             if retry or max_megapixels is not None:
                 self.store.forget_problems()
-            with images.limited(max_megapixels):
-                done = self._update(label)
-        self._galleries.clear()
-        return done
+            try:
+                with images.limited(max_megapixels):
+                    return self._update(label)
+            finally:
+                self._indexes.outdated()
 
     def _update(self, label: str) -> Update:
         found = photos.walk(self.folder)
@@ -179,7 +188,7 @@ class Library:
         )
 
     def _encode(
-        self, kept: "_Kept", files: Sequence[File], problems: list[tuple[Path, str]], label: str
+        self, kept: Kept, files: Sequence[File], problems: list[tuple[Path, str]], label: str
     ) -> int:
         """Reads these files and keeps a vector of each, or its problem; how many were decoded."""
         if not files:
@@ -248,6 +257,7 @@ class Library:
         after: str | datetime.date = "",
         min_score: float | None = None,
         dedup: float | None = None,
+        concept: str = "",
         explain: bool = False,
         **controls: Any,
     ) -> Results:
@@ -259,8 +269,10 @@ class Library:
         what should not be seen.
         mask: the region of the image to edit, as it is seen. under: a folder of these photos.
         after: the day they were taken, or later: "2024", "2024-05", "2024-05-17". min_score: of
-        what is found. dedup: of photos whose cosine is above this, the best alone. explain: fills
-        `Results.explained`. controls: what some methods take, `CONTROLS`.
+        what is found. dedup: of photos whose cosine is above this, the best alone. concept: what
+        the image and what is looked for share, beside a text; in the prompt as CIRCO's annotators
+        had it, "a photo of {concept} $ that {text}". explain: fills `Results.explained`. controls:
+        what some methods take, `CONTROLS`.
         Several images are composed one by one and added, and so are negatives but for CompoDiff:
         `Results.approximate` says so.
         Raises CirError without a query, ConfigError for what the method does not take, DataError
@@ -270,7 +282,7 @@ class Library:
             raise ConfigError(unknown("control of a search", wrong[0], CONTROLS))
         if k < 1:
             raise CirError(f"k={k}: ask for at least one photo.")
-        references = self._references(image, images, weights)
+        references = asking.references(image, images, weights)
         negatives = [negative] if isinstance(negative, str) else list(negative)
         negatives = [said.strip() for said in negatives if said.strip()]
         opened, left_out = [], []
@@ -278,84 +290,39 @@ class Library:
             picture, digest = photos.query(given)
             opened.append((picture, weight))
             left_out += self.store.with_digest(digest) if digest else []
-        query, own, approximate = self._query(opened, text, negatives, mask, controls)
-        self._galleries.refresh()
-        gallery = self._gallery(own)
-        ranked = self._ranked(gallery, under, after, left_out)
-        found = self._found(query, own, gallery, ranked, k, min_score, dedup)
-        found = list(found) if ranked.any() else []
+        ask = asking.Asking(self.searcher, self._by_cosine, self._gallery_is_its_own)
+        query, own, approximate = ask(opened, text, negatives, mask, controls, concept)
+        ranked = {"only": self._only(under, after), "without": left_out}
+        found = list(self._found(query, self._index(own), ranked, k, min_score, dedup))
         results = Results((path, score) for _, path, score in found)
         results.approximate, results.numbers = approximate, [number for number, *_ in found]
         if explain and opened and (text or "").strip():
-            whole = Order.of(query, gallery, ranked, **(self._scoring if own else {}))
+            whole = Order.of(query, self._index(own), ranked)
             for name, part in (("image", (opened, None)), ("text", ([], text))):
-                query, own, _ = self._query(*part, [], None, {})
-                gallery = self._gallery(own)
-                ranked = self._ranked(gallery, under, after, left_out)
-                order = Order.of(query, gallery, ranked, **(self._scoring if own else {}))
+                query, own, _ = ask(*part)
+                order = Order.of(query, self._index(own), ranked)
                 alone = Alone.of(order, whole, results.numbers, k)
                 results.explained = {**results.explained, name: alone}
         return results
 
-    def _references(
-        self, image: Any, several: Sequence[Any], weights: Sequence[float] | None
-    ) -> list[tuple[Any, float]]:
-        if image is not None and len(several):
-            raise ConfigError("image= and images= are both given. Give all of them as images=.")
-        given = [image] if image is not None else list(several)
-        if weights is None:
-            return [(one, 1.0) for one in given]
-        if len(weights) != len(given) or len(given) < 2:
-            raise ConfigError(
-                f"weights={list(weights)}: expected one for each of several images, "
-                f"here are {len(given)}."
-            )
-        if not np.isfinite(np.float64(weights)).all() or not any(weights):
-            raise ConfigError(f"weights={list(weights)}: expected finite ones, not all of them 0.")
-        return list(zip(given, map(float, weights), strict=True))
+    def check(self, k: int = 10, queries: int = 50) -> ladder.Checked:
+        """How many of the k best by an exact scan the index finds, and how fast: for photos of the
+        library, drawn at random, each with one of EDITS.
 
-    def _query(
-        self,
-        references: list[tuple[Any, float]],
-        text: str | None,
-        negatives: list[str],
-        mask: Any,
-        controls: dict[str, Any],
-    ) -> tuple[np.ndarray, bool, str]:
-        """float32[1, dim], whether it is ranked by the method's own gallery, what of it is vector
-        arithmetic."""
-        composing, method = self.searcher.composing, type(self.composer).__name__
-        native = ", ".join(negatives) if "negative_text" in self.composer.conditions else ""
-        conditions = Conditions(negative_text=native or None, mask=mask, **controls)
-        if len(references) < 2:
-            reference = references[0][0] if references else None
-            query, own = composing.compose(reference, text, conditions)
-            arithmetic = []
-        else:
-            if mask is not None:
-                raise ConfigError("mask: the region of one image; here are several.")
-            if not self._by_cosine:
-                raise ConfigError(f"images: {method} has no sum of queries. Give one image.")
-            made = [composing.compose(one, text, conditions) for one, _ in references]
-            own = made[0].own
-            query = sum(w * one.features for one, (_, w) in zip(made, references, strict=True))
-            arithmetic = [f"{len(made)} images are composed one by one and added"]
-        if negatives and not native:
-            if own and self._gallery_is_its_own:
-                able = [n for n in COMPOSERS if "negative_text" in composer_class(n).conditions]
-                raise ConfigError(
-                    f"negative: {method} ranks by features of its own, among which a text has no "
-                    f"place. Methods that take one: {', '.join(able)}, and, as vector arithmetic, "
-                    "all that rank by the backbone's features."
-                )
-            query = features.unit(query)
-            for negative in negatives:
-                query = query - NEGATIVE * composing.compose(None, negative).features
-            arithmetic.append("the negative text is subtracted")
-        if arithmetic:
-            query = features.unit(query)
-        said = f"approximate: {', '.join(arithmetic)}" if arithmetic else ""
-        return query, own, said
+        Raises DataError where there is no photo, ConfigError for a method with a score of its own.
+        """
+        if not self._by_cosine:
+            method = type(self.composer).__name__
+            raise ConfigError(f"check: {method} ranks by a score of its own, always exactly.")
+        known = [photo.path for photo in self.store.photos() if not photo.problem]
+        if not known:
+            raise DataError(f"{self.folder}: nothing is indexed yet.")
+        asked, ask = [], asking.Asking(self.searcher, self._by_cosine, self._gallery_is_its_own)
+        for i, row in enumerate(np.random.default_rng(0).permutation(len(known))[:queries]):
+            picture, _ = photos.query(self._path(known[row]))
+            asked.append(ask([(picture, 1.0)], EDITS[i % len(EDITS)]).query)
+        vectors = self._vectors(self._gallery_is_its_own)
+        return ladder.checked(self._index(own=True), vectors, np.concatenate(asked), k)
 
     @property
     def _gallery_is_its_own(self) -> bool:
@@ -364,53 +331,45 @@ class Library:
     def _found(
         self,
         query: np.ndarray,
-        own: bool,
-        gallery: Gallery,
-        ranked: np.ndarray,
+        index: Index,
+        ranked: dict[str, Any],
         k: int,
         min_score: float | None,
         dedup: float | None,
     ) -> Iterator[tuple[int, Path, float]]:
-        scoring = self._scoring if own else {}
         # few different numbers, so that few programs are compiled
         most = max(64, 1 << (4 * k if dedup is not None else k).bit_length())
         while True:
-            top = ranking.rank(query, gallery.held, k=most, members=ranked[None], **scoring)
-            rows = top.top[0][top.top[0] >= 0]
-            scores = top.scores[0][: len(rows)]
+            top = index.search(query, most, **ranked)
+            ids = top.ids[0][top.ids[0] >= 0]
+            there, scores = len(ids), top.scores[0][: len(ids)]
             if min_score is not None:
-                rows = rows[scores >= min_score]
-            kept = range(len(rows)) if dedup is None else self._distinct(gallery, rows, k, dedup)
-            if len(kept) >= k or len(rows) < most:  # enough, or all there are
+                ids = ids[scores >= min_score]
+            kept = range(len(ids)) if dedup is None else self._distinct(ids, k, dedup)
+            if len(kept) >= k or len(ids) < there or there < most:  # enough, or all there are
                 break
             most *= 4
-        chosen = [(int(gallery.photos[rows[i]]), float(scores[i])) for i in kept[:k]]
+        chosen = [(int(ids[i]), float(scores[i])) for i in kept[:k]]
         paths = self.store.paths(photo for photo, _ in chosen)
         for path, (photo, score) in zip(paths, chosen, strict=True):
-            if path is not None:  # it went since the gallery was read
+            if path is not None:  # it went since the index was brought up to date
                 yield photo, self._path(path), score
 
-    def _distinct(self, gallery: Gallery, rows: np.ndarray, k: int, most: float) -> list[int]:
-        """Positions in `rows` of at most k photos no two of which are more alike than that."""
-        plain = self._plain
-        vectors = self.store.vectors_of(plain.number, gallery.photos[rows])
+    def _distinct(self, ids: np.ndarray, k: int, most: float) -> list[int]:
+        """Positions in `ids` of at most k photos no two of which are more alike than that."""
+        vectors = self._vectors(other=False).of(ids)
         kept: list[int] = []
         for i, vector in enumerate(vectors):
             if len(kept) < k and not (vectors[kept] @ vector > most).any():
                 kept.append(i)
         return kept
 
-    def _ranked(
-        self, gallery: Gallery, under: str | Path, after: Any, left_out: Sequence[int]
-    ) -> np.ndarray:
-        """bool[n]: which photos may be found."""
-        ranked = np.ones(len(gallery.photos), bool)
-        if under or after:
-            folder, day = self._below(under), _day(after)
-            ranked &= np.isin(gallery.photos, self.store.chosen(folder, day))
-        if len(left_out):
-            ranked &= ~np.isin(gallery.photos, left_out)
-        return ranked
+    def _only(self, under: str | Path, after: Any) -> np.ndarray | None:
+        """The photos that may be found; None = all."""
+        if not (under or after):
+            return None
+        folder, day = self._below(under), _day(after)
+        return self.store.chosen(folder, day)
 
     def _below(self, under: str | Path) -> bytes:
         """A folder below ours, as paths in the store have it. Raises DataError for any other."""
@@ -423,11 +382,36 @@ class Library:
                 return below
         raise DataError(f"under={str(under)!r}: no folder of {self.folder}.")
 
-    def _gallery(self, own: bool) -> Gallery:
-        other = own and (self._own is not self._plain or self._embeds)
-        if not other:
-            return self._galleries.get(self._plain.number)
-        return self._galleries.get(self._own.number, self, self._embedded)
+    def _index(self, own: bool) -> Index:
+        """What a query is ranked by, up to date."""
+        other = own and self._gallery_is_its_own
+        vectors = self._vectors(other)
+
+        def make() -> Index:
+            return ladder.opened(
+                self._rung,
+                vectors,
+                space=lambda: self._space(other),
+                scoring=self._scoring if other else {},
+                method=type(self.composer).__name__,
+                mesh=self.searcher.mesh,
+                say=self._say,
+            )
+
+        return self._indexes.get(self if other else self._plain.identity, vectors, make)
+
+    def _space(self, other: bool) -> str:
+        """Names what vectors are of."""
+        if not (other and self._embeds):
+            return (self._own if other else self._plain).identity
+        made = (self.composer, self.searcher.params, self.searcher.frozen, self.searcher.mesh)
+        return encoders.of_composer(*made).identity
+
+    def _vectors(self, other: bool) -> Vectors:
+        """Of the backbone, or the method's own."""
+        if other and (self._own is not self._plain or self._embeds):
+            return Vectors(self.store, self._own.number, self._embedded)
+        return Vectors(self.store, self._plain.number)
 
     def _embedded(self, raw: np.ndarray) -> np.ndarray:
         """What the method ranks by, of rows of its encoder."""
@@ -442,24 +426,6 @@ class Library:
 
 class Busy(DataError):
     """Another process is indexing the folder."""
-
-
-class _Kept:
-    """An encoder and its vectors in a store."""
-
-    def __init__(self, store: Store, encoder: Encoder):
-        self._store, self.encoder = store, encoder
-        # photos are turned as EXIF says and scaled to 8 bits, which no other store's images are
-        self._identity = f"{encoder.identity} upright"
-        self._description = json.dumps(dict(encoder.description), sort_keys=True)
-        self._number = 0
-
-    @property
-    def number(self) -> int:
-        """In the store, where it is made if it can be; 0 = it is not there."""
-        if not self._number:
-            self._number = self._store.encoder(self._identity, self._description)
-        return self._number
 
 
 def _day(after: Any) -> str:

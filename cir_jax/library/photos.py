@@ -46,6 +46,11 @@ class Found(NamedTuple):
     closed: dict[bytes, str]
 
 
+def printable(name: Any) -> str:
+    """A name in the file system's own bytes, in characters that can be shown anywhere."""
+    return os.fsencode(name).decode("utf-8", "replace")
+
+
 def walk(root: Path) -> Found:
     """All photos below a folder, without opening any.
 

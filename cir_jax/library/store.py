@@ -5,13 +5,16 @@
     encoders    what made the vectors, by a fingerprint that says nothing of the method: all methods
                 on one backbone share its vectors
     vectors_N   of encoder N: photo, a unit vector in float16, and its norm
+    log_N       of encoder N: each photo whose vector was written or deleted, in order, with a
+                random mark: an index that is made of the vectors knows by a number and its mark
+                what has changed since, and whether it is of this store at all
 
 In WAL mode others read while one writes. What one process alone may do, to index, it does under a
 lock beside the file. The file may be deleted at any time: the photos are all there is to it.
 """
 
 import contextlib
-import fcntl
+import json
 import os
 import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
@@ -23,6 +26,7 @@ import numpy as np
 
 from cir_jax.errors import DataError
 from cir_jax.library.photos import File
+from cir_jax.storage.locks import locked
 from cir_jax.storage.places import LIBRARY_VARIABLE
 
 APPLICATION, VERSION = 0x6369726C, 1
@@ -49,6 +53,20 @@ CREATE TABLE encoders (
     fingerprint TEXT NOT NULL UNIQUE,
     description TEXT NOT NULL
 );
+"""
+
+_LOG = """\
+CREATE TABLE log_{number} (
+    seq INTEGER PRIMARY KEY AUTOINCREMENT, mark INTEGER NOT NULL, photo INTEGER NOT NULL
+)
+
+INSERT INTO log_{number} (mark, photo) VALUES (random(), 0)
+
+CREATE TRIGGER written_{number} AFTER INSERT ON vectors_{number}
+BEGIN INSERT INTO log_{number} (mark, photo) VALUES (random(), NEW.photo); END
+
+CREATE TRIGGER deleted_{number} AFTER DELETE ON vectors_{number}
+BEGIN INSERT INTO log_{number} (mark, photo) VALUES (random(), OLD.photo); END
 """
 
 
@@ -181,13 +199,8 @@ class Store:
     @contextlib.contextmanager
     def indexing(self) -> Iterator[bool]:
         """Whether this process alone may index now; until it ends, however it does."""
-        with self.path.with_name(f"{self.path.name}.lock").open("a") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                yield False
-            else:
-                yield True
+        with locked(self.path.with_name(f"{self.path.name}.lock"), wait=False) as alone:
+            yield alone
 
     def version(self) -> int:
         """Another number after another process has changed something."""
@@ -202,10 +215,9 @@ class Store:
     def encoder(self, fingerprint: str, description: str) -> int:
         """Number of an encoder; a new one gets a table. 0 = it is not there, nor to be made."""
         with self._about():
-            if found := self._number(fingerprint):
+            found = self._number(fingerprint)
+            if self.reads_only or (found and self._logs(found)):
                 return found
-        if self.reads_only:
-            return 0
         with self._change() as db:
             if not (found := self._number(fingerprint)):
                 db.execute(
@@ -218,12 +230,47 @@ class Store:
                     "REFERENCES photos (id) ON DELETE CASCADE, "
                     "norm REAL NOT NULL, vector BLOB NOT NULL)"
                 )
+            if not self._logs(found):
+                for statement in _LOG.format(number=found).split("\n\n"):
+                    db.execute(statement)
         return found
 
     def _number(self, fingerprint: str) -> int:
         query = "SELECT id FROM encoders WHERE fingerprint = ?"
         row = self._db.execute(query, (fingerprint,)).fetchone()
         return row[0] if row else 0
+
+    def _logs(self, encoder: int) -> bool:
+        query = "SELECT count(*) FROM sqlite_master WHERE name = ?"
+        return bool(self._db.execute(query, (f"log_{encoder}",)).fetchone()[0])
+
+    def changes(self, encoder: int, stamp: str) -> tuple[str, np.ndarray | None]:
+        """Where the log of an encoder ends now, and int64 photos whose vector was written or
+        deleted since `stamp`, rising. None: that is no place of this log; all may be different.
+        Of a store that has none and is only read, "" and None."""
+        with self._about():
+            if not self._logs(encoder):
+                return "", None
+            last = f"SELECT seq, mark FROM log_{encoder} ORDER BY seq DESC LIMIT 1"
+            now = "{}:{}".format(*self._db.execute(last).fetchone())
+            if now == stamp:
+                return now, np.int64([])
+            number, _, mark = stamp.partition(":")
+            place = f"SELECT mark FROM log_{encoder} WHERE seq = ?"
+            row = self._db.execute(place, (number,)).fetchone()
+            if row is None or str(row[0]) != mark:
+                return now, None
+            query = f"SELECT DISTINCT photo FROM log_{encoder} WHERE seq > ? ORDER BY photo"
+            return now, np.int64([row[0] for row in self._db.execute(query, (number,))])
+
+    def origin(self, encoder: int) -> str:
+        """Tells the vectors of this encoder apart from those of every other store. Raises DataError
+        where there is no log, and none can be made."""
+        with self._about():
+            if not self._logs(encoder):
+                raise DataError(f"{self.path}: index it once where it can be written.")
+            row = self._db.execute(f"SELECT mark FROM log_{encoder} ORDER BY seq LIMIT 1")
+            return f"{row.fetchone()[0] % (1 << 64):016x}"
 
     def rearrange(
         self,
@@ -299,23 +346,21 @@ class Store:
         with self._about():
             return self._db.execute("SELECT count(*) FROM photos").fetchone()[0]
 
-    def vectors(self, encoder: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """All of an encoder, in the order of the photos' numbers, in pieces, as of one moment:
-        int64[some] numbers, float32[some] norms, float16[some, dim] unit vectors."""
+    def vectors(
+        self, encoder: int, photos: Sequence[int] | None = None
+    ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """Of an encoder, in the order of the photos' numbers, in pieces, as of one moment: int64
+        [some] numbers, float32[some] norms, float16[some, dim] unit vectors; all, or those of these
+        photos that are there."""
+        query, values = f"SELECT photo, norm, vector FROM vectors_{encoder}", []
+        if photos is not None:
+            query += " WHERE photo IN (SELECT value FROM json_each(?))"
+            values = [json.dumps([int(photo) for photo in photos])]
         with self._about():
-            query = f"SELECT photo, norm, vector FROM vectors_{encoder} ORDER BY photo"
-            rows = self._db.execute(query)
+            rows = self._db.execute(f"{query} ORDER BY photo", values)
             while some := rows.fetchmany(ROWS):
                 numbers, norms, vectors = zip(*some, strict=True)
                 yield np.int64(numbers), np.float32(norms), self._array(vectors)
-
-    def vectors_of(self, encoder: int, photos: Sequence[int]) -> np.ndarray:
-        """float32[n, dim] of unit norm of these photos; zeros of those that are gone."""
-        query = f"SELECT vector FROM vectors_{encoder} WHERE photo = ?"
-        with self._about():
-            rows = [self._db.execute(query, (int(photo),)).fetchone() for photo in photos]
-            none = bytes(max((len(row[0]) for row in rows if row), default=0))
-            return self._array([row[0] if row else none for row in rows]).astype(np.float32)
 
     def _array(self, vectors: Sequence[bytes]) -> np.ndarray:
         size = len(vectors[0]) if vectors else 0

@@ -1,5 +1,6 @@
 """One query at a time, as a user gives it, to what a gallery is ranked by; search stands on it."""
 
+import functools
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -47,10 +48,12 @@ class Composing:
         text: str | None,
         conditions: Conditions | None = None,
         max_megapixels: float | None = None,
+        prompt: str = "",
     ) -> Composed:
         """The query of an image, a text, or both.
 
-        max_megapixels: of the image, None = the limit of this process.
+        max_megapixels: of the image, None = the limit of this process. prompt: what is tokenised
+        for both, "" = the method's own of the text.
         Raises CirError without either, ConfigError for a condition that the method does not take,
         DataError for an image or a mask that cannot be read.
         """
@@ -66,9 +69,15 @@ class Composing:
                 pixels = self._pixels(image, text, conditions.mask)
         if self.composer.alone or (image is not None and text is not None):
             composer = self._varied(conditions, image is None)
-            return Composed(self._features(composer, pixels, text or "", conditions), True)
+            prompt = prompt or composer.prompt(text or "")
+            return Composed(self._features(composer, pixels, prompt, conditions), True)
         alone = self._text_only if image is None else self._image_only
-        return Composed(self._features(alone, pixels, text or ""), False)
+        return Composed(self._features(alone, pixels, alone.prompt(text or "")), False)
+
+    @functools.cached_property
+    def _of_queries(self) -> Params:
+        alone = self.mesh.size == 1 and self.mesh.devices.item().platform == "cpu"
+        return self.composer.for_one_query(self.params) if alone else self.params
 
     def _varied(self, conditions: Conditions, text_alone: bool) -> Composer:
         """The method with the settings of a query: one object of each, which is one program."""
@@ -97,7 +106,7 @@ class Composing:
             return self.composer.backbone.image_transform(image)
 
     def _features(
-        self, composer: Composer, image: Any, text: str, conditions: Conditions | None = None
+        self, composer: Composer, image: Any, prompt: str, conditions: Conditions | None = None
     ) -> np.ndarray:
         """float32[1, dim]; the same path as evaluation. image: None, or of `_pixels`."""
         backbone = composer.backbone
@@ -109,13 +118,13 @@ class Composing:
             references["reference_images"] = lambda row: image
         params, seed, fields = {}, self.seed, {}
         if conditions is not None:  # the method's own query
-            params, fields = self.params, conditions_of.fields(composer, conditions, 1)
+            params, fields = self._of_queries, conditions_of.fields(composer, conditions, 1)
             seed = self.seed if conditions.seed is None else conditions.seed
         return features.query_features(
             composer,
             params,
             self.frozen,
-            backbone.tokenizer([composer.prompt(text)], length),
+            backbone.tokenizer([prompt], length),
             np.zeros(1, np.int32),
             **references,
             has_reference=image is not None or not composer.alone,

@@ -60,21 +60,36 @@ class Held:
         """
         self.width = min(HELD_BLOCK, 1 << max(6, (at_most - 1).bit_length()))
         self.blocks: list[jax.Array] = []
-        self.rows, block = 0, None
-        for piece in pieces:
-            _check_finite("gallery", piece, self.rows)
-            while len(piece):
-                filled = self.rows % self.width
-                if block is None:
-                    block = np.zeros((self.width, piece.shape[1]), piece.dtype)
-                part, piece = np.split(piece, [self.width - filled])
-                block[filled : filled + len(part)] = part
-                self.rows += len(part)
-                if not self.rows % self.width:
-                    self.blocks.append(jax.device_put(block))
-                    block = None
-        if block is not None:
-            self.blocks.append(jax.device_put(block))
+        self.rows = 0
+        self.extend(pieces)
+
+    def extend(self, pieces: Iterable[np.ndarray]) -> None:
+        """More rows, after those that are there."""
+        block = np.array(self.blocks.pop()) if self.rows % self.width else None
+        try:
+            for piece in pieces:
+                check_finite("gallery", piece, self.rows)
+                while len(piece):
+                    filled = self.rows % self.width
+                    if block is None:
+                        block = np.zeros((self.width, piece.shape[1]), piece.dtype)
+                    part, piece = np.split(piece, [self.width - filled])
+                    block[filled : filled + len(part)] = part
+                    self.rows += len(part)
+                    if not self.rows % self.width:
+                        self.blocks.append(jax.device_put(block))
+                        block = None
+        finally:
+            if block is not None:
+                self.blocks.append(jax.device_put(block))
+
+    def put(self, rows: np.ndarray, vectors: np.ndarray) -> None:
+        """[some, dim] in the place of these rows."""
+        check_finite("gallery", vectors)
+        for i in np.unique(rows // self.width):
+            block, here = np.array(self.blocks[i]), rows // self.width == i
+            block[rows[here] % self.width] = vectors[here]
+            self.blocks[i] = jax.device_put(block)
 
     def __len__(self) -> int:
         return self.rows
@@ -113,10 +128,10 @@ def rank(
     Raises CirError for features or scores that are not finite, ValueError for targets not ranked.
     """
     batch, n = len(queries), len(gallery)
-    _check_finite("query", queries)
+    check_finite("query", queries)
     holds = isinstance(gallery, Held)
     if not holds:
-        _check_finite("gallery", gallery)
+        check_finite("gallery", gallery)
     elif targets is not None:
         raise ValueError("targets are not looked for in a gallery that is held")
     k = min(k, n)
@@ -183,7 +198,7 @@ def scores(
 
     As `rank` computes them. Raises CirError for those that are not finite.
     """
-    _check_finite("query", query)
+    check_finite("query", query)
     width = gallery.width
     allowed = np.zeros((1, len(gallery.blocks) * width), bool)
     allowed[0, : len(gallery)] = members
@@ -200,7 +215,7 @@ def scores(
     return every
 
 
-def _check_finite(what: str, x: np.ndarray, first: int = 0) -> None:
+def check_finite(what: str, x: np.ndarray, first: int = 0) -> None:
     for start in range(0, len(x), GALLERY_BLOCK):  # a mask of all would be a quarter of it
         bad = ~np.isfinite(x[start : start + GALLERY_BLOCK]).all(axis=1)
         if bad.any():

@@ -20,8 +20,8 @@ COMPLETION = "JOB_COMPLETION_INDEX"
 
 
 class Cluster(NamedTuple):
-    """name: JAX's for it: "gcetpu", "gketpu", "slurm", "ompi", "k8s". coordinator: "host:port" of
-    process 0. processes, index: how many there are, and which one this is."""
+    """name: JAX's for it: "gcetpu", "gketpu", "slurm", "ompi", "K8sCluster". coordinator:
+    "host:port" of process 0. processes, index: how many there are, and which one this is."""
 
     name: str
     coordinator: str
@@ -39,6 +39,7 @@ def detect(wait_seconds: int = WAIT_SECONDS) -> Cluster | None:
     """
     # what jax.distributed.initialize asks; no public name tells it beforehand
     for kind in ClusterEnv._cluster_types:
+        name = kind.name or kind.__name__
         try:
             if kind.opt_in_only_method or (kind is K8sCluster and COMPLETION not in os.environ):
                 continue
@@ -49,10 +50,10 @@ def detect(wait_seconds: int = WAIT_SECONDS) -> Cluster | None:
                 return None
             port = os.environ.get("JAX_COORDINATOR_PORT")
             coordinator = kind.get_coordinator_address(wait_seconds, port)
-            return Cluster(kind.name, coordinator, processes, kind.get_process_id())
+            return Cluster(name, coordinator, processes, kind.get_process_id())
         except Exception as error:  # of whatever library a cluster is asked with
             raise ConfigError(
-                f"JAX could not ask the cluster that it found ({kind.name or kind.__name__}): "
+                f"JAX could not ask the cluster that it found ({name}): "
                 f"{error!r}. Give --coordinator=HOST:PORT --num_processes=N --process_id=ID; "
                 "localhost:1, 1 and 0 where this process is alone."
             ) from error

@@ -1,35 +1,73 @@
 """Files that appear whole or not at all."""
 
+import contextlib
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
 from cir_jax.errors import DataError
+from cir_jax.storage import lease
+from cir_jax.storage.buckets import is_remote, os_errors, upload
 from cir_jax.storage.places import CACHE_VARIABLE
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
-    """The whole file or none: a temporary file in the same directory, then `os.replace`.
+    """The whole file or none.
 
-    Raises DataError when the disk is full or the directory is not writable.
+    Raises DataError when the disk is full or the directory is not writable, CheckpointError when
+    the lease over it was lost.
     """
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, scratch = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        try:
-            with os.fdopen(handle, "wb") as file:
-                write(file)
-                file.flush()
-                os.fsync(file.fileno())  # the name must not outlive a power cut without content
-            os.chmod(scratch, 0o644)
-            os.replace(scratch, path)
-        except BaseException:
-            Path(scratch).unlink(missing_ok=True)
-            raise
+        with appearing(path) as scratch, scratch.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())  # the name must not outlive a power cut without content
     except OSError as error:
         raise DataError(
             f"{path}: cannot be written ({error.strerror or error}). Free some space or choose "
             f"another folder: --workdir or --output for results, ${CACHE_VARIABLE} for features."
         ) from error
+
+
+@contextlib.contextmanager
+def appearing(path: Path) -> Iterator[Path]:
+    """A local file to write, which then becomes `path`: a temporary one in the same directory, then
+    `os.replace`; for a bucket one elsewhere, then one upload. It is gone if the block fails.
+
+    Raises OSError, and CheckpointError when the lease over `path` was lost.
+    """
+    remote = is_remote(path)
+    if remote:
+        lease.check(path)
+    else:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=None if remote else path.parent)
+    os.close(handle)
+    scratch = Path(name)
+    try:
+        yield scratch
+        if remote:
+            upload(scratch, path)
+            scratch.unlink()
+        else:
+            os.chmod(scratch, 0o644)
+            os.replace(scratch, path)
+    except BaseException:
+        scratch.unlink(missing_ok=True)
+        raise
+
+
+def check_writable(directory: Path) -> None:
+    """Raises OSError when nothing can be written in `directory`, which is made."""
+    if is_remote(directory):
+        probe = directory / f".writable-{os.getpid()}"
+        with tempfile.NamedTemporaryFile() as empty:
+            upload(Path(empty.name), probe)
+        with os_errors(probe), contextlib.suppress(FileNotFoundError):
+            probe.unlink()
+        return
+    directory.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=directory):
+        pass

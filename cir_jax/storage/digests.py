@@ -10,6 +10,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from cir_jax.storage.atomic import write_atomically
+from cir_jax.storage.buckets import files_below
 
 NAME = "digests.json"
 
@@ -68,9 +69,7 @@ def damage(
 
 
 def _names(directory: Path) -> list[str]:
-    files = (path for path in directory.rglob("*") if path.is_file())
-    names = (path.relative_to(directory).as_posix() for path in files)
-    return sorted(name for name in names if name != NAME)
+    return [name for name in files_below(directory) if name != NAME]
 
 
 def _digest(path: Path) -> tuple[int, str]:

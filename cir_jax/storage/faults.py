@@ -4,6 +4,8 @@ import errno
 import os
 from collections.abc import Iterator
 
+from cir_jax.storage.buckets import CLIENT_PACKAGES, is_remote
+
 _CODES = (
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO,
     errno.ENOTDIR, errno.EEXIST, errno.ESTALE, errno.ETIMEDOUT, errno.EBUSY, errno.ENXIO,
@@ -15,11 +17,16 @@ LIMIT = 200
 
 
 def reason(error: BaseException) -> str | None:
-    """The system's words ("No space left on device"), if that is what an error or its cause says.
+    """The system's words ("No space left on device"), if that is what an error or its cause says;
+    of a bucket the client's.
 
     A file that is missing or cut off is no fault of the disk: None.
     """
     for link in _chain(error):
+        if type(link).__module__.partition(".")[0] in CLIENT_PACKAGES:
+            return _line(link)
+        if isinstance(link, OSError) and link.strerror and is_remote(str(link.filename)):
+            return link.strerror[:LIMIT]
         code = getattr(link, "errno", None)
         if code in _CODES:
             return os.strerror(code)
@@ -37,6 +44,10 @@ def cause(error: BaseException) -> str:
         error = error.__cause__
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
+    return _line(error)
+
+
+def _line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0][:LIMIT] if lines else type(error).__name__
 

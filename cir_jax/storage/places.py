@@ -3,6 +3,8 @@
 import os
 from pathlib import Path
 
+from cir_jax.storage.buckets import local, place
+
 CACHE_VARIABLE = "CIR_JAX_CACHE"
 DATA_VARIABLE = "CIR_JAX_DATA"
 LIBRARY_VARIABLE = "CIR_JAX_LIBRARY"
@@ -15,13 +17,22 @@ SHIPPED = BUNDLED if BUNDLED.is_dir() else PACKAGE.parent
 def default_cache_dir() -> Path:
     """`$CIR_JAX_CACHE`, else `~/.cache/cir_jax/features`."""
     value = os.environ.get(CACHE_VARIABLE)
-    return Path(value).expanduser() if value else Path.home() / ".cache" / "cir_jax" / "features"
+    return (
+        local(value, f"${CACHE_VARIABLE}")
+        if value
+        else Path.home() / ".cache" / "cir_jax" / "features"
+    )
 
 
 def default_data_dir() -> Path:
     """`$CIR_JAX_DATA`, else `~/.cache/cir_jax/data`."""
     value = os.environ.get(DATA_VARIABLE)
-    return Path(value).expanduser() if value else Path.home() / ".cache" / "cir_jax" / "data"
+    return place(value) if value else Path.home() / ".cache" / "cir_jax" / "data"
+
+
+def default_uploads_dir() -> Path:
+    """Where tables for a bucket are built, until they are whole."""
+    return Path.home() / ".cache" / "cir_jax" / "uploads"
 
 
 def default_compiled_dir() -> Path:
@@ -32,7 +43,11 @@ def default_compiled_dir() -> Path:
 def default_library_dir() -> Path:
     """`$CIR_JAX_LIBRARY`, else `~/.cache/cir_jax/libraries`."""
     value = os.environ.get(LIBRARY_VARIABLE)
-    return Path(value).expanduser() if value else Path.home() / ".cache" / "cir_jax" / "libraries"
+    return (
+        local(value, f"${LIBRARY_VARIABLE}")
+        if value
+        else Path.home() / ".cache" / "cir_jax" / "libraries"
+    )
 
 
 def places(name_or_path: str | Path) -> tuple[Path, Path]:

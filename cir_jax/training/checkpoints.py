@@ -19,30 +19,41 @@ from absl import logging as absl_logging
 from jax.experimental import multihost_utils
 
 from cir_jax.errors import CheckpointError, CirError
-from cir_jax.storage import digests, faults
+from cir_jax.storage import digests, faults, lease
+from cir_jax.storage.buckets import is_remote, place
 from cir_jax.training.scores import Scores
 from cir_jax.training.step import TrainState
 
 ITEMS = ("params", "ema", "optimizer", "position")
+COMMITTED = ocp.path.atomicity.COMMIT_SUCCESS_FILE
 WAITS = (0.5, 2.0, 6.0)
 """Seconds before a disk that did not answer is asked again."""
 
 _Result = TypeVar("_Result")
 
 
-class _WithDigests(ocp.path.atomicity.AtomicRenameTemporaryPath):
+class _WithDigests:
     """The directory of a checkpoint, which gets its digests before it counts as finished.
 
     Runs in Orbax's thread that writes, on process 0: the training loop does not wait for it.
     """
 
     async def finalize(self) -> None:
-        if not Path(self.get_final()).name.isdigit():  # an item of a checkpoint
+        if not self.get_final().name.isdigit():  # an item of a checkpoint
             await super().finalize()
             return
-        digests.add(Path(self.get()), leave_out=("_CHECKPOINT_METADATA",))
+        digests.add(place(self.get()), leave_out=("_CHECKPOINT_METADATA",))
+        lease.check(self.get_final())
         await super().finalize()
-        digests.add(Path(self.get_final()))  # of the two small files that finishing writes
+        digests.add(place(self.get_final()))  # of the two small files that finishing writes
+
+
+class _Renamed(_WithDigests, ocp.path.atomicity.AtomicRenameTemporaryPath):
+    """On a disk: the directory has its name when all is there."""
+
+
+class _Committed(_WithDigests, ocp.path.atomicity.CommitFileTemporaryPath):
+    """In a bucket, where directories cannot be renamed at once: `COMMITTED` comes last."""
 
 
 class _NewestAndBest:
@@ -67,7 +78,7 @@ class Checkpoints:
     """
 
     def __init__(self, directory: Path, keep: int = 2, scores: Scores | None = None):
-        self.directory = Path(directory).absolute()
+        self.directory = place(directory)
         self._open = contextlib.ExitStack()
         self._open.enter_context(_one_message())
         handlers = {
@@ -84,7 +95,7 @@ class Checkpoints:
                     preservation_policy=_NewestAndBest(keep, scores) if scores else None,
                     create=True,
                     cleanup_tmp_directories=True,
-                    temporary_path_class=_WithDigests,
+                    temporary_path_class=_Committed if is_remote(directory) else _Renamed,
                 ),
                 item_names=ITEMS,
                 item_handlers=handlers,
@@ -99,6 +110,7 @@ class Checkpoints:
 
     def save(self, state: TrainState, position: Mapping[str, Any]) -> None:
         """Starts writing `state` and returns before it is on disk. CheckpointError if refused."""
+        lease.check(self.directory)
         step = int(jax.device_get(state.step))
         items = {
             "params": ocp.args.StandardSave(state.params),
@@ -193,6 +205,8 @@ class Checkpoints:
             path = self.directory / str(step)
             if jax.process_index() == 0 and path.exists():
                 with self._disk_errors():
+                    if is_remote(path):  # file by file: none of them may count meanwhile
+                        (path / COMMITTED).unlink(missing_ok=True)
                     path.rename(path.with_suffix(f".unreadable-{time.time_ns()}"))
         if steps:
             multihost_utils.sync_global_devices("unreadable checkpoints moved away")
@@ -349,8 +363,8 @@ def load_scored(
     A damaged checkpoint is named in a warning and left where it is. Raises CheckpointError when all
     are damaged, when one cannot be read now, and when it holds other parameters.
     """
-    directory = Path(directory).absolute()
-    steps = _patiently(lambda: _finished(directory), directory, verified=True)
+    directory = place(directory)
+    steps = _patiently(lambda: finished(directory), directory, verified=True)
     scores = Scores(directory.parent) if scores is None else scores
     for step in scores.ranked(steps):
         path = directory / str(step)
@@ -371,10 +385,13 @@ def load_scored(
     )
 
 
-def _finished(directory: Path) -> list[int]:
+def finished(directory: Path) -> list[int]:
     """Steps with a finished checkpoint, newest first."""
-    names = [path.name for path in directory.iterdir()] if directory.is_dir() else []
-    return sorted((int(name) for name in names if name.isdigit()), reverse=True)
+    found = directory.iterdir() if directory.is_dir() else ()
+    found = (path for path in found if path.name.isdigit())
+    if is_remote(directory):
+        found = (path for path in found if (path / COMMITTED).exists())
+    return sorted((int(path.name) for path in found), reverse=True)
 
 
 def _read_scored(path: Path, item: str, like: Any) -> tuple[Any, dict[str, Any]]:

@@ -11,8 +11,6 @@ Several processes invert together, over the mesh; process 0 alone writes, to the
 
 import functools
 import json
-import os
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -36,14 +34,14 @@ from cir_jax.sharding.mesh import replicated
 from cir_jax.sharding.rows import map_rows
 from cir_jax.sharding.together import Together
 from cir_jax.storage import faults
-from cir_jax.storage.atomic import write_atomically
+from cir_jax.storage.atomic import appearing, write_atomically
 from cir_jax.storage.places import default_cache_dir
 from cir_jax.training.differences import differing_fields
 from cir_jax.weights import finite, oti_tokens
 from cir_jax.weights.fingerprint import fingerprint
 
 IDENTITY = "identity.json"
-SCRATCH = ".words."
+SCRATCH = ".words"
 """Beginning of the names of shards that are being written."""
 
 SHARD_ROWS = 1024
@@ -189,20 +187,14 @@ class Store:
 
         if jax.process_index() != 0:
             return
-        scratch = ""
         try:
-            handle, scratch = tempfile.mkstemp(prefix=SCRATCH, dir=self.directory)
-            os.close(handle)
-            writer = ArrayRecordWriter(scratch, "group_size:1")
-            for row in rows:
-                word, concepts = row[: self.width], row[self.width :].astype("<i4")
-                writer.write(word.astype("<f4").tobytes() + concepts.tobytes())
-            writer.close()
-            os.chmod(scratch, 0o644)
-            os.replace(scratch, self._file(index))
-        except BaseException as error:
-            if scratch:
-                Path(scratch).unlink(missing_ok=True)
+            with appearing(self._file(index)) as scratch:
+                writer = ArrayRecordWriter(str(scratch), "group_size:1")
+                for row in rows:
+                    word, concepts = row[: self.width], row[self.width :].astype("<i4")
+                    writer.write(word.astype("<f4").tobytes() + concepts.tobytes())
+                writer.close()
+        except Exception as error:  # the library raises many types
             if (reason := faults.reason(error)) is None:
                 raise
             raise CheckpointError(

@@ -1,7 +1,8 @@
 """Metrics of a run: JSON lines and TensorBoard (without TensorFlow), whole after a resume.
 
-A disk that is full does not stop training: lines wait in memory until there is room, while the
-checkpoints decide whether the run can go on.
+In a bucket they are as they were at the last checkpoint (`storage.growing`). A disk that is full
+does not stop training: lines wait in memory until there is room, while the checkpoints decide
+whether the run can go on.
 """
 
 import contextlib
@@ -16,6 +17,8 @@ from typing import Any
 from cir_jax.errors import DataError
 from cir_jax.storage import faults
 from cir_jax.storage.atomic import write_atomically
+from cir_jax.storage.buckets import place
+from cir_jax.storage.growing import Growing
 
 FLUSH_SECONDS = 60.0
 
@@ -30,7 +33,12 @@ class MetricsLog:
     """
 
     def __init__(self, directory: Path, start: int):
-        self._path = directory / "metrics.jsonl"
+        name = "metrics.jsonl"
+        try:
+            self._files = Growing(directory, (name, f"{name}.unreadable"))
+        except OSError as error:
+            raise _unreadable(directory / name, error) from error
+        self._path = self._files.local / name
         content = _content(self._path)
         records, others = _split(content)
         kept = b"".join(line + b"\n" for line, row in records if row["step"] <= start)
@@ -40,13 +48,20 @@ class MetricsLog:
         if kept != content or not content:
             write_atomically(self._path, lambda file: file.write(kept))
         self._size, self._waiting, self._warned = len(kept), b"", False
-        self._board = _Board(directory / "tensorboard", purge_step=start + 1)
+        self._board = _Board(self._files.local / "tensorboard", purge_step=start + 1)
+        self.upload()
 
     def write(self, step: int, metrics: dict[str, float], speed: dict[str, float]) -> None:
         """metrics are reproducible numbers; speed is what depends on the machine."""
         self._waiting += json.dumps({"step": step, **metrics, "speed": speed}).encode() + b"\n"
         self._append()
         self._board.write(step, metrics | speed)
+
+    def upload(self) -> None:
+        """To the bucket, if that is where the log lies: before each checkpoint, so that a log has
+        all that its checkpoints have."""
+        self._board.flush()
+        self._files.upload()
 
     def close(self) -> None:
         if self._waiting:
@@ -55,6 +70,7 @@ class MetricsLog:
             count = self._waiting.count(b"\n")
             logging.error("%s: there was no room for the last %d line(s).", self._path, count)
         self._board.close()
+        self._files.close()
 
     def _append(self) -> None:
         """Writes what waits, whole lines or nothing."""
@@ -116,7 +132,12 @@ class _Board:
         with self._ends_on_errors():
             for name, value in values.items():
                 self._add(self._event(step=step, summary=self._scalar(name, value)))
-            if self._writer and time.monotonic() > self._flushed + FLUSH_SECONDS:
+        if time.monotonic() > self._flushed + FLUSH_SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        with self._ends_on_errors():
+            if self._writer:
                 self._writer.flush()
                 self._flushed = time.monotonic()
 
@@ -145,7 +166,7 @@ class _Board:
 
 def read(path: Path) -> list[dict[str, Any]]:
     """All rows of a `metrics.jsonl`; lines that are no records are passed over."""
-    return [row for _, row in _split(_content(Path(path)))[0]]
+    return [row for _, row in _split(_content(place(path)))[0]]
 
 
 def _content(path: Path) -> bytes:
@@ -154,9 +175,11 @@ def _content(path: Path) -> bytes:
     except FileNotFoundError:
         return b""
     except OSError as error:
-        raise DataError(
-            f"{path}: cannot be read ({error.strerror}). Nothing was changed."
-        ) from error
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: OSError) -> DataError:
+    return DataError(f"{path}: cannot be read ({error.strerror}). Nothing was changed.")
 
 
 def _split(content: bytes) -> tuple[list[tuple[bytes, dict[str, Any]]], list[bytes]]:

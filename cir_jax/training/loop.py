@@ -267,6 +267,8 @@ class Trainer:
                     bar.set_postfix_str(f"loss {values['loss']:.4f}, {rate:,.0f} samples/s")
                     pending, window_start = [], time.perf_counter()
                 if save:
+                    if log:
+                        log.upload()
                     checkpoints.save(state, self._position(number))
                     last_saved = number
                 if leaving:

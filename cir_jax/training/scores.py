@@ -40,7 +40,7 @@ class Scores:
     """
 
     def __init__(self, directory: Path):
-        self._path = Path(directory) / FILE
+        self._path = directory / FILE
         self.metric, self.values = "", {}
         self.settings: Mapping[str, Any] | None = None
         try:

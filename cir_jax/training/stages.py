@@ -13,6 +13,7 @@ from cir_jax.composers import official
 from cir_jax.errors import CheckpointError, ConfigError
 from cir_jax.experiment import Experiment, of_stage, stage_names
 from cir_jax.sharding import placement
+from cir_jax.storage.buckets import place
 from cir_jax.training import durations, inversion, optimizers
 from cir_jax.training.checkpoints import load_scored
 from cir_jax.training.inputs import make_pipeline
@@ -167,7 +168,7 @@ def _continued(experiment: Experiment, name: str, workdir: Path) -> Path:
     config = experiment.config
     after = config.stage[name].after
     if config.init_from:
-        given = Path(config.init_from).expanduser()
+        given = place(config.init_from)
         candidates = [given / after, given]
     else:
         candidates = [workdir / after]

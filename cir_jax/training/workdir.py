@@ -1,7 +1,6 @@
 """Workdirs: claimed by one config, held by one run, compared and read."""
 
 import contextlib
-import fcntl
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -15,7 +14,7 @@ from jax.experimental import multihost_utils
 from cir_jax import composers
 from cir_jax.errors import CheckpointError, DataError
 from cir_jax.experiment import evaluation_dtype
-from cir_jax.storage import faults
+from cir_jax.storage import faults, lease, locks
 from cir_jax.storage.atomic import write_atomically
 from cir_jax.training.differences import differing_fields
 
@@ -109,33 +108,33 @@ def claim(workdir: Path, config: ml_collections.ConfigDict) -> None:
     if not here.all():
         blind = ", ".join(map(str, np.flatnonzero(~here)))
         raise CheckpointError(
-            f"--workdir={workdir} is not seen by process(es) {blind}. It must lie on a disk that "
-            "all processes share."
+            f"--workdir={workdir} is not seen by process(es) {blind}. It must lie on a disk, or in "
+            "a bucket, that all processes share."
         )
 
 
 @contextlib.contextmanager
 def only_run(workdir: Path) -> Iterator[None]:
-    """Holds the lock of the workdir (process 0); the kernel drops it when the process dies.
+    """Holds the lock of the workdir (process 0), which goes when the process dies.
 
     Raises CheckpointError while another run holds it, and when nothing can be written there.
     """
     if jax.process_index():
         yield
         return
-    try:
-        lock = (workdir / ".lock").open("w")
-    except OSError as error:
-        raise CheckpointError(
-            f"{workdir}: cannot be locked ({faults.cause(error)}). Choose another --workdir."
-        ) from error
-    with lock as file:
+    with contextlib.ExitStack() as stack:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+            stack.enter_context(locks.holding(workdir))
+        except OSError as error:
             raise CheckpointError(
-                f"{workdir}: another run is at work there. Wait for it, or use a new --workdir."
+                f"{workdir}: cannot be locked ({faults.cause(error)}). Choose another --workdir."
             ) from error
+        except lease.Taken as taken:
+            who = f" ({taken})" if str(taken) else ""
+            raise CheckpointError(
+                f"{workdir}: another run is at work there{who}. Wait for it, or use a new "
+                "--workdir."
+            ) from taken
         yield
 
 

@@ -232,6 +232,19 @@ def test_batched_equals_one_by_one(compose, query):
         np.testing.assert_allclose(alone[0], together[i], atol=2e-5)
 
 
+def test_parameters_for_one_query_give_the_same_numbers(made, query):
+    composer, params, frozen = made
+    params = jax.tree.map(lambda x: x + 0.1 * (x.ndim == 1), params)  # biases begin at zero
+    other = composer.for_one_query(params)
+    fields = ("reference_features", "token_ids", "query_index")
+    query = {name: query[name][:1] for name in fields}
+    found = jax.jit(composer.compose)(other, frozen, query, jax.random.key(0))
+    expected = jax.jit(composer.compose)(params, frozen, query, jax.random.key(0))
+    np.testing.assert_allclose(found, expected, atol=2e-6)
+    names = {path[-1].key for path, _ in jax.tree.leaves_with_path(other)}
+    assert "transposed" in names and "kernel" not in names
+
+
 def test_each_field_of_a_query_counts(compose, query, batch):
     plain = compose(query)
     for change in (

@@ -106,6 +106,20 @@ def test_each_condition_of_a_search_counts_and_is_repeated(shared, photos):
         assert score == pytest.approx(plain[path], abs=1e-5)
 
 
+def test_alone_on_a_cpu_a_query_reads_parameters_made_for_it(made, photos, mesh, monkeypatch):
+    own, asked = type(made[0]).for_one_query, []
+    monkeypatch.setattr(
+        type(made[0]), "for_one_query", lambda self, params: asked.append(1) or own(self, params)
+    )
+    query, found = (photos[0] / "2.png", "a red star"), []
+    for where in (make_mesh({"data": -1}, jax.devices()[:2]), mesh):
+        composing = Composing(*made, where)
+        found += [composing.compose(*query).features for _ in range(2)]
+        assert len(asked) == (where.size == 1)
+    for other in found[1:]:
+        np.testing.assert_allclose(other, found[0], atol=2e-6)
+
+
 def test_a_search_by_one_of_the_two_is_the_methods_own(shared, made, photos):
     composer, params, frozen = made
     backbone = composer.backbone

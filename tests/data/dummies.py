@@ -8,7 +8,11 @@ from typing import Any
 from cir_jax.input.tables import Table
 
 ROOT = Path(__file__).resolve().parents[2]
-PLACES = {"cirr_mbeir": "mbeir/dummy/cirr", "fashioniq_mbeir": "mbeir/dummy/fashioniq"}
+PLACES = {
+    "cirr_mbeir": "mbeir/dummy/cirr",
+    "fashioniq_mbeir": "mbeir/dummy/fashioniq",
+    "annotated": "circo/dummy",
+}
 
 
 def dummy(dataset: str) -> Path:

@@ -12,9 +12,12 @@ import pytest
 import tensorflow_datasets as tfds
 
 from cir_jax.errors import DataError
+from cir_jax.input import tables
+from cir_jax.storage.buckets import files_below
 from data import build
 from data.shapes import captioned, queries
 from data.shapes.shapes_dataset_builder import TABLES, Shapes, ShapesTiny
+from tests.storage.bucket import Bucket, in_memory
 
 ROOT = Path(__file__).resolve().parents[2]
 PREPARE = [sys.executable, str(ROOT / "launch" / "prepare.py"), "--dataset=shapes_tiny"]
@@ -179,9 +182,31 @@ def test_unwritable_folder_and_full_disk(tmp_path, monkeypatch):
     assert [p.name for p in (tmp_path / "shapes_tiny" / "captions").iterdir()] == [".lock"]
 
 
-def test_remote_folder_is_refused():
-    with pytest.raises(DataError, match="not a local folder"):
-        build.prepare("shapes_tiny", ["captions"], "gs://bucket/data")
+def test_a_table_for_a_bucket_is_built_here_and_uploaded(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(build, "default_uploads_dir", lambda: tmp_path / "uploads")
+    local = build.prepare("shapes_tiny", ["captions"], tmp_path / "data")["captions"]
+
+    def cut(name):
+        if "features.json" in name:
+            raise OSError("no network")
+
+    def scraps():
+        return [p for p in (tmp_path / "uploads").rglob("*") if p.is_file() and p.name != ".lock"]
+
+    with in_memory(monkeypatch):
+        monkeypatch.setattr(Bucket, "fails", cut)
+        with pytest.raises(DataError, match="cannot write table 'captions' .*to gs://.*no network"):
+            build.prepare("shapes_tiny", ["captions"], "gs://bucket/data")
+        assert scraps() and not tables.is_prepared("gs://bucket/data", "shapes_tiny", "captions")
+        monkeypatch.setattr(Bucket, "fails", None)
+        monkeypatch.setattr(build, "_build", None)  # what was built is there
+        folder = build.prepare("shapes_tiny", ["captions"], "gs://bucket/data")["captions"]
+        assert str(folder) == "gs://bucket/data/shapes_tiny/captions/1.0.0" and not scraps()
+        assert tables.is_prepared("gs://bucket/data", "shapes_tiny", "captions")
+        sizes = [{k: v[0] for k, v in files_below(f).items()} for f in (local, folder)]
+        assert sizes[0] == sizes[1]
+        assert build.prepare("shapes_tiny", ["captions"], "gs://bucket/data")["captions"] == folder
+    assert "uploading it to gs://bucket/data/shapes_tiny/captions" in capsys.readouterr().err
 
 
 def test_data_dir_from_the_environment(tmp_path, monkeypatch):

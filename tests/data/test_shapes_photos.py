@@ -5,7 +5,7 @@ import re
 import numpy as np
 import pytest
 
-from cir_jax.library import Library, library
+from cir_jax.library import Library, asking
 from data.shapes import photos
 from data.shapes.render import encode_png, render
 from tests.launch.binaries import ROOT
@@ -50,8 +50,8 @@ def test_a_right_answer_is_among_the_first_five(tmp_path, monkeypatch):
         assert slerp.update().decoded == 500
         measured = [hits(slerp, "image", "text"), hits(slerp, "image"), hits(slerp, "text")]
         shown = []
-        for weight, negative in ((0, ()), (library.NEGATIVE, "a red star"), (1, "a red star")):
-            monkeypatch.setattr(library, "NEGATIVE", weight)
+        for weight, negative in ((0, ()), (asking.NEGATIVE, "a red star"), (1, "a red star")):
+            monkeypatch.setattr(asking, "NEGATIVE", weight)
             found = slerp.search(text="a star", negative=negative, k=10)
             names = [path.name for path, _ in found]
             shown.append([sum(kind in name for name in names) for kind in ("star", "red-star")])

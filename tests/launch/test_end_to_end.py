@@ -10,7 +10,11 @@ import pytest
 from PIL import Image
 
 import cir_jax
+from cir_jax.errors import CheckpointError
+from cir_jax.storage import buckets, lease
 from cir_jax.training import logs
+from cir_jax.training import workdir as workdirs
+from tests import object_store
 from tests.launch.binaries import SMOKE, kill_when, run, start, start_together
 
 pytestmark = pytest.mark.slow
@@ -23,7 +27,7 @@ LONGER = (  # so that there is time to interrupt
 
 
 def metrics(workdir):
-    results = json.loads((workdir / "results.json").read_text())["results"]
+    results = json.loads((workdir / "results.json").read_bytes())["results"]
     return {(r["benchmark"], r["method"]): r["metrics"] for r in results}
 
 
@@ -142,6 +146,50 @@ def test_killed_at_any_moment_the_same_command_ends_with_the_same_numbers(finish
     for stage in ("stage1", "stage2"):
         assert losses(workdir, stage) == losses(unbroken, stage)
     assert metrics(workdir) == metrics(unbroken)
+
+
+def test_in_a_bucket_as_on_a_disk(finished, scratch, tmp_path, monkeypatch):
+    """Trained, refused to a second run, killed, resumed, evaluated, loaded, continued elsewhere."""
+    unbroken, _ = finished
+    log = tmp_path / "log"
+    with object_store.serving(monkeypatch) as bucket:
+        workdir = buckets.place(f"{bucket}/run")
+        flags = (f"--config={SMOKE}", f"--workdir={workdir}", *LONGER)
+
+        def half_written():
+            files = buckets.files_below(workdir)
+            steps = {name.partition("/checkpoints/")[::2] for name in files if "/params/" in name}
+            steps = {(stage, name.partition("/")[0]) for stage, name in steps}
+            return any(f"{s}/checkpoints/{n}/commit_success.txt" not in files for s, n in steps)
+
+        process = start("main", *flags, scratch=scratch, log=log)
+        while not (workdir / lease.FOLDER).is_dir():
+            assert process.poll() is None, log.read_text()
+            time.sleep(0.02)
+        with pytest.raises(CheckpointError, match=f"another run .*process {process.pid} of"):
+            with workdirs.only_run(workdir):
+                pass
+        assert kill_when(process, half_written, log), log.read_text()
+        process = start("main", *flags, scratch=scratch, log=log)
+        assert process.wait() == 0, log.read_text()[-3000:]
+        assert "stage1: resuming after step" in log.read_text()
+        for stage in ("stage1", "stage2"):
+            assert losses(workdir, stage) == losses(unbroken, stage)
+        assert metrics(workdir) == metrics(unbroken)
+        assert any("tfevents" in name for name in buckets.files_below(workdir / "stage2"))
+        (workdir / "results.json").unlink()
+        status, output = run("eval", *flags, scratch=scratch)
+        assert status == 0, output
+        assert metrics(workdir) == metrics(unbroken)
+        assert cir_jax.load(str(workdir)).composer.trained
+        here = tmp_path / "here"
+        status, output = run(
+            "main", f"--config={SMOKE}", *LONGER, "--config.stages=stage2",
+            f"--config.init_from={workdir}", f"--workdir={here}", scratch=scratch,
+        )  # fmt: skip
+        assert status == 0, output
+        assert losses(here, "stage2") == losses(unbroken, "stage2")
+    assert not list(tmp_path.rglob("gs:*"))
 
 
 def test_stopped_in_any_phase_the_same_command_continues(finished, scratch, tmp_path):

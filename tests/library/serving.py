@@ -16,8 +16,16 @@ def served(libraries, host="127.0.0.1", token="", port=0):
     """Yields a `Client` of a server over these libraries."""
     from cir_jax.library.serve import command
 
+    with running(command.server(libraries, host, token), port) as client:
+        yield client
+
+
+@contextlib.contextmanager
+def running(server, port=0):
+    """Yields a `Client` of any server."""
+    from cir_jax.library.serve import command
+
     with contextlib.closing(command.listening("127.0.0.1", port)) as listening:
-        server = command.server(libraries, host, token)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
         thread.start()
         deadline = time.monotonic() + 20

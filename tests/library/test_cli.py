@@ -85,6 +85,21 @@ def test_results_alone_are_on_stdout(run, folder):
     assert len(both[1].splitlines()) == len(list(folder.rglob("*.png"))) - 1
 
 
+def test_an_index_is_made_searched_and_measured(run, folder, scratch):
+    pytest.importorskip("faiss")
+    status, out, err = run("index", "photos", "--index", "faiss", "--check", "5")
+    count = len(list(folder.rglob("*.png")))
+    assert status == 0 and re.search(
+        rf"^faiss: recall@5 1.000 of an exact scan, {min(50, count)} composed queries of {count} "
+        r"photos; \d+\.\d ms each$", out, re.M
+    )  # fmt: skip
+    assert re.search(r"\.faiss: made of the store's vectors \(there was none\)\.$", err, re.M)
+    asked = ("search", "photos", "--text", "a red star", "--json")
+    assert run(*asked, "--index", "faiss") == run(*asked) and run(*asked)[2] == ""
+    status, out, err = run("index", "photos", "--index", "fais")
+    assert (status, out) == (2, "") and "unknown index 'fais'. Did you mean 'faiss'" in err
+
+
 def test_the_current_folder_is_the_default(run, folder, monkeypatch):
     monkeypatch.setattr(cli, "DEMO", cli.DEMO | {"photos": Path()})  # as without --demo
     monkeypatch.chdir(folder)

@@ -137,7 +137,7 @@ def test_it_answers_as_the_library_does(page, libraries, numbers, folder):
 
 def test_methods_share_the_vectors_and_the_parameters(libraries):
     one, other = libraries.values()
-    assert one.store is other.store and one._gallery(False) is other._gallery(False)
+    assert one.store is other.store and one._index(False) is other._index(False)
     ours, theirs = (jax.tree.leaves(x.searcher.frozen["backbone"]) for x in (one, other))
     assert all(a is b for a, b in zip(ours, theirs, strict=True))
 

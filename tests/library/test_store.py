@@ -206,3 +206,40 @@ def test_a_store_that_cannot_be_written_is_read(filled):
     first, second = done.stdout.splitlines(), done.stderr
     assert first[0] == f"3 1 0 {target} cannot be written", second
     assert f"{folder}/new.sqlite: cannot be made (no permission to write)" in first[1]
+
+
+def test_a_store_without_a_log_gets_one(tmp_path):
+    """As version 0.1 wrote them at first."""
+    path = tmp_path / "s.sqlite"
+    store = Store(path)
+    encoder = store.encoder("e", "{}")
+    with store._change() as db:
+        for what in ("TABLE log", "TRIGGER written", "TRIGGER deleted"):
+            db.execute(f"DROP {what}_{encoder}")
+    assert store.changes(encoder, "") == ("", None)
+    assert store.encoder("e", "{}") == encoder
+    stamp, changed = store.changes(encoder, "")
+    assert stamp.startswith("1:") and changed is None
+    store.close()
+
+
+def test_the_log_says_what_has_changed_since(tmp_path):
+    store = Store(tmp_path / "s.sqlite")
+    encoder = store.encoder("e", "{}")
+    news = [New(File(b"%d" % i, 1, 1), b"", "", "") for i in range(4)]
+    store.add(encoder, news, np.ones((4, 3), np.float32))
+    stamp, changed = store.changes(encoder, "")
+    assert changed is None
+    assert store.changes(encoder, stamp)[1].tolist() == []
+    store.add(encoder, news[2:3], np.ones((1, 3), np.float32))
+    store.rearrange(store.photos()[:1], [], [], [(store.photos()[1], File(b"copy", 1, 1))])
+    later, changed = store.changes(encoder, stamp)
+    assert changed.tolist() == [1, 3, 6] and later != stamp
+    assert [n.tolist() for n, *_ in store.vectors(encoder, changed)] == [[3, 6]]
+    number, mark = stamp.split(":")
+    for other in (f"{number}:{int(mark) ^ 1}", f"999:{mark}", "", "5", "x:y"):
+        assert store.changes(encoder, other) == (later, None)
+    second = store.encoder("other", "{}")
+    assert store.changes(second, stamp)[1] is None
+    assert store.origin(encoder) != store.origin(second) and len(store.origin(encoder)) == 16
+    store.close()

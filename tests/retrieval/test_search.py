@@ -11,7 +11,7 @@ from PIL import Image, PngImagePlugin
 from cir_jax import composers
 from cir_jax.errors import CirError, DataError
 from cir_jax.retrieval.features import unit
-from cir_jax.retrieval.search import Searcher
+from cir_jax.retrieval.search import Searcher, find
 from cir_jax.sharding.mesh import make_mesh
 from tests import tiny as factory
 
@@ -117,6 +117,12 @@ def test_errors_say_what_to_do(searcher, folder, tmp_path):
         searcher.search(image=folder / "nothing.png")
     with pytest.raises(CirError, match="k=0"):
         searcher.search(text="red", k=0)
+
+
+def test_a_folder_called_as_an_image_is_none(tmp_path):
+    (tmp_path / "holidays.jpg").mkdir()
+    (tmp_path / "holidays.jpg" / "a.png").write_bytes(b"")
+    assert find(tmp_path) == [tmp_path / "holidays.jpg" / "a.png"]
 
 
 def test_any_failure_of_one_file_is_skipped(searcher, folder, monkeypatch, caplog):

@@ -118,6 +118,17 @@ def test_jax_says_who_belongs_together(alone, environment, expected):
     assert joining.detect() == expected
 
 
+def test_a_pod_of_no_indexed_job_is_not_asked(alone):
+    """JAX, where it can ask Kubernetes, takes every pod for one of a job."""
+    alone.setattr(joining.K8sCluster, "is_env_present", lambda: True)
+    alone.setattr(joining.K8sCluster, "get_process_count", lambda: 2)
+    alone.setattr(joining.K8sCluster, "get_coordinator_address", lambda *_: "job-0:1234")
+    alone.setattr(joining.K8sCluster, "get_process_id", lambda: 1)
+    assert joining.detect() is None
+    alone.setenv("JOB_COMPLETION_INDEX", "1")
+    assert joining.detect() == ("K8sCluster", "job-0:1234", 2, 1)
+
+
 def test_hosts_of_a_tpu_in_kubernetes(alone):
     for name, value in GKE.items():
         alone.setenv(name, value)

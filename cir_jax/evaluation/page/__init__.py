@@ -19,6 +19,7 @@ from cir_jax.evaluation.page.tables import section_tables
 from cir_jax.evaluation.queries import Benchmark
 from cir_jax.evaluation.result import Result
 from cir_jax.storage.atomic import write_atomically
+from cir_jax.storage.buckets import place
 
 SHOWN = 5
 MISSED = 3
@@ -39,7 +40,7 @@ def write_page(path: Path, title: str, sections: Sequence[Section]) -> None:
     if jax.process_index() != 0:
         return
     text = page(title, sections)
-    write_atomically(Path(path), lambda file: file.write(text.encode()))
+    write_atomically(place(path), lambda file: file.write(text.encode()))
 
 
 def page(title: str, sections: Sequence[Section]) -> str:

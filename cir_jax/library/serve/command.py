@@ -86,13 +86,18 @@ def address(host: str, port: int, token: str) -> str:
 
 def server(libraries: "Mapping[str, Library]", host: str, token: str) -> Any:
     """A uvicorn server; `run(sockets=[...])` serves until it is interrupted."""
-    import uvicorn
-
     from cir_jax.library.serve.app import application
+
+    return running(application(libraries, host, token))
+
+
+def running(application: Any) -> Any:
+    """The same of any application."""
+    import uvicorn
 
     return uvicorn.Server(
         uvicorn.Config(
-            application(libraries, host, token),
+            application,
             http="h11",
             ws="none",
             lifespan="off",
@@ -105,8 +110,11 @@ def server(libraries: "Mapping[str, Library]", host: str, token: str) -> Any:
     )
 
 
-def beside(folder: Path, searchers: Mapping[str, Any], store: Path | None) -> "dict[str, Library]":
-    """A library of each method, over one store. Methods on one backbone share its parameters."""
+def beside(
+    folder: Path, searchers: Mapping[str, Any], store: Path | None, **how: Any
+) -> "dict[str, Library]":
+    """A library of each method, over one store; `how` as `Library` takes it. Methods on one
+    backbone share its parameters."""
     from cir_jax.library.library import Library
     from cir_jax.retrieval.search import Searcher
     from cir_jax.weights.fingerprint import fingerprint
@@ -121,5 +129,5 @@ def beside(folder: Path, searchers: Mapping[str, Any], store: Path | None) -> "d
             searcher.composer, searcher.params, shared, mesh=searcher.mesh, seed=searcher.seed
         )
         first = next(iter(made.values()), None)
-        made[name] = Library(folder, searcher, store=store, beside=first)
+        made[name] = Library(folder, searcher, store=store, beside=first, **how)
     return made

@@ -1,4 +1,4 @@
-"""README's snippets on weights run as they are printed, on small models under the same names."""
+"""The snippets of docs/weights.md run as they are printed, on small models under the same names."""
 
 import json
 import re
@@ -15,9 +15,8 @@ from cir_jax.weights import files, timm
 from tests.weights import worlds
 from tests.weights.test_encoders import write_t5
 
-SECTION = (SHIPPED / "README.md").read_text().partition("## Real weights")[2]
-SECTION = SECTION.partition("\n## ")[0]
-SNIPPETS = re.findall(r"```python\n(.*?)```", SECTION, re.S)
+PAGE = (SHIPPED / "docs" / "weights.md").read_text()
+SNIPPETS = re.findall(r"```python\n(.*?)```", PAGE, re.S)
 
 
 @pytest.fixture
@@ -58,4 +57,4 @@ def test_every_kind_of_weights_is_named():
         "open_clip_model.safetensors",
         "IMAGES+TE",
     ):
-        assert name in SECTION, name
+        assert name in PAGE, name

@@ -1,0 +1,171 @@
+"""The rungs of a library's index, as it grows: what each takes, and what it misses.
+
+    python benchmarks/ladder.py [--photos=120000,1000000] [--dim=512]
+
+The vectors are random, of unit norm, in a store as `cir index` writes it; their variance falls as
+1/i over the dimensions, so that some are near each other, as features of photographs are. A query
+is the sum of two of them and of noise of its size, as FAISS's lists are tuned on, drawn otherwise.
+Each measurement is a process of its own:
+
+    make      FAISS's file, of the store's vectors, on all cores: sampled, learnt, filled, tuned
+    open      from the files to the first answer, on one core, in a process that has imported all
+              and has asked a small store before
+    query     the best 10, median of --queries, on one core, a query at a time
+    memory    the peak while it opens and answers, beyond what the process held before
+    recall    of the 10 best by an exact scan, those that are found, over all queries
+
+Qdrant is left out: what its local mode does is no server's. "sharded" is on one device here, the
+CPU: what is measured is the program, not a pod. Writes benchmarks/ladder.json.
+"""
+
+import argparse
+import datetime
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import numpy as np  # noqa: E402
+
+from benchmarks.library import BATCH, FEW  # noqa: E402
+from benchmarks.ranking import forget_peak, held_mib  # noqa: E402
+
+K = 10
+RUNGS = ("exact", "faiss", "sharded")
+
+
+def unit(x: np.ndarray) -> np.ndarray:
+    return x / np.linalg.norm(x, axis=-1, keepdims=True)
+
+
+def vectors(count: int, dim: int) -> Iterator[np.ndarray]:
+    rng, falling = np.random.default_rng(0), (1 / np.arange(1, dim + 1)) ** 0.5
+    for start in range(0, count, BATCH):
+        rows = rng.standard_normal((min(BATCH, count - start), dim), np.float32)
+        yield unit(rows * falling.astype(np.float32))
+
+
+def queries(count: int, dim: int) -> np.ndarray:
+    """float32[count, dim]; of photos that lie at the beginning."""
+    rng = np.random.default_rng(1)
+    photos = next(vectors(BATCH, dim))
+    pairs = photos[rng.choice(len(photos), (count, 2))].sum(axis=1)
+    return unit(unit(pairs) + unit(rng.standard_normal(pairs.shape, np.float32)))
+
+
+def prepare(folder: Path, count: int, dim: int) -> None:
+    from cir_jax.library.photos import File
+    from cir_jax.library.store import New, Store
+
+    for name, rows in (("few", FEW), ("library", count)):
+        store, done = Store(folder / f"{name}.sqlite"), 0
+        encoder = store.encoder("random", "{}")
+        for piece in vectors(rows, dim):
+            files = [File(f"2024/{done + i:08}.jpg".encode(), 1, 1) for i in range(len(piece))]
+            store.add(encoder, [New(file, file.path[-16:], "", "") for file in files], piece)
+            done += len(piece)
+        store.close()
+
+
+def measured(rung: str, folder: Path, asked: np.ndarray) -> dict[str, Any]:
+    """In a process of its own."""
+    from cir_jax.library.indexes import ladder
+    from cir_jax.library.indexes.base import Found, recall, scan
+    from cir_jax.library.store import Store
+    from cir_jax.library.vectors import Vectors
+    from cir_jax.sharding.mesh import make_mesh
+
+    mesh = make_mesh({"data": -1})
+
+    def opened(name: str) -> tuple[Any, Vectors]:
+        made = Vectors(Store(folder / f"{name}.sqlite"), 1)
+        given = dict(space=lambda: "random", scoring={}, method="", mesh=mesh, say=print)
+        index = ladder.opened(rung, made, **given)
+        ladder.follow(index, made)
+        return index, made
+
+    opened("few")[0].search(asked[:1], K)
+    report: dict[str, Any] = {}
+    if rung == "faiss":
+        if not list(folder.glob("library.sqlite.*.faiss")):  # in the first process
+            began = time.perf_counter()
+            opened("library")
+            return {"make_seconds": round(time.perf_counter() - began, 1)}
+        import faiss
+
+        faiss.omp_set_num_threads(1)
+        (file,) = folder.glob("library.sqlite.*.faiss")
+        report["file_mib"] = round(file.stat().st_size / 2**20, 1)
+    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+    before = held_mib("VmRSS")
+    forget_peak()
+    began = time.perf_counter()
+    index, made = opened("library")
+    index.search(asked[:1], K)
+    report["open_seconds"] = round(time.perf_counter() - began, 2)
+    took, found = [], []
+    for query in asked:
+        began = time.perf_counter(), time.process_time()
+        found.append(index.search(query[None], K))
+        took.append((time.perf_counter() - began[0], time.process_time() - began[1]))
+    wall, cpu = 1000 * np.median(took, axis=0)
+    report |= {"query_ms": round(wall, 2), "query_cpu_ms": round(cpu, 2)}
+    report["memory_mib"] = round(held_mib("VmHWM") - before, 1)
+    if rung == "faiss":
+        report["lists"], report["lists_looked_into"] = index.lists
+    best = scan(made.read, asked, K)
+    report["recall"] = round(recall(Found(*map(np.concatenate, zip(*found, strict=True))), best), 4)
+    assert index.approximate or report["recall"] == 1, report
+    return report
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--photos", default="120000,1000000")
+    parser.add_argument("--dim", type=int, default=512)
+    parser.add_argument("--queries", type=int, default=50)
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "ladder.json")
+    parser.add_argument("--worker", nargs=2, help="RUNG FOLDER: one of them, in this process")
+    args = parser.parse_args()
+    if args.worker:
+        rung, folder = args.worker
+        found = measured(rung, Path(folder), queries(args.queries, args.dim))
+        print(json.dumps(found))
+        return
+    load, sizes = os.getloadavg(), {}
+    for count in map(int, args.photos.split(",")):
+        with tempfile.TemporaryDirectory() as scratch:
+            prepare(Path(scratch), count, args.dim)
+            sizes[str(count)] = found = {}
+            for rung in RUNGS:
+                given = [f"--{name}={getattr(args, name)}" for name in ("dim", "queries")]
+                command = [sys.executable, __file__, *given, "--worker", rung, scratch]
+                found[rung] = {}
+                for _ in range(1 + (rung == "faiss")):  # one makes the file that another opens
+                    done = subprocess.run(command, capture_output=True, text=True)
+                    if done.returncode:
+                        sys.exit(f"{rung} failed:\n{done.stderr[-2000:]}")
+                    found[rung] |= json.loads(done.stdout.splitlines()[-1])
+                print(count, rung, found[rung], file=sys.stderr)
+    report = {
+        "dim": args.dim,
+        "queries": args.queries,
+        "photos": sizes,
+        "load_before": [round(x, 1) for x in load],
+        "cores": len(os.sched_getaffinity(0)),
+        "date": datetime.date.today().isoformat(),
+        "command": "python benchmarks/ladder.py",
+    }
+    args.output.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
