@@ -190,6 +190,10 @@ def test_what_a_query_may_not_say(page, numbers, alive):
     refused(page.search(text="a", controls={"alpha": True}), 400, "a number")
     refused(page.search(text="a", controls={"epsilon": 1}), 400, "no control")
     refused(page.search(text="a", mask="u" + "0" * 32), 400, "Give one")
+    refused(page.search(text="a", under="\ud800"), 400, "no folder of photos")
+    refused(page.search(text="a", **{"\ud800": 1}), 400, "a query has no")
+    refused(page.search(text="a", images=[{"id": "\ud800"}]), 404, "by id")
+    assert page.search(text="\ud800 red\0")[0] == 200
     for body in (b"", b"{", b"[1]", b'{"k": NaN}', b"[" * 90_000, b"\xff\xfe"):
         refused(page.post("/api/search", body), 400, "no JSON")
     refused(page.post("/api/search", b" " * 200_000), 413, "at most 100,000 bytes")
@@ -275,6 +279,15 @@ def test_uploads_that_are_no_pictures(page, alive):
     ):
         refused(page.post("/api/pictures", content), 400, words)
     assert held_mib("VmRSS") - before < 150
+
+
+def test_several_images_are_bounded_together(page, monkeypatch, alive):
+    from cir_jax.library.serve import questions
+
+    ids = [{"id": page.post("/api/pictures", png((30, 30), i))[2]["id"]} for i in range(3)]
+    monkeypatch.setattr(questions, "MEGAPIXELS", 0.002)
+    assert page.search(text="a", images=ids[:2])[0] == 200
+    refused(page.search(text="a", images=ids), 400, "0.0027 megapixels together; at most 0.002")
 
 
 def test_bodies_are_bounded(page, alive):

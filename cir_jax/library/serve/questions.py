@@ -17,6 +17,8 @@ MOST_BYTES = 100_000
 
 MOST_FOUND, MOST_IMAGES, MOST_WEIGHT = 200, 8, 4.0
 MOST_LETTERS = 2000
+MEGAPIXELS = 128.0
+"""Of several images together: all are decoded in memory."""
 
 
 class Control(NamedTuple):
@@ -91,10 +93,18 @@ def read(body: bytes, libraries: Mapping[str, Library], pictures: Pictures) -> Q
         raise Refusal(400, f"method: expected one of {listed(libraries)}.")
     library = libraries[method]
     references = [_reference(one) for one in _listed(said, "images", MOST_IMAGES)]
+    contents = [pictures.content(given) for given, _ in references]
+    if len(contents) > 1:
+        sizes = [photos.header(content, "the picture").size for content in contents]
+        if (pixels := sum(width * height for width, height in sizes)) > 1e6 * MEGAPIXELS:
+            raise Refusal(
+                400, f"images: {pixels / 1e6:.4g} megapixels together; at most {MEGAPIXELS:g} are "
+                "read. Take fewer, or smaller ones.",
+            )  # fmt: skip
     asked = {
         "text": text(said, "text"),
         "negative": [text({"negative": one}, "negative") for one in _listed(said, "negative", 8)],
-        "images": [pictures.content(given) for given, _ in references],
+        "images": contents,
         "weights": [weight for _, weight in references] if len(references) > 1 else None,
         "under": text(said, "under"),
         "after": text(said, "after"),
@@ -142,7 +152,8 @@ def text(said: Mapping[str, Any], name: str) -> str:
         raise Refusal(400, f"{name}: expected a text.")
     if len(value) > MOST_LETTERS:
         raise Refusal(400, f"{name}: {len(value)} letters; at most {MOST_LETTERS} are read.")
-    return value.replace("\0", " ")
+    # half of a surrogate pair is no letter, and nothing that could be encoded
+    return value.encode("utf-8", "replace").decode().replace("\0", " ")
 
 
 def listed(names: Any) -> str:

@@ -12,4 +12,5 @@ class Refusal(Exception):
 
     def answer(self) -> JSONResponse:
         headers = {"retry-after": "1"} if self.status == 429 else None
-        return JSONResponse({"error": str(self)}, self.status, headers)
+        sentence = str(self).encode("utf-8", "replace").decode()  # names of files need not be it
+        return JSONResponse({"error": sentence}, self.status, headers)
