@@ -23,6 +23,9 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF")
 """What may be in a photo's file, whatever it is called: PIL has other readers, one of which starts
 a program (EPS)."""
 
+JPEGS = ("JPEG", "MPO")
+"""What PIL calls them once they are opened, with and without further pictures in the file."""
+
 SKIPPED = frozenset(b"@eadir #recycle #snapshot __macosx node_modules thumbnails thumbs".split())
 """Folders of programs, in lower case; so are those whose name begins with a dot."""
 
@@ -152,10 +155,11 @@ def header(data: bytes, what: str) -> Image.Image:
 
 
 def size(data: bytes, what: str) -> tuple[int, int]:
-    """(width, height) of the picture as one looks at it; PNGs are decoded for it, as what turns
-    them may come last. Raises as `opened`."""
+    """(width, height) of the picture as one looks at it. Raises as `opened`."""
     with images.reading(what):
         image = header(data, what)
+        if image.format not in JPEGS:  # each has its own way to be turned, some when it is decoded
+            return opened(data, what)[0].size
         width, height = image.size
         turned = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
         return (height, width) if turned else (width, height)

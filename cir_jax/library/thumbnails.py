@@ -25,7 +25,7 @@ def jpeg(content: bytes, what: str, side: int) -> bytes:
     with images.reading(what):
         picture = images.to_rgb(photos.opened(content, what, side)[0])
         whole = picture.size
-        if photos.header(content, what).format in ("JPEG", "MPO"):  # decoded at a fraction
+        if photos.header(content, what).format in photos.JPEGS:  # decoded at a fraction
             whole = photos.size(content, what)
         shown = size(whole, side)
         if picture.size != shown:
