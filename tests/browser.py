@@ -147,8 +147,10 @@ class Browser:
     def drop(self, files: Sequence[Path], x: float, y: float) -> None:
         """Files from elsewhere, at a place in the window."""
         data = {"items": [], "files": list(map(str, files)), "dragOperationsMask": 1}
-        for kind in ("dragEnter", "dragOver", "drop"):
+        for kind in ("dragEnter", "dragOver", "dragOver", "drop"):
             self.call("Input.dispatchDragEvent", type=kind, x=x, y=y, data=data)
+            # what the page says to an event must be known before the next, or nothing is dropped
+            self.run("new Promise(done => requestAnimationFrame(() => setTimeout(done, 30)))")
 
     def until(self, script: str, seconds: float = 30) -> None:
         """Waits for an expression to be true."""

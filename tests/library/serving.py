@@ -3,6 +3,7 @@
 import contextlib
 import http.client
 import json
+import os
 import socket
 import threading
 import time
@@ -40,7 +41,9 @@ def running(server, port=0):
 
 
 def installed():
-    """Skips where the extra is missing; CI has it."""
+    """Skips where the extra is missing, but fails where CI is set."""
+    if os.environ.get("CI"):
+        return
     pytest.importorskip("starlette", reason="pip install 'cir_jax[serve]'")
     pytest.importorskip("uvicorn", reason="pip install 'cir_jax[serve]'")
 
