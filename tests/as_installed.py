@@ -57,6 +57,8 @@ def main() -> None:
     assert "function histogram(" in page("a run", []) and "--hit:" in page("a run", [])
     for name in ("page.html", "page.js", "mask.js", "server.js", "page.css", "icon.svg"):
         assert (installed / "library" / "serve" / "page" / name).is_file(), name
+    for name in ("page.html", "annotate.js", "annotate.css"):
+        assert (installed / "library" / "annotate" / "page" / name).is_file(), name
     assert "no such file" in refusal(WeightsError, "searle", weights="nowhere.pt")
     assert "Did you mean 'slerp'" in refusal(ConfigError, config="slrp")
     print(f"cir_jax {cir_jax.__version__} works as installed in {installed}")

@@ -39,6 +39,13 @@ def pytest_configure(config: pytest.Config) -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
 
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """One more than cores: a third of the time, a worker waits for a binary that it has started.
+    A worker grows to 3 GiB."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return max(2, min((os.cpu_count() or 1) + 1, memory // (4 << 30)))
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files with many slow tests first, so that no worker idles while the other has one left."""
     slow = collections.Counter(item.path for item in items if item.get_closest_marker("slow"))

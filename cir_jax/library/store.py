@@ -26,6 +26,7 @@ import numpy as np
 
 from cir_jax.errors import DataError
 from cir_jax.library.photos import File
+from cir_jax.storage.databases import transaction
 from cir_jax.storage.locks import locked
 from cir_jax.storage.places import LIBRARY_VARIABLE
 
@@ -186,15 +187,8 @@ class Store:
     @contextlib.contextmanager
     def _change(self) -> Iterator[sqlite3.Connection]:
         """One transaction, whole or not at all."""
-        with self._about():
-            self._db.execute("BEGIN IMMEDIATE")
-            try:
-                yield self._db
-                self._db.execute("COMMIT")
-            except BaseException:
-                with contextlib.suppress(sqlite3.Error):  # a full disk has rolled back already
-                    self._db.execute("ROLLBACK")
-                raise
+        with self._about(), transaction(self._db) as db:
+            yield db
 
     @contextlib.contextmanager
     def indexing(self) -> Iterator[bool]:

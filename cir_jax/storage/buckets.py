@@ -7,6 +7,7 @@ by a lease (`storage.lease`).
 
 import contextlib
 import importlib.util
+import logging
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -51,9 +52,15 @@ def place(given: str | os.PathLike) -> Path:
     import fsspec
     from etils import epath
 
+    logging.getLogger(CLIENTS[scheme]).addFilter(_raised_anyway)
     # other processes write there, too
     fsspec.config.conf.setdefault(scheme, {}).setdefault("use_listings_cache", False)
     return epath.Path(text)
+
+
+def _raised_anyway(record: logging.LogRecord) -> bool:
+    """Drops what a client logs about errors that it also raises: tracebacks at each attempt."""
+    return not record.exc_info
 
 
 def local(given: str | os.PathLike, what: str) -> Path:

@@ -11,7 +11,7 @@ from starlette.routing import Route
 from cir_jax.library.annotate.tasks import Tasks
 from cir_jax.library.serve import questions, site
 from cir_jax.library.serve.guard import Guard
-from cir_jax.library.serve.pictures import SIDES, Pictures
+from cir_jax.library.serve.pictures import Pictures
 from cir_jax.library.serve.refusal import Refusal
 from cir_jax.library.serve.turns import Turns
 
@@ -29,13 +29,13 @@ class Annotating:
 
     def __init__(self, tasks: Tasks):
         self.tasks = tasks
-        self.pictures = Pictures(tasks.album.library.folder, tasks.album.library.store)
+        library = tasks.album.library
         self.acting = Turns("actions", at_once=1, waiting=16)
-        self.showing = Turns("pictures", at_once=2, waiting=300)
+        self.showing = site.Showing(Pictures(library.folder, library.store))
 
     def close(self) -> None:
-        for turns in (self.acting, self.showing):
-            turns.close()
+        self.acting.close()
+        self.showing.close()
 
     async def about(self, request: Request) -> Response:
         guard: Guard = request.app.state.guard
@@ -61,14 +61,6 @@ class Annotating:
                 return JSONResponse(await self.acting.run(done, body))
 
         return route
-
-    async def picture(self, request: Request) -> Response:
-        number, side = request.path_params["number"], request.path_params["side"]
-        if side not in SIDES:
-            raise Refusal(404, f"a picture is {questions.listed(SIDES)}, not {side[:40]!r}.")
-        async with self.showing.turn():
-            data = await self.showing.run(self.pictures.thumbnail, number, side)
-        return Response(data, 200, {"cache-control": "private, max-age=60"}, "image/jpeg")
 
 
 def application(tasks: Tasks, host: str, token: str = "") -> Guard:
@@ -100,7 +92,7 @@ def application(tasks: Tasks, host: str, token: str = "") -> Guard:
             Route(f"/api/{name}", made.action(act), methods=["POST"])
             for name, act in actions.items()
         ),
-        Route("/pictures/{number}/{side}", made.picture),
+        made.showing.route,
     ]
     return site.site(FILES, routes, made, tasks.album.library.folder, host, token)
 

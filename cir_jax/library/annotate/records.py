@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from cir_jax.errors import DataError
+from cir_jax.storage.databases import transaction
 
 FILE = "annotations.sqlite"
 APPLICATION, VERSION = 0x43495241, 1
@@ -126,15 +127,8 @@ class Records:
     @contextlib.contextmanager
     def _action(self) -> Iterator[sqlite3.Connection]:
         """Whole or not at all."""
-        with self._about():
-            self._db.execute("BEGIN IMMEDIATE")
-            try:
-                yield self._db
-                self._db.execute("COMMIT")
-            except BaseException:
-                with contextlib.suppress(sqlite3.Error):
-                    self._db.execute("ROLLBACK")
-                raise
+        with self._about(), transaction(self._db) as db:
+            yield db
 
     # --- actions
 

@@ -1,35 +1,27 @@
 """The routes of `cir serve`: what the page asks for, as an ASGI application."""
 
-import asyncio
-import importlib.resources
 import os
 import time
 from collections.abc import Mapping
 from typing import Any
 
-from starlette.applications import Starlette
-from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from cir_jax.errors import CirError
 from cir_jax.library.explaining import Alone
 from cir_jax.library.library import Library
-from cir_jax.library.serve import questions
+from cir_jax.library.photos import printable
+from cir_jax.library.serve import questions, site
 from cir_jax.library.serve.guard import MOST_BYTES, Guard
-from cir_jax.library.serve.pictures import SIDES, Pictures
-from cir_jax.library.serve.refusal import Refusal
+from cir_jax.library.serve.pictures import Pictures
 from cir_jax.library.serve.turns import Turns
 
-PATIENCE = 60.0
-"""Seconds for a body to come."""
-
+HERE = "cir_jax.library.serve"
 FILES = {
-    "/": ("page.html", "text/html"),
-    "/page.css": ("page.css", "text/css"),
-    **{f"/{name}": (name, "text/javascript") for name in ("page.js", "mask.js", "server.js")},
-    "/icon.svg": ("icon.svg", "image/svg+xml"),
+    "/": (HERE, "page.html"),
+    **{f"/{name}": (HERE, name) for name in ("page.css", "page.js", "mask.js", "server.js")},
+    "/icon.svg": (HERE, "icon.svg"),
 }
 EXPLAINED = 8
 """Photos shown of what the image alone and the text alone would give."""
@@ -48,15 +40,11 @@ class Service:
         self._folders: tuple[int, list[str]] = (-1, [])
         self.asking = Turns("queries", at_once=1, waiting=4)
         self.uploading = Turns("uploads", at_once=1, waiting=4)
-        self.showing = Turns("pictures", at_once=2, waiting=300)
+        self.showing = site.Showing(self.pictures)
 
     def close(self) -> None:
-        for turns in (self.asking, self.uploading, self.showing):
-            turns.close()
-
-    async def file(self, request: Request) -> Response:
-        name, kind = FILES[request.url.path]
-        return Response(page_file(name), media_type=kind)
+        for one in (self.asking, self.uploading, self.showing):
+            one.close()
 
     async def about(self, request: Request) -> Response:
         guard: Guard = request.app.state.guard
@@ -94,7 +82,7 @@ class Service:
         return self._folders[1]
 
     async def search(self, request: Request) -> Response:
-        body = await _body(request, questions.MOST_BYTES)
+        body = await site.body(request, questions.MOST_BYTES)
         async with self.asking.turn():
             return JSONResponse(await self.asking.run(self._search, body))
 
@@ -137,83 +125,26 @@ class Service:
     async def upload(self, request: Request) -> Response:
         # a turn first: bodies that are waited for are not read yet
         async with self.uploading.turn():
-            content = await _body(request, MOST_BYTES)
+            content = await site.body(request, MOST_BYTES)
             number, size = await self.uploading.run(self.pictures.keep, content)
         return JSONResponse({"id": number, "width": size[0], "height": size[1]}, 201)
-
-    async def picture(self, request: Request) -> Response:
-        number, side = request.path_params["number"], request.path_params["side"]
-        if side not in SIDES:
-            raise Refusal(404, f"a picture is {questions.listed(SIDES)}, not {side[:40]!r}.")
-        async with self.showing.turn():
-            data = await self.showing.run(self.pictures.thumbnail, number, side)
-        # by id, whose content may change with its file
-        return Response(data, 200, {"cache-control": "private, max-age=60"}, "image/jpeg")
 
 
 def application(libraries: Mapping[str, Library], host: str, token: str = "") -> Guard:
     """What a server runs. host: that it listens on, see `Guard`."""
     service = Service(libraries)
     routes = [
-        *(Route(path, service.file) for path in FILES),
         Route("/api/about", service.about),
         Route("/api/search", service.search, methods=["POST"]),
         Route("/api/pictures", service.upload, methods=["POST"]),
-        Route("/pictures/{number}/{side}", service.picture),
+        service.showing.route,
     ]
-    handlers = {
-        Refusal: lambda request, error: error.answer(),
-        CirError: lambda request, error: Refusal(400, _said(error, service)).answer(),
-        ClientDisconnect: lambda request, error: Refusal(400, "the request broke off.").answer(),
-        HTTPException: lambda request, error: _unknown(request, error).answer(),
-        Exception: lambda request, error: Refusal(
-            500, f"an accident ({type(error).__name__}); its report is where `cir serve` runs."
-        ).answer(),
-    }
-    app = Starlette(routes=routes, exception_handlers=handlers)
-    app.state.service = service
-    app.state.guard = Guard(app, host, token)
-    return app.state.guard
+    return site.site(FILES, routes, service, service.library.folder, host, token)
 
 
 def _result(number: int, path: Any, score: float) -> dict[str, Any]:
     return {"id": f"p{number}", "path": printable(path), "score": round(score, 6)}
 
 
-def page_file(name: str) -> bytes:
-    return (importlib.resources.files(__package__) / "page" / name).read_bytes()
-
-
-def printable(name: Any) -> str:
-    """A name in the file system's own bytes, in characters that can be sent."""
-    return os.fsencode(name).decode("utf-8", "replace")
-
-
 def _is_text(name: bytes) -> bool:
     return os.fsencode(printable(os.fsdecode(name))) == name
-
-
-def _said(error: CirError, service: Service) -> str:
-    """An error, without where the library lies."""
-    return str(error).replace(str(service.library.folder), service.library.folder.name)
-
-
-def _unknown(request: Request, error: HTTPException) -> Refusal:
-    if error.status_code == 405:
-        return Refusal(405, f"{request.method} is not answered here.")
-    return Refusal(error.status_code, "there is nothing of this name.")
-
-
-async def _body(request: Request, most: int) -> bytes:
-    """Raises Refusal for more than that many bytes, and for what does not come."""
-    parts, size = [], 0
-    try:
-        async with asyncio.timeout(PATIENCE):
-            async for part in request.stream():
-                size += len(part)
-                if size > most:
-                    raise Refusal(413, f"too large: at most {most:,} bytes are taken here.")
-                parts.append(part)
-    except TimeoutError as error:
-        raise Refusal(408, f"the request did not come within {PATIENCE:g} s.") from error
-    return b"".join(parts)

@@ -14,7 +14,9 @@ from starlette.routing import BaseRoute, Route
 
 from cir_jax.errors import CirError
 from cir_jax.library.serve.guard import Guard
+from cir_jax.library.serve.pictures import SIDES, Pictures
 from cir_jax.library.serve.refusal import Refusal
+from cir_jax.library.serve.turns import Turns
 
 PATIENCE = 60.0
 """Seconds for a body to come."""
@@ -55,6 +57,30 @@ def site(
     app.state.service = service
     app.state.guard = Guard(app, host, token)
     return app.state.guard
+
+
+class Showing:
+    """The route of pictures, `/pictures/{number}/{side}`: some at once, others in a queue."""
+
+    def __init__(self, pictures: Pictures):
+        self._pictures = pictures
+        self._turns = Turns("pictures", at_once=2, waiting=300)
+
+    async def show(self, request: Request) -> Response:
+        number, side = request.path_params["number"], request.path_params["side"]
+        if side not in SIDES:
+            raise Refusal(404, f"a picture is {', '.join(SIDES)}, not {side[:40]!r}.")
+        async with self._turns.turn():
+            data = await self._turns.run(self._pictures.thumbnail, number, side)
+        # by id, whose content may change with its file
+        return Response(data, 200, {"cache-control": "private, max-age=60"}, "image/jpeg")
+
+    def close(self) -> None:
+        self._turns.close()
+
+    @property
+    def route(self) -> Route:
+        return Route("/pictures/{number}/{side}", self.show)
 
 
 def _file(package: str, name: str) -> Any:
