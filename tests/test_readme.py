@@ -130,7 +130,7 @@ def test_searching_ones_own_photos_runs(tmp_path, monkeypatch, capsys):
     load = functools.cache(loading.load)
     monkeypatch.setattr(loading, "load", lambda method, *_, **__: load(method))
     commands = re.findall(r"^    (cir .*)$", README, re.M)
-    assert len(commands) == 5
+    assert len(commands) == 6
     for command in commands:
         demo = [] if "--demo" in command else ["--demo"]
         assert cli.main(shlex.split(command)[1:] + demo) == 0, command
