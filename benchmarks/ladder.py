@@ -5,7 +5,8 @@
 The vectors are random, of unit norm, in a store as `cir index` writes it; their variance falls as
 1/i over the dimensions, so that some are near each other, as features of photographs are. A query
 is the sum of two of them and of noise of its size, as FAISS's lists are tuned on, drawn otherwise.
-Each measurement is a process of its own:
+Each measurement is a process of its own; seconds are those on the wall, and the processor's, which
+another load disturbs less:
 
     make      FAISS's file, of the store's vectors, on all cores: sampled, learnt, filled, tuned
     open      from the files to the first answer, on one core, in a process that has imported all
@@ -25,7 +26,6 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ sys.path.insert(0, str(ROOT))
 
 import numpy as np  # noqa: E402
 
-from benchmarks.library import BATCH, FEW  # noqa: E402
+from benchmarks.library import BATCH, FEW, clocks  # noqa: E402
 from benchmarks.ranking import forget_peak, held_mib  # noqa: E402
 
 K = 10
@@ -75,6 +75,10 @@ def prepare(folder: Path, count: int, dim: int) -> None:
         store.close()
 
 
+def is_made(folder: Path) -> bool:
+    return any(folder.glob("library.sqlite.*.faiss"))
+
+
 def measured(rung: str, folder: Path, asked: np.ndarray) -> dict[str, Any]:
     """In a process of its own."""
     from cir_jax.library.indexes import ladder
@@ -95,27 +99,28 @@ def measured(rung: str, folder: Path, asked: np.ndarray) -> dict[str, Any]:
     opened("few")[0].search(asked[:1], K)
     report: dict[str, Any] = {}
     if rung == "faiss":
-        if not list(folder.glob("library.sqlite.*.faiss")):  # in the first process
-            began = time.perf_counter()
+        if not is_made(folder):
+            began = clocks()
             opened("library")
-            return {"make_seconds": round(time.perf_counter() - began, 1)}
+            wall, cpu = clocks() - began
+            return {"make_seconds": round(wall, 1), "make_cpu_seconds": round(cpu, 1)}
         import faiss
 
         faiss.omp_set_num_threads(1)
         (file,) = folder.glob("library.sqlite.*.faiss")
         report["file_mib"] = round(file.stat().st_size / 2**20, 1)
-    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     before = held_mib("VmRSS")
     forget_peak()
-    began = time.perf_counter()
+    began = clocks()
     index, made = opened("library")
     index.search(asked[:1], K)
-    report["open_seconds"] = round(time.perf_counter() - began, 2)
+    wall, cpu = clocks() - began
+    report |= {"open_seconds": round(wall, 2), "open_cpu_seconds": round(cpu, 2)}
     took, found = [], []
     for query in asked:
-        began = time.perf_counter(), time.process_time()
+        began = clocks()
         found.append(index.search(query[None], K))
-        took.append((time.perf_counter() - began[0], time.process_time() - began[1]))
+        took.append(clocks() - began)
     wall, cpu = 1000 * np.median(took, axis=0)
     report |= {"query_ms": round(wall, 2), "query_cpu_ms": round(cpu, 2)}
     report["memory_mib"] = round(held_mib("VmHWM") - before, 1)
@@ -127,6 +132,23 @@ def measured(rung: str, folder: Path, asked: np.ndarray) -> dict[str, Any]:
     return report
 
 
+def table(report: dict[str, Any]) -> str:
+    """For docs/search.md: the processor's time."""
+    lines = [
+        "| photos | index | to make it | to open it | a query | memory | recall@10 |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for count, rungs in report["photos"].items():
+        for rung, found in rungs.items():
+            made = f"{found['make_cpu_seconds']:.0f} s" if "make_cpu_seconds" in found else ""
+            lines.append(
+                f"| {int(count):,} | `{rung}` | {made} | {found['open_cpu_seconds']:.1f} s | "
+                f"{found['query_cpu_ms']:.0f} ms | {found['memory_mib']:.0f} MiB | "
+                f"{found['recall']:.3f} |"
+            )
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--photos", default="120000,1000000")
@@ -136,8 +158,10 @@ def main() -> None:
     parser.add_argument("--worker", nargs=2, help="RUNG FOLDER: one of them, in this process")
     args = parser.parse_args()
     if args.worker:
-        rung, folder = args.worker
-        found = measured(rung, Path(folder), queries(args.queries, args.dim))
+        rung, folder = args.worker[0], Path(args.worker[1])
+        if rung != "faiss" or is_made(folder):
+            os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})  # of threads that are to come
+        found = measured(rung, folder, queries(args.queries, args.dim))
         print(json.dumps(found))
         return
     load, sizes = os.getloadavg(), {}

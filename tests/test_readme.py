@@ -153,7 +153,7 @@ def test_searching_ones_own_photos_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(annotating, "server", server)
     lines = dict.fromkeys(re.findall(r"^    (cir .*)$", DOCS, re.M))  # each once, in order
     asked = [line for line in lines if "annotate" not in line]
-    assert (len(lines), len(asked)) == (9, 7)
+    assert (len(lines), len(asked)) == (10, 8)
     for line in [*asked, *(line for line in lines if line not in asked)]:
         demo = [] if "--demo" in line else ["--demo"]
         port = [] if re.match("cir (index|search)", line) else ["--port=0"]

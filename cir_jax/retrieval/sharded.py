@@ -59,34 +59,34 @@ class Sharded:
     def _placed(self, pieces: Iterable[np.ndarray]) -> jax.Array | None:
         """Each process takes the rows of its own devices; None where there are none at all."""
         devices, parts, count = list(self.mesh.devices.flat), [], 0
-        own, block, dim = jax.process_index(), None, 0
+        block, kind = None, None
 
         def close(shard: int) -> None:
-            if devices[shard].process_index == own:
-                rows = block.reshape(1, *self._shape(dim)[1:])
+            if devices[shard].process_index == jax.process_index():
+                rows = np.zeros((self.rows, dim), kind) if block is None else block
+                rows = rows.reshape(1, *self._shape(dim)[1:])
                 parts.append(jax.device_put(rows, devices[shard]))
 
         for piece in pieces:
             check_finite("gallery", piece, count)
             if count + len(piece) > self.filled * self.shards:
                 raise ValueError(f"more rows than {self.filled * self.shards}")
+            dim, kind = piece.shape[1], piece.dtype
             while len(piece):
-                row = count % self.filled
-                if block is None:
-                    dim = piece.shape[1]
-                    block = np.zeros((self.rows, dim), piece.dtype)
+                shard, row = divmod(count, self.filled)
                 part, piece = np.split(piece, [self.filled - row])
-                if devices[count // self.filled].process_index == own:
+                if devices[shard].process_index == jax.process_index():
+                    block = np.zeros((self.rows, dim), kind) if block is None else block
                     block[row : row + len(part)] = part
                 count += len(part)
-                if not count % self.filled:
-                    close(count // self.filled - 1)
-                    block = np.zeros_like(block)
-        if block is None:
+                if row + len(part) == self.filled:
+                    close(shard)
+                    block = None  # before the next: memory for one is enough
+        if kind is None:
             return None
         for shard in range(count // self.filled, self.shards):
             close(shard)
-            block = np.zeros_like(block)
+            block = None
         return jax.make_array_from_single_device_arrays(self._shape(dim), self._sharding, parts)
 
     def _shape(self, dim: int) -> tuple[int, int, int, int]:

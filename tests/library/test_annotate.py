@@ -17,6 +17,7 @@ from cir_jax.library import Library
 from cir_jax.library.annotate import candidates, export, quality
 from cir_jax.library.annotate.candidates import Album
 from cir_jax.library.annotate.records import Candidate, Records
+from cir_jax.library.annotate.tasks import Tasks
 from cir_jax.retrieval.search import Searcher
 from cir_jax.sharding.mesh import make_mesh
 from data import build
@@ -127,6 +128,8 @@ def test_targets_look_like_the_reference_but_are_not_the_same_picture(album, mon
     monkeypatch.setattr(candidates, "TARGETS", 5)
     best = sorted(alike, key=alike.get, reverse=True)
     assert candidates.targets(album, reference) == best[2:7]
+    monkeypatch.setattr(candidates, "TARGETS", 1)  # the first two that are looked at are too alike
+    assert candidates.targets(album, reference) == best[2:3]
 
 
 def test_a_pool_is_of_all_methods_and_the_target_and_says_not_of_which(
@@ -308,6 +311,7 @@ def test_agreement_is_cohens_kappa():
     assert quality.kappa([one, other]) == pytest.approx(0.4)
     assert quality.kappa([one]) is None and quality.kappa([one, {b"else": True}]) is None
     assert quality.kappa([one, one, one]) == 1
+    assert quality.kappa([{b"a": True}, {b"a": True}]) is None  # nothing to agree on
 
 
 def test_an_export_is_a_benchmark(records, album, libraries, tmp_path):
@@ -346,6 +350,22 @@ def test_an_export_is_a_benchmark(records, album, libraries, tmp_path):
     (out / "COCO2017_unlabeled" / "unlabeled2017").mkdir()
     with pytest.raises(DataError, match="is in the way of a link"):
         export.export(records, album, out)
+
+
+def test_what_is_begun_comes_first_and_what_others_have_finished(records, libraries):
+    tasks = Tasks(libraries, records)
+    first = tasks.next("ann")
+    shown = (first["reference"], first["candidates"][0])
+    query = tasks.pair("ann", *(int(photo["id"][1:]) for photo in shown))
+    assert tasks.next("ann")["view"] == "words"
+    tasks.word(query, "a scene", "has a red star")
+    assert tasks.next("ann")["view"] == "answers"
+    assert tasks.next("bob", review=True)["view"] == "done"  # nobody has looked through it yet
+    tasks.finish(query, "ann", [])
+    assert tasks.next("bob", review=True)["query"] == query
+    assert tasks.next("bob")["view"] == tasks.next("ann")["view"] == "pair"
+    tasks.drop(query)
+    assert tasks.next("bob", review=True)["view"] == "done"
 
 
 def test_an_export_without_what_methods_found_has_no_estimate(records):

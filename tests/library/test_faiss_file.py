@@ -168,6 +168,11 @@ def test_few_lists_are_as_good_as_is_said(tmp_path, monkeypatch):
     assert faiss_ivf.recall(found(), best) > 0.95
     index._index.nprobe = 1
     assert faiss_ivf.recall(found(), best) < 0.9  # what is measured can be worse
+    index._index.nprobe = 1  # of some queries the list holds too few, of others enough
+    many = index.search(queries, 30)
+    assert 0 < (many.scores < faiss_ivf.scan(read, queries, 30).scores - 1e-4).sum()
+    for query, row in zip(queries, many.ids, strict=True):
+        np.testing.assert_array_equal(index.search(query[None], 30).ids[0], row)
     for share in (2, 40, 3000):
         some = ids[::share]
         best = faiss_ivf.scan(lambda some=some: iter([(some, rows[some - 1])]), queries, 10)

@@ -1,5 +1,6 @@
 """What every index can do: one suite for all rungs of the ladder."""
 
+import contextlib
 import os
 import uuid
 
@@ -7,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from cir_jax.errors import CirError
+from cir_jax.errors import CirError, DataError
 from cir_jax.library.indexes import faiss_ivf, ladder, qdrant
 from cir_jax.library.indexes.exact import Exact
 from cir_jax.library.indexes.faiss_ivf import Faiss
@@ -78,10 +79,14 @@ RUNGS = {
     "sharded:8": lambda world, folder: OnMesh(mesh(2, 2, 2)),
     "faiss": lambda world, folder: in_faiss(world, folder),
     "qdrant": lambda world, folder: in_qdrant(":memory:", folder),
+    "qdrant:http": lambda world, folder: over_http(folder),
     # a real one, where there is one to write to
     "qdrant:server": lambda world, folder: in_qdrant(os.environ.get(SERVER), folder),
 }
-pytestmark = pytest.mark.filterwarnings("ignore:Local mode performs exact")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Local mode performs exact"),
+    pytest.mark.filterwarnings("ignore:Api key is used with an insecure"),
+]
 SERVER = "CIR_JAX_TEST_QDRANT"
 
 
@@ -90,11 +95,30 @@ def in_faiss(world, folder):
     return Faiss(folder / "x.faiss", world.of, lambda said: None)
 
 
+def over_http(folder):
+    pytest.importorskip("qdrant_client")
+    from tests.library import qdrant_server
+
+    stack = contextlib.ExitStack()
+    url = stack.enter_context(qdrant_server.served())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(qdrant.URL, url)
+        patch.setenv(qdrant.KEY, "no")
+        with pytest.raises(DataError, match=f"index 'qdrant': {url}: Unexpected Response: 401"):
+            in_qdrant(url, folder)
+        patch.setenv(qdrant.KEY, qdrant_server.KEY)
+        index = in_qdrant(url, folder)
+    index.closing = stack.pop_all().close
+    return index
+
+
 def in_qdrant(url, folder):
     if not url:
         pytest.skip(f"${SERVER} names no server")
-    qdrant_client = pytest.importorskip("qdrant_client")
-    client = qdrant_client.QdrantClient(url)
+    pytest.importorskip("qdrant_client")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(qdrant.URL, url)
+        client = qdrant.connect()
     made = f"cir_jax_test_{uuid.uuid4().hex}"
     index = Qdrant(client, made, folder / "x.lock", lambda said: None)
     close = index.close
@@ -102,6 +126,7 @@ def in_qdrant(url, folder):
     def closed():
         client.delete_collection(made)
         close()
+        getattr(index, "closing", lambda: None)()
 
     index.close = closed
     return index
@@ -162,6 +187,15 @@ def test_the_best_of_all(filled, world):
         agrees(filled, world, k)
     agrees(filled, world, 10, world.of([7, 101]))
     assert filled.search(world.of([7]), 1).ids == 7
+
+
+def test_queries_do_not_change_each_other(filled, world):
+    for ranked in ({}, {"only": np.int64(sorted(world.rows)[::4])}):
+        together = filled.search(asked(), 12, **ranked)
+        for row, query in enumerate(asked()):
+            alone = filled.search(query[None], 12, **ranked)
+            np.testing.assert_array_equal(alone.ids[0], together.ids[row])
+            np.testing.assert_allclose(alone.scores[0], together.scores[row], atol=1e-6)
 
 
 def test_nothing_is_there(index, world):

@@ -94,6 +94,20 @@ def test_every_rung_finds_what_the_exact_one_finds(rung, folder, slerp, tmp_path
     assert 0.9 <= found.recall <= 1 and found.milliseconds > 0
 
 
+def test_an_explanation_beside_vectors_that_are_not_all_in_memory(folder, slerp, tmp_path):
+    """The first thousand places of what the parts would give: here, all."""
+    query = {"image": folder / "0-04.png", "text": "is red", "k": 5, "explain": True}
+    with Library(folder, slerp, store=tmp_path / "s.sqlite") as exact:
+        exact.update()
+        whole = exact.search(**query)
+        with Library(folder, slerp, store=tmp_path / "s.sqlite", index="faiss") as other:
+            found = other.search(**query)
+    assert found.numbers == whole.numbers
+    for part in ("image", "text"):
+        assert found.explained[part].ranks == whole.explained[part].ranks
+        assert found.explained[part].now == whole.explained[part].now
+
+
 def test_what_is_missed_is_measured(folder, slerp, tmp_path, monkeypatch):
     with Library(folder, slerp, store=tmp_path / "s.sqlite", index="faiss") as library:
         library.update()

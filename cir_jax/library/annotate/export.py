@@ -34,7 +34,7 @@ def answers(records: Records, query: Query) -> list[bytes]:
         for photo, fits in said.items():
             votes.setdefault(photo, []).append(fits)
     fitting = {photo for photo, all_said in votes.items() if 2 * sum(all_said) > len(all_said)}
-    return [query.target, *sorted(fitting - {query.target, query.reference})]
+    return [query.target, *sorted(fitting - {query.target})]
 
 
 def finished(records: Records) -> list[Query]:

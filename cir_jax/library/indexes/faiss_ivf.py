@@ -159,13 +159,15 @@ class Faiss:
         lists = min(index.nlist, int(np.ceil(index.nprobe / share)))
         deep = min(len(self), max(64, DEEPER * k))
         sel = self._selector(only, without)
-        while True:
-            params = self._faiss.SearchParametersIVF(sel=sel, nprobe=lists)
-            _, ids = index.search(np.float32(queries), deep, params=params)
-            if lists == index.nlist or (ids[:, min(k, deep) - 1] >= 0).all():
-                break
-            lists = index.nlist  # these lists hold too few
+        ids = self._candidates(queries, deep, lists, sel)
+        few = ids[:, min(k, deep) - 1] < 0  # of these, the lists hold too few
+        if few.any() and lists < index.nlist:
+            ids[few] = self._candidates(queries[few], deep, index.nlist, sel)
         return self._ranked(queries, ids, k)
+
+    def _candidates(self, queries: np.ndarray, deep: int, lists: int, sel: Any) -> np.ndarray:
+        params = self._faiss.SearchParametersIVF(sel=sel, nprobe=lists)
+        return self._index.search(np.float32(queries), deep, params=params)[1]
 
     def _selector(self, only: np.ndarray | None, without: Sequence[int]) -> Any:
         if only is not None:
