@@ -41,7 +41,7 @@ def _run(main: Callable[[], None], needs_config: Callable[[], bool]) -> None:
         _check_config_path(sys.argv)
         app.run(lambda _: _guarded(main, needs_config()), flags_parser=_parse)
     except CirError as error:
-        _fail(error)
+        raise ending.Failed(str(error)) from error
 
 
 def workdir() -> Path:
@@ -102,11 +102,15 @@ def _guarded(main: Callable[[], None], needs_config: bool) -> None:
         raise ConfigError("--config is missing: --config=experiments/NAME.py[:PRESET].")
     try:
         main()
+        if ending.several():  # until all have come so far, what one finds wrong ends all
+            from cir_jax.sharding import together
+
+            together.meet("the end")
     except Preempted as stop:
         print(f"{stop} Run the same command to continue.", file=sys.stderr, flush=True)
         sys.exit(128 + stop.signal)
     except CirError as error:
-        _fail(error)
+        raise ending.Failed(str(error)) from error
 
 
 def _parse(argv: list[str]) -> list[str]:
@@ -146,8 +150,3 @@ def _check_config_path(argv: list[str]) -> None:
         if path.stem in names:
             raise ConfigError(f"{path} is no file. Give {ROOT / 'experiments' / path.stem}.py.")
         raise ConfigError(f"{path} is no file: {unknown('experiment', path.stem, names)}")
-
-
-def _fail(error: CirError) -> None:
-    print(f"\nerror: {error}", file=sys.stderr, flush=True)
-    sys.exit(2)

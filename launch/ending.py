@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterator
 from types import FrameType
 
@@ -17,6 +18,10 @@ from cir_jax.storage import faults
 NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
 
 _doing, _kept = "starting", "nothing was written"
+
+
+class Failed(Exception):
+    """str() is what a user can mend: exit status 2, for all processes of a run."""
 
 
 class _Stopped(KeyboardInterrupt):
@@ -36,11 +41,13 @@ def run(main: Callable[[], None]) -> None:
     if not status:
         return
     # here the frames that main left are gone, and with them the generators that hold threads
-    print(f"\n{message}", file=sys.stderr)
-    if _several():
+    print(f"\n{message}", file=sys.stderr, flush=True)
+    if several():
+        from cir_jax.sharding import last_words
+
+        last_words.say(message, status)
         # an orderly end would wait for the other processes, which may wait for this one
         sys.stdout.flush()
-        sys.stderr.flush()
         os._exit(status)
     sys.exit(status)
 
@@ -49,21 +56,40 @@ def _run(main: Callable[[], None]) -> tuple[int, str]:
     """Exit status and last words of what ended main(); 0 for nothing."""
     before = {number: signal.signal(number, _stop) for number in NAMES}
     try:
-        main()
+        _unless_another_ended(main)
     except KeyboardInterrupt as stop:
         number = stop.args[0] if isinstance(stop, _Stopped) else signal.SIGINT
         message = f"stopped by {NAMES[number]} while {_doing}: {_kept}. The same command continues."
         return 128 + number, message
-    except OSError as error:
-        reason = faults.reason(error)
+    except Failed as error:
+        return 2, f"error: {error}"
+    except Exception as error:
+        reason = faults.reason(error) if isinstance(error, OSError) else None
         if reason is None:
-            raise
+            if not several():
+                raise
+            traceback.print_exc()
+            said = f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
+            return 1, f"error: {said}, while {_doing}: {_kept}. The lines above say where."
         where = f"{error.filename}: " if error.filename else ""
         return 2, f"error: {where}{reason}, while {_doing}: {_kept}. Mend it, then run it again."
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
     return 0, ""
+
+
+def _unless_another_ended(main: Callable[[], None]) -> None:
+    try:
+        main()
+    except SystemExit:
+        raise
+    except BaseException:
+        if several():
+            from cir_jax.sharding import last_words
+
+            last_words.begin()
+        raise
 
 
 @contextlib.contextmanager
@@ -99,7 +125,8 @@ def _stop(number: int, _: FrameType | None) -> None:
     raise _Stopped(number)
 
 
-def _several() -> bool:
+def several() -> bool:
+    """Whether this is one of several processes that have joined."""
     if "jax" not in sys.modules:
         return False
     import jax

@@ -13,6 +13,7 @@ import jax
 from jax._src.clusters import ClusterEnv, K8sCluster
 
 from cir_jax.errors import ConfigError
+from cir_jax.sharding import last_words
 
 WAIT_SECONDS = 60
 COMPLETION = "JOB_COMPLETION_INDEX"
@@ -115,6 +116,7 @@ def _initialize(*args: Any, **kwargs: Any) -> None:
         signal.signal(signal.SIGTERM, handler)  # with Python's own flags, not libc's
     if theirs:
         _jax_handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(theirs)
+    last_words.listen()
 
 
 def owns_sigterm() -> bool:

@@ -1,6 +1,7 @@
 """One of several processes: `python -m tests.training.several PORT PROCESSES NUMBER DIRECTORY`.
 
-Trains slowly, says each step, and then waits to be stopped.
+Trains slowly, says each step, and then waits to be stopped. With `NUMBER=WHAT` after it, that
+process fails at step 5, as a user's data or our own mistakes can do.
 """
 
 import logging
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import jax
 
+from cir_jax.errors import DataError
 from cir_jax.sharding import joining
 from cir_jax.training import loop
 from launch import ending
@@ -23,19 +25,25 @@ def say(*words):
 
 
 def main():
-    port, count, number, directory = sys.argv[1:]
+    port, count, number, directory, *fails = sys.argv[1:]
     logging.basicConfig(level=logging.WARNING, stream=sys.stdout, format="%(message)s")
     joining.initialize(f"localhost:{port}", int(count), int(number))
 
     def slowly(step):
         time.sleep(0.02)
         say("step", step)
+        if step == 5 and f"{number}=data" in fails:
+            raise DataError("shard 3: record 7 is no image.")
+        if step == 5 and f"{number}=bug" in fails:
+            raise KeyError("caption")
 
     try:
         trainer(steps=STEPS, before=slowly, checkpoint_every=50).run(Path(directory))
     except loop.Preempted as stop:
         say(stop)
         sys.exit(128 + stop.signal)
+    except DataError as error:  # as launch/common.py
+        raise ending.Failed(str(error)) from error
     ending.phase("waiting", "all is kept")
     say("trained")
     time.sleep(60)

@@ -23,7 +23,7 @@ LIMIT = 120
 class Two:
     """Both processes, and what they have said so far."""
 
-    def __init__(self, directory, folder):
+    def __init__(self, directory, folder, *fails):
         with socket.socket() as server:
             server.bind(("", 0))
             port = server.getsockname()[1]
@@ -34,7 +34,7 @@ class Two:
             command = [sys.executable, "-m", "tests.training.several", str(port), "2", str(number)]
             with log.open("wb") as file:
                 process = subprocess.Popen(
-                    [*command, str(directory)], cwd=ROOT, stdout=file, stderr=subprocess.STDOUT,
+                    [*command, directory, *fails], cwd=ROOT, stdout=file, stderr=subprocess.STDOUT,
                     env=environment(folder) | {"JAX_ENABLE_COMPILATION_CACHE": "0"},
                 )  # fmt: skip
             self.processes.append(process)
@@ -91,3 +91,25 @@ def test_two_processes_stop_together_and_agree_on_damage(tmp_path):
         for where in (directory, tmp_path / "unbroken")
     )
     np.testing.assert_allclose(ours, alone, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("number", "what", "status", "words"),
+    [
+        (1, "data", 2, "error: shard 3: record 7 is no image."),
+        (0, "bug", 1, "error: KeyError: 'caption', while starting: nothing was written."),
+    ],
+)
+def test_what_one_process_finds_wrong_ends_both_with_its_words(
+    tmp_path, number, what, status, words
+):
+    both = Two(tmp_path / "run", tmp_path / "logs", f"{number}={what}")
+    both.until("step 4$")
+    began = time.monotonic()
+    assert both.end() == [status, status], both.said()
+    assert time.monotonic() - began < 10
+    for text in both.said():
+        assert words in text and "Check failure" not in text, text
+    texts = both.said()
+    assert f"(process {number})" in texts[1 - number] and "Traceback" not in texts[1 - number]
+    assert ("Traceback" in texts[number]) == (what == "bug")
