@@ -106,7 +106,7 @@ def _validate(file: Path, data_dir: str) -> NoReturn:
         where = Path(SOURCE.value).expanduser()
         known = official.facts(where)
     else:
-        where = Path(data_dir).expanduser() if data_dir else default_data_dir()
+        where = buckets.place(data_dir) if data_dir else default_data_dir()
         known = validator.prepared(where)
     verdict = validator.validate(file, known, str(where))
     print(verdict.text)

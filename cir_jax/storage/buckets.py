@@ -12,12 +12,14 @@ import os
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from cir_jax.errors import ConfigError, unknown
 
 CLIENTS = {"gs": "gcsfs"}
 """Scheme -> the package whose client fsspec takes; both are in the extra of that name."""
+BLOCK = 2**25
+"""Bytes that one request asks for: a client's own few MiB make a large checkpoint wait."""
 CLIENT_PACKAGES = ("gcsfs", "aiohttp", "google", "requests")
 """Where the errors of such a client come from."""
 
@@ -100,6 +102,14 @@ def files_below(directory: Path) -> dict[str, tuple[int, int | str]]:
     }
 
 
+def reading(path: Path) -> BinaryIO:
+    """Opens a file to read all of it. Raises FileNotFoundError."""
+    if not is_remote(path):
+        return path.open("rb")
+    system, name = client(path)
+    return system.open(name, "rb", block_size=BLOCK)
+
+
 def upload(file: Path, path: Path) -> None:
     """Puts a local file into a bucket, whole or not at all. OSError, whatever the client."""
     system, name = client(path)
@@ -117,7 +127,7 @@ def upload_folder(folder: Path, target: Path, last: Sequence[str]) -> None:
 
 def download(path: Path, file: Path) -> None:
     """Gets a file out of a bucket. Raises OSError, whatever the client."""
-    with os_errors(path), path.open("rb") as source, file.open("wb") as target:
+    with os_errors(path), reading(path) as source, file.open("wb") as target:
         shutil.copyfileobj(source, target, 2**22)
 
 

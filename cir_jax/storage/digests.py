@@ -10,7 +10,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from cir_jax.storage.atomic import write_atomically
-from cir_jax.storage.buckets import files_below
+from cir_jax.storage.buckets import files_below, reading
 
 NAME = "digests.json"
 
@@ -73,7 +73,7 @@ def _names(directory: Path) -> list[str]:
 
 
 def _digest(path: Path) -> tuple[int, str]:
-    with path.open("rb") as file:
+    with reading(path) as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
         return file.tell(), digest
 

@@ -12,6 +12,12 @@ _CODES = (
     errno.ENODEV, errno.EAGAIN, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ECONNRESET,
     errno.EHOSTUNREACH, errno.EHOSTDOWN, errno.ENOTCONN, errno.EREMOTEIO,
 )  # fmt: skip
+_STATUSES = tuple(
+    f"{status}: "
+    for status in ("ABORTED", "UNAVAILABLE", "DEADLINE_EXCEEDED", "PERMISSION_DENIED",
+                   "UNAUTHENTICATED")
+)  # fmt: skip
+"""How what tensorstore raises of a bucket begins."""
 LIMIT = 200
 """Characters of a foreign error's text that a message quotes."""
 
@@ -27,6 +33,8 @@ def reason(error: BaseException) -> str | None:
             return _line(link)
         if isinstance(link, OSError) and link.strerror and is_remote(str(link.filename)):
             return link.strerror[:LIMIT]
+        if isinstance(link, ValueError) and str(link).startswith(_STATUSES):
+            return _line(link)
         code = getattr(link, "errno", None)
         if code in _CODES:
             return os.strerror(code)

@@ -14,6 +14,7 @@ from jax.experimental import multihost_utils
 from cir_jax import composers
 from cir_jax.errors import CheckpointError, DataError
 from cir_jax.experiment import evaluation_dtype
+from cir_jax.sharding import together
 from cir_jax.storage import faults, lease, locks
 from cir_jax.storage.atomic import write_atomically
 from cir_jax.training.differences import differing_fields
@@ -120,6 +121,7 @@ def only_run(workdir: Path) -> Iterator[None]:
     Raises CheckpointError while another run holds it, and when nothing can be written there.
     """
     if jax.process_index():
+        together.meet("the workdir is held")  # process 0 may have to wait for a lease
         yield
         return
     with contextlib.ExitStack() as stack:
@@ -135,6 +137,8 @@ def only_run(workdir: Path) -> Iterator[None]:
                 f"{workdir}: another run is at work there{who}. Wait for it, or use a new "
                 "--workdir."
             ) from taken
+        if jax.process_count() > 1:
+            together.meet("the workdir is held")
         yield
 
 

@@ -11,7 +11,7 @@ import time
 import pytest
 
 from cir_jax.errors import CheckpointError, ConfigError, DataError
-from cir_jax.storage import atomic, buckets, digests, lease, locks, places
+from cir_jax.storage import atomic, buckets, digests, faults, lease, locks, places
 from cir_jax.training import logs, workdir
 from tests.storage.bucket import Bucket, in_memory
 
@@ -81,6 +81,14 @@ def test_what_a_client_raises_becomes_one_error_with_its_words(bucket, monkeypat
     monkeypatch.setattr(Bucket, "fails", forbidden)
     with pytest.raises(DataError, match="cannot be written .no access for you, 403"):
         atomic.write_atomically(bucket / "x", lambda out: out.write(b"new"))
+
+
+def test_what_tensorstore_says_of_a_bucket_is_a_reason():
+    said = "ABORTED: All 2 retry attempts failed: CURL error Could not connect to server"
+    assert faults.reason(ValueError(said)) == said
+    assert faults.reason(ValueError("NOT_FOUND: key a")) is None  # of the file, not of the store
+    assert faults.reason(OSError(None, "Forbidden", "gs://bucket/x")) == "Forbidden"
+    assert faults.reason(OSError(None, "Forbidden", "/x")) is None
 
 
 def test_digests_see_what_has_changed_in_a_bucket(bucket):
