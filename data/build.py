@@ -22,9 +22,7 @@ A table without `source.json` is complete.
 """
 
 import contextlib
-import fcntl
 import functools
-import hashlib
 import importlib
 import io
 import json
@@ -45,8 +43,9 @@ from cir_jax.errors import DataError, unknown
 from cir_jax.input import images, links
 from cir_jax.storage import buckets, faults
 from cir_jax.storage.atomic import write_atomically
-from cir_jax.storage.places import default_data_dir, default_uploads_dir
+from cir_jax.storage.places import default_data_dir
 from data import apart, progress, shards
+from data.claims import building, is_built
 from data.source import MAX_LISTED, Options, SourceBuilder, Split, Survey
 
 DATASETS = {  # name: module and class of its TFDS builder, whose configs are the tables
@@ -119,14 +118,6 @@ def table_dir(
     root = buckets.place(data_dir) if data_dir else default_data_dir()
     root = root if buckets.is_remote(root) else root.resolve()
     return root / (name or dataset) / table / str(_builder_class(dataset).VERSION)
-
-
-TABLE_FILES = ("features.json", "dataset_info.json")
-
-
-def is_built(directory: Path) -> bool:
-    """Whether the folder holds a table; `TABLE_FILES` are written last."""
-    return all((directory / f).is_file() for f in TABLE_FILES)
 
 
 def survey(
@@ -423,43 +414,6 @@ def quiet_tfds() -> Iterator[None]:
     finally:
         tfds.enable_progress_bar()
         logging.set_verbosity(verbosity)
-
-
-@contextlib.contextmanager
-def building(folder: Path, refuse: Callable[[Path], None]) -> Iterator[Path | None]:
-    """Where to build the table of `folder`, None if it is built already, perhaps meanwhile.
-
-    That is the folder itself; for one in a bucket, a local folder that is uploaded afterwards.
-    refuse: raises if the table in a folder is not the one that would be built.
-    """
-    here = folder
-    if buckets.is_remote(folder):
-        digest = hashlib.sha256(os.fspath(folder.parent).encode()).hexdigest()[:24]
-        here = default_uploads_dir() / digest / folder.name
-    with locked(here.parent):
-        built = next((there for there in (folder, here) if is_built(there)), None)
-        if built is not None:
-            refuse(built)
-        yield here if built is None else None
-        if built == folder:
-            return
-        if here != folder:
-            print(f"uploading it to {folder}", file=sys.stderr, flush=True)
-            buckets.upload_folder(here, folder, last=TABLE_FILES)
-            shutil.rmtree(here)
-
-
-@contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Holds the lock on the folder, waiting for it if another process has it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            logging.warning("another process is building %s: waiting for it", folder)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def check(

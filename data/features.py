@@ -31,7 +31,7 @@ from cir_jax.retrieval.features import Rows, image_features
 from cir_jax.sharding.mesh import make_mesh
 from cir_jax.storage.buckets import place
 from cir_jax.storage.places import default_data_dir
-from data import build, progress, shards
+from data import build, claims, progress, shards
 from data.source import SourceBuilder, Split, stamp
 
 FIELDS = {
@@ -108,7 +108,7 @@ def prepare(
     for table, source in sources.items():
         folders[table] = folder = root / name / table / VERSION
         made = _made_of(source, model)
-        with build.building(folder, functools.partial(_refuse_other, made=made)) as here:
+        with claims.building(folder, functools.partial(_refuse_other, made=made)) as here:
             if here is not None:
                 _build(source, model, params, here, made, batch_size)
     return folders

@@ -257,6 +257,16 @@ def test_speeds_are_the_committed_measurements():
         frozen, released = ([ratio[f(x)] for f in (over, cached)] for x in ("frozen", "released"))
         said = "| {:.1f} / {:.1f} ({:.0f} / {:.0f} over".format(*frozen, *released)
         assert said in README
+    rows = recorded("compodiff")["sampler"]["measured"]["rows"]
+    ten = {row["batch"]: row["wall_speedup"] for row in rows if row["steps"] == 10}
+    assert (
+        "1 / 16 / 64 queries | {:.1f} / {:.1f} / {:.1f} |".format(*map(ten.get, (1, 16, 64)))
+        in README
+    )
+    table = (ROOT / "benchmarks" / "README.md").read_text()
+    for batch in ten:
+        mine = [row for row in rows if row["batch"] == batch]
+        assert " / ".join(f"{row['wall_speedup']:.1f}" for row in mine) + " |" in table
     joint = [recorded("joint")["methods"][name]["speedup"] for name in ("rtd", "tat", "combiner")]
     assert (
         "RTD / TAT / Combiner, captions of 8 to 18 words | {:.1f} / {:.1f} / {:.1f} |".format(

@@ -7,7 +7,7 @@ import time
 import pytest
 
 from cir_jax.input.tables import Table
-from data import apart, build
+from data import apart, build, claims
 from data.shapes.shapes_dataset_builder import ShapesTiny
 
 NEEDED = {"shapes_tiny": ["captions", "circo"]}
@@ -51,7 +51,7 @@ def test_what_it_could_not_build_is_built_here(started, tmp_path, monkeypatch, c
     build.prepare_needed(NEEDED, data_dir=tmp_path)
     assert [process.returncode for process in started] == [1]
     assert "building shapes_tiny/captions in /" in capsys.readouterr().err
-    assert build.is_built(build.table_dir("shapes_tiny", "captions", tmp_path))
+    assert claims.is_built(build.table_dir("shapes_tiny", "captions", tmp_path))
 
 
 def test_it_is_stopped_where_this_one_fails(started, tmp_path):

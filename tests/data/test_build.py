@@ -14,7 +14,7 @@ import tensorflow_datasets as tfds
 from cir_jax.errors import DataError
 from cir_jax.input import tables
 from cir_jax.storage.buckets import files_below
-from data import build
+from data import build, claims
 from data.shapes import captioned, queries
 from data.shapes.shapes_dataset_builder import TABLES, Shapes, ShapesTiny
 from tests.storage.bucket import Bucket, in_memory
@@ -124,10 +124,10 @@ def test_two_builders_at_once(built, tmp_path):
 
 def test_second_builder_waits_for_the_lock(tmp_path):
     folder = tmp_path / "table"
-    with build.locked(folder):
+    with claims.locked(folder):
         code = (
-            "from pathlib import Path; from data import build\n"
-            f"with build.locked(Path({str(folder)!r})): print('in')"
+            "from pathlib import Path; from data import claims\n"
+            f"with claims.locked(Path({str(folder)!r})): print('in')"
         )
         waiting = subprocess.Popen(
             [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True
@@ -183,7 +183,7 @@ def test_unwritable_folder_and_full_disk(tmp_path, monkeypatch):
 
 
 def test_a_table_for_a_bucket_is_built_here_and_uploaded(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(build, "default_uploads_dir", lambda: tmp_path / "uploads")
+    monkeypatch.setattr(claims, "default_uploads_dir", lambda: tmp_path / "uploads")
     local = build.prepare("shapes_tiny", ["captions"], tmp_path / "data")["captions"]
 
     def cut(name):
