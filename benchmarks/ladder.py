@@ -36,7 +36,7 @@ sys.path.insert(0, str(ROOT))
 import numpy as np  # noqa: E402
 
 from benchmarks.library import BATCH, FEW, clocks  # noqa: E402
-from benchmarks.ranking import forget_peak, held_mib  # noqa: E402
+from benchmarks.memory import forget_peak, held_mib  # noqa: E402
 
 K = 10
 RUNGS = ("exact", "faiss", "sharded")

@@ -39,7 +39,7 @@ sys.path.insert(0, str(ROOT))
 
 import numpy as np  # noqa: E402
 
-from benchmarks.ranking import forget_peak, held_mib  # noqa: E402
+from benchmarks.memory import forget_peak, held_mib  # noqa: E402
 
 K = 64
 FEW = 100

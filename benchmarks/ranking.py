@@ -33,6 +33,8 @@ sys.path.insert(0, str(ROOT))
 import numpy as np  # noqa: E402
 from absl import app, flags  # noqa: E402
 
+from benchmarks.memory import forget_peak, held_mib  # noqa: E402
+
 CONTENDERS = ("cir_jax", "cir_jax_top", "numpy", "torch", "faiss")
 K = 50
 TARGETS = 5
@@ -112,18 +114,6 @@ RANK: dict[str, Rank] = {
     "torch": with_torch,
     "faiss": with_faiss,
 }
-
-
-def held_mib(field: str) -> float:
-    """Memory of this process: "VmRSS" now, "VmHWM" at most since `forget_peak`."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field):
-            return int(line.split()[1]) / 1024
-    raise RuntimeError(f"no {field} in /proc/self/status: not Linux?")
-
-
-def forget_peak() -> None:
-    Path("/proc/self/clear_refs").write_text("5")
 
 
 def work(name: str, folder: Path) -> dict[str, float]:

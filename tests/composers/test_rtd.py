@@ -58,7 +58,7 @@ def encoded(made, tiny):
 
 
 def test_the_loss_does_not_depend_on_devices_or_parts(made, tiny):
-    inversion.assert_independent_of_devices_and_parts(*made, triplets(tiny[0]), least=1e-2)
+    inversion.assert_independent_of_devices_and_parts(*made, triplets(tiny[0]), least=3e-2)
 
 
 def test_it_begins_as_the_method_inside(made, tiny):

@@ -37,7 +37,7 @@ def test_benchmark_and_metric():
     ("best", "message"),
     [
         ("cirr", r"best='cirr': expected a benchmark and one of its metrics, as in 'cirr R@1'"),
-        ("crr R@1", "'crr'. Did you mean 'cirr'. Valid: circo, cirr, .*shapes/circo"),
+        ("crr R@1", "'crr'. Did you mean 'cirr'. Valid: annotated, circo, .*shapes/circo"),
         ("cirr R@3", "unknown metric of cirr in .*'R@3'. Did.* Valid: Avg, R@1, R@10, R@5, R@50"),
         ("coco_object mean rank", "unknown benchmark"),
         ("cirr/inversion R@1", "unknown benchmark to choose a checkpoint by"),
