@@ -148,7 +148,7 @@ def test_searching_ones_own_photos_runs(tmp_path, monkeypatch, capsys):
         started.run = lambda sockets: served.append([len(lib) for lib in libraries.values()])
         return started
 
-    monkeypatch.setattr(serving, "check_installed", lambda: None)
+    monkeypatch.setattr(serving, "check_installed", lambda command: None)
     monkeypatch.setattr(serving, "server", server)
     monkeypatch.setattr(annotating, "server", server)
     lines = dict.fromkeys(re.findall(r"^    (cir .*)$", DOCS, re.M))  # each once, in order

@@ -165,7 +165,7 @@ def _search(args: argparse.Namespace) -> int:
 
 
 def _serve(args: argparse.Namespace) -> int:
-    serving.check_installed()
+    serving.check_installed("serve")
     token = serving.checked_token(args.host, args.token)
     with contextlib.ExitStack() as stack:
         listening = stack.enter_context(serving.listening(args.host, args.port))
@@ -179,7 +179,7 @@ def _annotate(args: argparse.Namespace) -> int:
     from cir_jax.library.annotate.tasks import Tasks
 
     if not args.export:
-        serving.check_installed()
+        serving.check_installed("annotate")
     token = serving.checked_token(args.host, args.token)
     with contextlib.ExitStack() as stack:
         records = stack.enter_context(contextlib.closing(Records(args.out)))

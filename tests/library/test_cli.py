@@ -203,6 +203,14 @@ def test_what_stands_in_the_way_of_an_update_alone(run, monkeypatch, scratch):
     assert (status, out) == (2, "") and "cannot be written: what is in it can be searched" in err
 
 
+def test_pages_say_what_they_need(run, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "starlette", None)
+    for command in (["serve"], ["annotate", "--out", tmp_path]):
+        status, out, err = run(*command)
+        assert (status, out) == (2, "")
+        assert f"cir {command[0]} needs Starlette" in err and "pip install 'cir_jax[serve]'" in err
+
+
 def test_the_backbone_is_the_methods_or_a_real_one(tmp_path):
     def chosen(*argv):
         args = cli._parser().parse_args(["search", *argv])

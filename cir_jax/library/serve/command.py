@@ -47,14 +47,14 @@ def checked_token(host: str, given: str | None) -> str:
     return given
 
 
-def check_installed() -> None:
-    """Raises ConfigError without what only this command needs."""
+def check_installed(command: str) -> None:
+    """Raises ConfigError without what pages need, which `cir COMMAND` serves."""
     try:
         import starlette  # noqa: F401
         import uvicorn  # noqa: F401
     except ImportError as error:
         raise ConfigError(
-            f"cir serve needs Starlette and uvicorn ({error}): pip install 'cir_jax[serve]'."
+            f"cir {command} needs Starlette and uvicorn ({error}): pip install 'cir_jax[serve]'."
         ) from error
 
 
