@@ -12,7 +12,7 @@
   without a mask, and with the mask on B, for which the other one would be right.
 * The (w_I, w_T) plane: mAP@10 of shapes/circo over the guidance weights, as the paper's figure 10.
 
-Seed s is the run that benchmarks/shapes.py leaves in the workdir, trained there if there is none,
+Seed s is the run that benchmarks/compare.py leaves in the workdir, trained there if there is none,
 on the test world test_s. Writes benchmarks/conditions.json and conditions.png.
 """
 
@@ -346,6 +346,30 @@ def draw(measured: Mapping[str, Any], path: Path) -> None:
         pen.rectangle((220, y, 220 + max(int(value * 2.4), 1), y + 16), fill=(40, 120, 195))
         pen.text((226 + int(value * 2.4), y + 3), f"{value:.1f} %", "black")
     image.save(path)
+
+
+SAID = """
+With the reference's background as negative text, {background[negative][unwanted]} % of the top 10
+show it in place of {background[plain][unwanted]} %, at mAP@10 {background[negative][mAP@10]} in
+place of {background[plain][mAP@10]} (the queries that leave the background free); a second thing's
+shape, {shape[negative][unwanted]} % in place of {shape[plain][unwanted]} %, and mAP@10
+{shape[negative][mAP@10]} in place of {shape[plain][mAP@10]}. Of two images that show what the text
+describes in the place of one thing or of another, the masked one is before the other for
+{mask[on A][before]} % of {queries} references with the mask on it, {mask[none][before]} % without a
+mask and {mask[on B][before]} % with the mask on the other thing.
+"""
+
+
+def said(measured: dict[str, Any]) -> str:
+    """The sentences of benchmarks/README.md."""
+
+    def numbers(found: Any) -> Any:
+        if "mean" in found:
+            return f"{found['mean']:.1f} ± {found['std']:.1f}"
+        return {name: numbers(value) for name, value in found.items()}
+
+    found = {**numbers(measured["negative"]), "mask": numbers(measured["mask"])}
+    return " ".join(SAID.format(**found, queries=REGION_QUERIES["shapes"]).split())
 
 
 def main() -> None:

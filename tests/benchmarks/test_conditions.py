@@ -191,3 +191,10 @@ def test_a_run_at_a_small_size(tmp_path, monkeypatch, capsys):
         conditions.MASKS
     )
     assert "| mask |" in capsys.readouterr().out and output.with_suffix(".png").is_file()
+
+
+def test_the_committed_sentences_are_the_measurement():
+    measured = json.loads((conditions.ROOT / "benchmarks" / "conditions.json").read_text())
+    text = (conditions.ROOT / "benchmarks" / "README.md").read_text()
+    assert measured["seeds"] == [0, 1, 2]
+    assert conditions.said(measured) in " ".join(text.split())
