@@ -1,7 +1,6 @@
 """The folder of a table: whether it is whole, and whose it is while it is built."""
 
 import contextlib
-import fcntl
 import hashlib
 import os
 import shutil
@@ -11,7 +10,7 @@ from pathlib import Path
 
 from absl import logging
 
-from cir_jax.storage import buckets
+from cir_jax.storage import buckets, locks
 from cir_jax.storage.places import default_uploads_dir
 
 TABLE_FILES = ("features.json", "dataset_info.json")
@@ -50,10 +49,8 @@ def building(folder: Path, refuse: Callable[[Path], None]) -> Iterator[Path | No
 def locked(folder: Path) -> Iterator[None]:
     """Holds the lock on the folder, waiting for it if another process has it."""
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+    with contextlib.ExitStack() as stack:
+        if not stack.enter_context(locks.locked(folder / ".lock", wait=False)):
             logging.warning("another process is building %s: waiting for it", folder)
-            fcntl.flock(file, fcntl.LOCK_EX)
+            stack.enter_context(locks.locked(folder / ".lock", wait=True))
         yield

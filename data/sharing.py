@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import fcntl
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 from cir_jax.errors import ConfigError, DataError
 from cir_jax.storage.atomic import write_atomically
+from cir_jax.storage.locks import locked
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,14 +37,12 @@ class Shard:
 @contextlib.contextmanager
 def alone(lock: Path) -> Iterator[None]:
     """Raises DataError while another process does the same work."""
-    with lock.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+    with locked(lock, wait=False) as free:
+        if not free:
             raise DataError(
                 f"{lock}: another process makes these triplets. Wait for it, or choose another "
                 "--output or --shard."
-            ) from error
+            )
         yield
 
 

@@ -239,6 +239,9 @@ def _open(args: argparse.Namespace) -> "Library":
 def _load(args: argparse.Namespace, method: str, weights: str | None) -> "Searcher":
     if args.photos is not None and not args.photos.expanduser().is_dir():
         raise ConfigError(f"{args.photos}: no such folder. Give the folder of your photos.")
+    from cir_jax.library.indexes.ladder import check_name
+
+    check_name(args.index)
     backbone = _backbone(args, method)
     _say_what_is_fetched(backbone)
     import jax

@@ -26,12 +26,11 @@ import numpy as np
 
 from cir_jax.errors import DataError
 from cir_jax.library.photos import File
+from cir_jax.storage import databases
 from cir_jax.storage.databases import transaction
 from cir_jax.storage.locks import locked
 from cir_jax.storage.places import LIBRARY_VARIABLE
 
-APPLICATION, VERSION = 0x6369726C, 1
-PAGE = 16384
 PATIENCE = 30.0
 """Seconds that a transaction waits for another process's."""
 
@@ -55,6 +54,8 @@ CREATE TABLE encoders (
     description TEXT NOT NULL
 );
 """
+
+KIND = databases.Kind(0x6369726C, 1, _SCHEMA, page=16384)
 
 _LOG = """\
 CREATE TABLE log_{number} (
@@ -121,22 +122,8 @@ class Store:
             self.reads_only = f"{self.path} cannot be written"
             return self._opened_to_read()
         db = self._connect(f"file:{quote(str(self.path))}")
-        tables, version = "SELECT count(*) FROM sqlite_master", "PRAGMA user_version"
-        if db.execute(tables).fetchone()[0] and not db.execute(version).fetchone()[0]:
-            db.close()
-            raise DataError(f"{self.path}: a database of another program. Give another --store.")
-        db.execute(f"PRAGMA page_size = {PAGE}")
-        db.execute("PRAGMA journal_mode = WAL")
         db.execute("PRAGMA synchronous = NORMAL")  # whole after a power cut, if a batch behind
-        db.execute("PRAGMA foreign_keys = ON")
-        db.execute("BEGIN IMMEDIATE")
-        if not db.execute(version).fetchone()[0]:
-            for statement in _SCHEMA.split(";")[:-1]:
-                db.execute(statement)
-            db.execute(f"PRAGMA application_id = {APPLICATION}")
-            db.execute(f"PRAGMA user_version = {VERSION}")
-        db.execute("COMMIT")
-        return self._checked(db)
+        return self._checked(db, databases.prepare(db, KIND))
 
     def _opened_to_read(self) -> sqlite3.Connection:
         try:
@@ -144,22 +131,23 @@ class Store:
             db.execute("SELECT count(*) FROM sqlite_master").fetchone()
         except sqlite3.OperationalError:  # no room for the files beside it: then nobody writes
             db = self._connect(f"file:{quote(str(self.path))}?immutable=1")
-        return self._checked(db)
+        return self._checked(db, databases.version_of(db, KIND))
 
     def _connect(self, uri: str) -> sqlite3.Connection:
         return sqlite3.connect(
             uri, uri=True, timeout=PATIENCE, isolation_level=None, check_same_thread=False
         )
 
-    def _checked(self, db: sqlite3.Connection) -> sqlite3.Connection:
-        found = tuple(db.execute(f"PRAGMA {x}").fetchone()[0] for x in _MARKS)
-        if found != (APPLICATION, VERSION):
-            db.close()
-            raise DataError(
-                f"{self.path}: no store of this version (it says {found[1]}, this is {VERSION}). "
-                "Delete it and index again, or give another --store."
-            )
-        return db
+    def _checked(self, db: sqlite3.Connection, version: int) -> sqlite3.Connection:
+        if version == KIND.version:
+            return db
+        db.close()
+        if not version:
+            raise DataError(f"{self.path}: a database of another program. Give another --store.")
+        raise DataError(
+            f"{self.path}: no store of this version (it says {version}, this is {KIND.version}). "
+            "Delete it and index again, or give another --store."
+        )
 
     def _no_place(self, reason: str) -> str:
         return (
@@ -389,6 +377,3 @@ class Store:
         with self._about():
             rows = self._db.execute("SELECT id FROM photos WHERE digest = ?", (digest,))
             return [row[0] for row in rows]
-
-
-_MARKS = ("application_id", "user_version")

@@ -3,6 +3,49 @@
 import contextlib
 import sqlite3
 from collections.abc import Iterator
+from typing import NamedTuple
+
+
+class Kind(NamedTuple):
+    """application, version: marks of a file (SQLite's `application_id` and `user_version`), both
+    above 0. schema: statements, each ended by ";". page: bytes."""
+
+    application: int
+    version: int
+    schema: str
+    page: int = 4096
+
+
+def prepare(db: sqlite3.Connection, kind: Kind) -> int:
+    """Makes the tables of an empty database. The version found, 0 = it is of another program; what
+    is not of this kind and version is not touched.
+
+    db: with `isolation_level` None. Raises sqlite3.Error.
+    """
+    if _is_empty(db):
+        db.execute(f"PRAGMA page_size = {kind.page}")
+        db.execute("PRAGMA journal_mode = WAL")
+        with transaction(db):
+            if _is_empty(db):  # no other process was faster
+                for statement in kind.schema.split(";")[:-1]:
+                    db.execute(statement)
+                db.execute(f"PRAGMA application_id = {kind.application}")
+                db.execute(f"PRAGMA user_version = {kind.version}")
+    if (found := version_of(db, kind)) == kind.version:
+        db.execute("PRAGMA foreign_keys = ON")
+    return found
+
+
+def version_of(db: sqlite3.Connection, kind: Kind) -> int:
+    """As `prepare` gives it, of a database that is only read."""
+    application, version = (
+        db.execute(f"PRAGMA {mark}").fetchone()[0] for mark in ("application_id", "user_version")
+    )
+    return version if application == kind.application else 0
+
+
+def _is_empty(db: sqlite3.Connection) -> bool:
+    return not db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
 
 
 @contextlib.contextmanager

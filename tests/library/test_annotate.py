@@ -252,11 +252,14 @@ def test_words_are_not_changed_below_the_answers(records):
 
 
 def test_a_file_of_something_else_is_refused(tmp_path):
-    sqlite3.connect(tmp_path / "annotations.sqlite").execute(
-        "CREATE TABLE x (y)"
-    ).connection.close()
+    file = tmp_path / "annotations.sqlite"
+    other = sqlite3.connect(file)
+    other.execute("CREATE TABLE x (y)")
+    other.close()
+    before = file.read_bytes()
     with pytest.raises(DataError, match="no annotations of this version"):
         Records(tmp_path)
+    assert file.read_bytes() == before  # it is not ours to change
     (tmp_path / "annotations.sqlite").write_bytes(b"not a database at all" * 100)
     with pytest.raises(DataError, match="annotations.sqlite: file is not a database"):
         Records(tmp_path)

@@ -10,7 +10,6 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from cir_jax.errors import ConfigError
 from cir_jax.library.indexes import faiss_ivf, ladder
 from cir_jax.library.indexes.faiss_ivf import Faiss
 from tests.launch import forks
@@ -142,12 +141,6 @@ def test_no_room_for_the_file(opened, path, said, monkeypatch):
         assert len(opened()) == COUNT
     assert said[1:] == [f"{path}: not kept for the next time (No space left on device)."]
     assert not path.exists() and not list(path.parent.glob(".*"))
-
-
-def test_faiss_is_not_installed(opened, monkeypatch):
-    monkeypatch.setitem(sys.modules, "faiss", None)
-    with pytest.raises(ConfigError, match=r"index 'faiss': .* pip install 'cir_jax\[search\]'"):
-        opened()
 
 
 def test_few_lists_are_as_good_as_is_said(tmp_path, monkeypatch):

@@ -192,6 +192,7 @@ def test_what_cannot_be_had(folder, slerp, tmp_path, monkeypatch):
         message = r"index 'qdrant': http://localhost:1: .*refused.* docker run .* \$QDRANT_URL"
         with pytest.raises(DataError, match=message):
             library.search(text="red")
-        monkeypatch.setitem(sys.modules, "qdrant_client", None)
-        with pytest.raises(ConfigError, match=r"'qdrant': .*pip install 'cir_jax\[qdrant\]'"):
-            library.search(text="red")
+    for rung, (package, extra) in ladder.PACKAGES.items():  # before anything is indexed
+        monkeypatch.setitem(sys.modules, package, None)
+        with pytest.raises(ConfigError, match=rf"'{rung}': .*pip install 'cir_jax\[{extra}\]'"):
+            Library(folder, slerp, store=store, index=rung)

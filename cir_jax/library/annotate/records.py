@@ -9,12 +9,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from cir_jax.errors import DataError
+from cir_jax.storage import databases
 from cir_jax.storage.databases import transaction
 
 FILE = "annotations.sqlite"
-APPLICATION, VERSION = 0x43495241, 1
-"""Marks of the file, "CIRA"."""
-
 PATIENCE = 30.0
 """Seconds to wait for another annotator's action."""
 
@@ -39,6 +37,8 @@ CREATE TABLE finished (
   aspects TEXT NOT NULL, at REAL NOT NULL, PRIMARY KEY (query, annotator)
 ) WITHOUT ROWID;
 """
+
+KIND = databases.Kind(0x43495241, 1, _SCHEMA)
 
 ASPECTS = (
     "cardinality", "addition", "negation", "direct_addressing", "compare_change",
@@ -94,25 +94,15 @@ class Records:
         db = sqlite3.connect(
             self.path, timeout=PATIENCE, isolation_level=None, check_same_thread=False
         )
-        db.execute("PRAGMA journal_mode = WAL")
         db.execute("PRAGMA synchronous = FULL")  # an action that was taken survives a power cut
-        db.execute("PRAGMA foreign_keys = ON")
-        db.execute("BEGIN IMMEDIATE")
-        if not db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
-            for statement in _SCHEMA.split(";")[:-1]:
-                db.execute(statement)
-            db.execute(f"PRAGMA application_id = {APPLICATION}")
-            db.execute(f"PRAGMA user_version = {VERSION}")
-        db.execute("COMMIT")
-        marks = ("application_id", "user_version")
-        found = tuple(db.execute(f"PRAGMA {mark}").fetchone()[0] for mark in marks)
-        if found != (APPLICATION, VERSION):
-            db.close()
-            raise DataError(
-                f"{self.path}: no annotations of this version (it says {found[1]}, this is "
-                f"{VERSION}). Give another --out."
-            )
-        return db
+        version = databases.prepare(db, KIND)
+        if version == KIND.version:
+            return db
+        db.close()
+        raise DataError(
+            f"{self.path}: no annotations of this version (it says {version}, this is "
+            f"{KIND.version}). Give another --out."
+        )
 
     @contextlib.contextmanager
     def _about(self) -> Iterator[None]:

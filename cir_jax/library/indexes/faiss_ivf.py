@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from cir_jax.errors import ConfigError, DataError
+from cir_jax.errors import DataError
 from cir_jax.library.indexes.base import Found, Piece, Read, nothing, ordered, recall, scan
 from cir_jax.retrieval.features import unit
 from cir_jax.retrieval.ranking import check_finite
@@ -57,12 +57,8 @@ class Faiss:
         exact: Callable[[np.ndarray], np.ndarray],
         say: Callable[[str], None],
     ):
-        try:
-            import faiss
-        except ImportError as error:
-            raise ConfigError(
-                f"index 'faiss': {error}. Install it: pip install 'cir_jax[search]'."
-            ) from error
+        import faiss
+
         self._faiss, self._path, self._exact, self._say = faiss, path, exact, say
         self._forget("there was none")
         self._load()

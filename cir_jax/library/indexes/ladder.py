@@ -1,6 +1,7 @@
 """Which index a library is searched with, how it is brought up to date, how much it misses."""
 
 import hashlib
+import importlib
 import importlib.util
 import time
 from collections.abc import Callable
@@ -19,6 +20,9 @@ from cir_jax.library.indexes.sharded import OnMesh
 from cir_jax.library.vectors import Vectors
 
 NAMES = ("exact", "sharded", "faiss", "qdrant")
+PACKAGES = {"faiss": ("faiss", "search"), "qdrant": ("qdrant_client", "qdrant")}
+"""Index -> the package that it needs, and the extra that has it."""
+
 BY_ANY_SCORE = ("exact", "sharded")
 """Those that rank by whatever a method ranks by; the others by the dot product."""
 
@@ -39,9 +43,18 @@ class Checked(NamedTuple):
 
 
 def check_name(name: str) -> None:
-    """Raises ConfigError for what is no index; "" is: whichever fits."""
+    """Raises ConfigError for what is no index, and for one that lacks its package; "" is one:
+    whichever fits."""
     if name and name not in NAMES:
         raise ConfigError(unknown("index", name, NAMES))
+    if name in PACKAGES:
+        package, extra = PACKAGES[name]
+        try:
+            importlib.import_module(package)
+        except ImportError as error:
+            raise ConfigError(
+                f"index {name!r}: {error}. Install it: pip install 'cir_jax[{extra}]'."
+            ) from error
 
 
 def opened(
@@ -59,8 +72,8 @@ def opened(
     space: names encoder and method, where that is to be kept. scoring: as `ranking.rank` takes it,
     for a method that does not rank by the dot product. mesh: of "sharded". say: is told what is
     made anew, and why.
-    Raises ConfigError for an index that cannot rank as the method does, and for one that lacks its
-    package, DataError for a server that does not answer.
+    Raises ConfigError for an index that cannot rank as the method does, DataError for a server that
+    does not answer.
     """
     if name and scoring and name not in BY_ANY_SCORE:
         raise ConfigError(

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from cir_jax.errors import ConfigError, DataError
+from cir_jax.errors import DataError
 from cir_jax.library.indexes.base import Found, Piece, Read, nothing, ordered
 from cir_jax.retrieval.ranking import check_finite
 from cir_jax.storage import faults
@@ -37,16 +37,9 @@ EF = 256
 
 
 def connect() -> Any:
-    """A client of $QDRANT_URL; ":memory:" = in this process, for trying it out.
+    """A client of $QDRANT_URL; ":memory:" = in this process, for trying it out."""
+    from qdrant_client import QdrantClient
 
-    Raises ConfigError where qdrant-client is not installed.
-    """
-    try:
-        from qdrant_client import QdrantClient
-    except ImportError as error:
-        raise ConfigError(
-            f"index 'qdrant': {error}. Install its client: pip install 'cir_jax[qdrant]'."
-        ) from error
     url = os.environ.get(URL) or DEFAULT_URL
     if url == ":memory:":
         return QdrantClient(url)
