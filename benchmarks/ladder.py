@@ -20,7 +20,6 @@ CPU: what is measured is the program, not a pod. Writes benchmarks/ladder.json.
 """
 
 import argparse
-import datetime
 import json
 import os
 import subprocess
@@ -35,8 +34,8 @@ sys.path.insert(0, str(ROOT))
 
 import numpy as np  # noqa: E402
 
-from benchmarks.library import BATCH, FEW, clocks  # noqa: E402
-from benchmarks.memory import forget_peak, held_mib  # noqa: E402
+from benchmarks.library import BATCH, clocks, prepare  # noqa: E402
+from benchmarks.machine import forget_peak, held_mib, signed  # noqa: E402
 
 K = 10
 RUNGS = ("exact", "faiss", "sharded")
@@ -59,20 +58,6 @@ def queries(count: int, dim: int) -> np.ndarray:
     photos = next(vectors(BATCH, dim))
     pairs = photos[rng.choice(len(photos), (count, 2))].sum(axis=1)
     return unit(unit(pairs) + unit(rng.standard_normal(pairs.shape, np.float32)))
-
-
-def prepare(folder: Path, count: int, dim: int) -> None:
-    from cir_jax.library.photos import File
-    from cir_jax.library.store import New, Store
-
-    for name, rows in (("few", FEW), ("library", count)):
-        store, done = Store(folder / f"{name}.sqlite"), 0
-        encoder = store.encoder("random", "{}")
-        for piece in vectors(rows, dim):
-            files = [File(f"2024/{done + i:08}.jpg".encode(), 1, 1) for i in range(len(piece))]
-            store.add(encoder, [New(file, file.path[-16:], "", "") for file in files], piece)
-            done += len(piece)
-        store.close()
 
 
 def is_made(folder: Path) -> bool:
@@ -167,7 +152,7 @@ def main() -> None:
     load, sizes = os.getloadavg(), {}
     for count in map(int, args.photos.split(",")):
         with tempfile.TemporaryDirectory() as scratch:
-            prepare(Path(scratch), count, args.dim)
+            prepare(Path(scratch), count, args.dim, vectors)
             sizes[str(count)] = found = {}
             for rung in RUNGS:
                 given = [f"--{name}={getattr(args, name)}" for name in ("dim", "queries")]
@@ -183,10 +168,7 @@ def main() -> None:
         "dim": args.dim,
         "queries": args.queries,
         "photos": sizes,
-        "load_before": [round(x, 1) for x in load],
-        "cores": len(os.sched_getaffinity(0)),
-        "date": datetime.date.today().isoformat(),
-        "command": "python benchmarks/ladder.py",
+        **signed("python benchmarks/ladder.py", load, "numpy", "faiss-cpu", "jax"),
     }
     args.output.write_text(json.dumps(report, indent=1) + "\n")
 

@@ -20,17 +20,15 @@ benchmarks/library.json.
 """
 
 import argparse
-import datetime
 import importlib.util
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +37,7 @@ sys.path.insert(0, str(ROOT))
 
 import numpy as np  # noqa: E402
 
-from benchmarks.memory import forget_peak, held_mib  # noqa: E402
+from benchmarks.machine import forget_peak, held_mib, signed  # noqa: E402
 
 K = 64
 FEW = 100
@@ -58,14 +56,17 @@ def queries(count: int, dim: int) -> np.ndarray:
     return rows / np.linalg.norm(rows, axis=2, keepdims=True)
 
 
-def prepare(folder: Path, count: int, dim: int) -> None:
+def prepare(
+    folder: Path, count: int, dim: int, of: Callable[[int, int], Iterator[np.ndarray]] = vectors
+) -> None:
+    """Two stores, "few" and "library"."""
     from cir_jax.library.photos import File
     from cir_jax.library.store import New, Store
 
     for name, rows in (("few", FEW), ("library", count)):
         store, done = Store(folder / f"{name}.sqlite"), 0
         encoder = store.encoder("random", "{}")
-        for piece in vectors(rows, dim):
+        for piece in of(rows, dim):
             files = [File(f"2024/{done + i:07}.jpg".encode(), 1, 1) for i in range(len(piece))]
             store.add(encoder, [New(file, file.path[-16:], "", "") for file in files], piece)
             done += len(piece)
@@ -196,12 +197,7 @@ def main() -> None:
         "store_mib": round(store, 1),
         "contenders": found,
         "absent": absent,
-        "load_before": [round(x, 1) for x in load],
-        "cores": len(os.sched_getaffinity(0)),
-        "processor": platform.processor() or platform.machine(),
-        "versions": {"python": platform.python_version(), "numpy": np.__version__},
-        "date": datetime.date.today().isoformat(),
-        "command": "python benchmarks/library.py",
+        **signed("python benchmarks/library.py", load, "numpy"),
     }
     text = json.dumps(report, indent=1) + "\n"
     args.output.write_text(text)

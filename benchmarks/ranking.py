@@ -33,7 +33,7 @@ sys.path.insert(0, str(ROOT))
 import numpy as np  # noqa: E402
 from absl import app, flags  # noqa: E402
 
-from benchmarks.memory import forget_peak, held_mib  # noqa: E402
+from benchmarks.machine import forget_peak, held_mib  # noqa: E402
 
 CONTENDERS = ("cir_jax", "cir_jax_top", "numpy", "torch", "faiss")
 K = 50

@@ -19,12 +19,10 @@ Needs the extra `serve`. Writes benchmarks/serve.json.
 
 import argparse
 import contextlib
-import datetime
 import http.client
 import io
 import json
 import os
-import platform
 import sys
 import tempfile
 import threading
@@ -40,6 +38,7 @@ import numpy as np  # noqa: E402
 from PIL import Image  # noqa: E402
 
 from benchmarks.library import clocks, vectors  # noqa: E402
+from benchmarks.machine import signed  # noqa: E402
 from cir_jax import composers  # noqa: E402
 from cir_jax.input.images import ImageTransform  # noqa: E402
 from cir_jax.input.text import word_tokenizer  # noqa: E402
@@ -194,11 +193,7 @@ def main() -> None:
         "dim": args.dim,
         "queries": args.queries,
         **found,
-        "load_before": [round(x, 1) for x in load],
-        "processor": platform.processor() or platform.machine(),
-        "versions": {"python": platform.python_version(), "jax": jax.__version__},
-        "date": datetime.date.today().isoformat(),
-        "command": "python benchmarks/serve.py",
+        **signed("python benchmarks/serve.py", load, "jax"),
     }
     text = json.dumps(report, indent=1) + "\n"
     args.output.write_text(text)

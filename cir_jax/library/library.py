@@ -119,6 +119,7 @@ class Library:
         if not self._by_cosine:
             self._scoring = ranking.scoring(self.composer, searcher.params)
         self._rung, self._say = index, say
+        self._ask = asking.Asking(searcher, self._by_cosine, self._gallery_is_its_own)
 
     def __enter__(self) -> "Library":
         return self
@@ -290,8 +291,7 @@ class Library:
             picture, digest = photos.query(given)
             opened.append((picture, weight))
             left_out += self.store.with_digest(digest) if digest else []
-        ask = asking.Asking(self.searcher, self._by_cosine, self._gallery_is_its_own)
-        query, own, approximate = ask(opened, text, negatives, mask, controls, concept)
+        query, own, approximate = self._ask(opened, text, negatives, mask, controls, concept)
         ranked = {"only": self._only(under, after), "without": left_out}
         found = list(self._found(query, self._index(own), ranked, k, min_score, dedup))
         results = Results((path, score) for _, path, score in found)
@@ -299,7 +299,7 @@ class Library:
         if explain and opened and (text or "").strip():
             whole = Order.of(query, self._index(own), ranked)
             for name, part in (("image", (opened, None)), ("text", ([], text))):
-                query, own, _ = ask(*part)
+                query, own, _ = self._ask(*part)
                 order = Order.of(query, self._index(own), ranked)
                 alone = Alone.of(order, whole, results.numbers, k)
                 results.explained = {**results.explained, name: alone}
@@ -317,10 +317,10 @@ class Library:
         known = [photo.path for photo in self.store.photos() if not photo.problem]
         if not known:
             raise DataError(f"{self.folder}: nothing is indexed yet.")
-        asked, ask = [], asking.Asking(self.searcher, self._by_cosine, self._gallery_is_its_own)
+        asked = []
         for i, row in enumerate(np.random.default_rng(0).permutation(len(known))[:queries]):
             picture, _ = photos.query(self._path(known[row]))
-            asked.append(ask([(picture, 1.0)], EDITS[i % len(EDITS)]).query)
+            asked.append(self._ask([(picture, 1.0)], EDITS[i % len(EDITS)]).query)
         vectors = self._vectors(self._gallery_is_its_own)
         return ladder.checked(self._index(own=True), vectors, np.concatenate(asked), k)
 

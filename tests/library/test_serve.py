@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks.memory import held_mib
+from benchmarks.machine import held_mib
 from cir_jax import composers
 from cir_jax.composers.compodiff import CompoDiff
 from cir_jax.errors import ConfigError
