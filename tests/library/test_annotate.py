@@ -7,7 +7,6 @@ import sys
 import time
 
 import jax
-import numpy as np
 import pytest
 
 from cir_jax import composers
@@ -21,7 +20,7 @@ from cir_jax.library.annotate.tasks import Tasks
 from cir_jax.retrieval.search import Searcher
 from cir_jax.sharding.mesh import make_mesh
 from data import build
-from tests import tiny as factory
+from tests.library.folders import fill
 
 PHOTOS = 14
 
@@ -44,11 +43,7 @@ def searchers(tiny, mesh):
 
 @pytest.fixture
 def libraries(searchers, tmp_path):
-    rng, folder = np.random.default_rng(0), tmp_path / "photos"
-    (folder / "2024").mkdir(parents=True)
-    for i in range(PHOTOS):
-        place = folder / "2024" if i % 2 else folder
-        (place / f"{i:02}.png").write_bytes(factory.png(rng))
+    folder = fill(tmp_path / "photos", PHOTOS)
     (folder / "copy.png").write_bytes((folder / "00.png").read_bytes())
     first = Library(folder, searchers["slerp"], store=tmp_path / "s.sqlite")
     both = {"slerp": first, "pic2word": Library(folder, searchers["pic2word"], beside=first)}

@@ -10,9 +10,9 @@ import pytest
 
 from cir_jax.library import Library
 from cir_jax.library.library import Busy
-from tests import tiny as factory
 from tests.launch import forks
 from tests.launch.binaries import environment
+from tests.library.folders import fill
 from tests.library.killed import BATCH, searcher
 
 pytestmark = pytest.mark.slow
@@ -21,11 +21,7 @@ PHOTOS, KILLS = 80, 8
 
 @pytest.fixture
 def folder(tmp_path):
-    rng, folder = np.random.default_rng(0), tmp_path / "photos"
-    folder.mkdir()
-    for i in range(PHOTOS):
-        (folder / f"{i:02}.png").write_bytes(factory.png(rng))
-    return folder
+    return fill(tmp_path / "photos", PHOTOS)
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from cir_jax.library import Library
 from cir_jax.library.indexes import faiss_ivf, ladder, qdrant
 from cir_jax.retrieval.search import Searcher
 from cir_jax.sharding.mesh import make_mesh
-from tests import tiny as factory
+from tests.library.folders import fill
 
 pytestmark = pytest.mark.filterwarnings("ignore:Local mode performs exact")
 pytest.importorskip("faiss")
@@ -38,18 +38,9 @@ def slerp(tiny):
     return searcher(tiny, "slerp")
 
 
-def fill(folder, count, seed=0):
-    rng = np.random.default_rng(seed)
-    for i in range(count):
-        path = folder / ("2024" if i % 2 else ".") / f"{seed}-{i:02}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(factory.png(rng))
-    return folder
-
-
 @pytest.fixture
 def folder(tmp_path):
-    return fill(tmp_path / "photos", 30)
+    return fill(tmp_path / "photos", 30, name="0-{i:02}.png")
 
 
 def asked(folder):
@@ -81,11 +72,11 @@ def test_every_rung_finds_what_the_exact_one_finds(rung, folder, slerp, tmp_path
 
         same()
         assert len(said) == (rung in APPROXIMATE)
-        fill(folder, 3, seed=1)
+        fill(folder, 3, seed=1, name="1-{i:02}.png")
         (folder / "0-08.png").unlink()
         exact.update()
         same()
-        fill(folder, 2, seed=2)
+        fill(folder, 2, seed=2, name="2-{i:02}.png")
         other.update()
         same()
         assert len(said) == (rung in APPROXIMATE)  # what has changed is added, not all made anew

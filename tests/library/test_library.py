@@ -19,6 +19,7 @@ from cir_jax.library.library import Busy
 from cir_jax.retrieval.search import Searcher
 from cir_jax.sharding.mesh import make_mesh
 from tests import tiny as factory
+from tests.library.folders import fill
 
 BATCH = 4
 
@@ -42,15 +43,6 @@ def compodiff(tiny, mesh):
     composer = CompoDiff(tiny[0], **sizes, steps=1, samples_per_query=1)
     params = jax.jit(composer.init)(jax.random.key(5))
     return Searcher(composer, params, {"backbone": tiny[1]}, mesh=mesh)
-
-
-def fill(folder, count, seed=0):
-    rng = np.random.default_rng(seed)
-    for i in range(count):
-        path = folder / ("2024" if i % 2 else ".") / f"{i:02}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(factory.png(rng))
-    return folder
 
 
 @pytest.fixture

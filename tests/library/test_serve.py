@@ -25,9 +25,9 @@ from cir_jax.errors import ConfigError
 from cir_jax.library import cli
 from cir_jax.retrieval.search import Searcher
 from cir_jax.sharding.mesh import make_mesh
-from tests import tiny as factory
 from tests.launch.binaries import ROOT, environment
 from tests.library import serving
+from tests.library.folders import fill
 
 serving.installed()
 
@@ -56,12 +56,7 @@ def bomb(width, height, mode=2):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    where = tmp_path_factory.mktemp("served") / "photos"
-    rng = np.random.default_rng(0)
-    for i in range(12):
-        path = where / ("2024" if i % 2 else ".") / f"{i:02}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(factory.png(rng))
+    where = fill(tmp_path_factory.mktemp("served") / "photos", 12)
     picture = Image.fromarray(np.full((40, 60, 3), (200, 30, 30), np.uint8))
     exif = picture.getexif()
     exif[0x0112], exif[0x010F] = 6, "a camera"
