@@ -1,6 +1,6 @@
 """CompoDiff: its sampler beside the released algorithm in plain PyTorch, its steps, its training.
 
-    python benchmarks/compodiff.py --workdir=runs/table                # all three, 40 minutes
+    python benchmarks/compodiff.py --workdir=runs/table                # all four, 40 minutes
     python benchmarks/compodiff.py --parts=sampler --batches=1,16
 
 * sampler: sizes of the release (140 million parameters, 768 features, 77 hidden states of width
@@ -10,6 +10,9 @@
   the three branches of guidance are rows of one batch, and every evaluation projects the conditions
   again. Wall time, and CPU time of all threads.
 * profile: what of ours is the conditions (once per query) and what a step.
+* alone: one query with kernels as they are trained and as `for_one_query` turns them, the same
+  embeddings; and where that comes from, products of few rows with both forms of a layer's largest
+  kernel.
 * steps: mAP@10 of shapes/circo over the sampling steps, and the time of a query (the paper's Table
   4), of the run of seed 0 that benchmarks/compare.py leaves in the workdir; trained there if there
   is none.
@@ -22,6 +25,7 @@ fp32 on CPU. Writes benchmarks/compodiff.json, a part at a time.
 
 import argparse
 import datetime
+import functools
 import json
 import statistics
 import sys
@@ -38,13 +42,11 @@ import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from absl import logging  # noqa: E402
-from torch.nn import functional as F  # noqa: E402
 
 from benchmarks import oti  # noqa: E402
+from benchmarks.compodiff_released import Released  # noqa: E402
 from cir_jax.composers.base import Params  # noqa: E402
 from cir_jax.composers.compodiff import CompoDiff  # noqa: E402
-from cir_jax.diffusion.sampling import ddim_times  # noqa: E402
-from cir_jax.diffusion.schedule import Schedule  # noqa: E402
 from cir_jax.input.images import ImageTransform  # noqa: E402
 from cir_jax.input.text import word_tokenizer  # noqa: E402
 from cir_jax.models.backbone import Backbone  # noqa: E402
@@ -56,7 +58,7 @@ from cir_jax.training.step import Step, init_state  # noqa: E402
 from cir_jax.weights import compodiff as released  # noqa: E402
 from experiments import base  # noqa: E402
 
-PARTS = ("sampler", "steps", "training")
+PARTS = ("sampler", "alone", "steps", "training")
 SIZES = {
     "release": {"depth": 12, "heads": 16, "dim_head": 64, "cross_heads": 8},
     "tiny": {"depth": 2, "heads": 2, "dim_head": 8, "cross_heads": 2},
@@ -66,6 +68,8 @@ WIDTHS = {"release": (768, 1280), "tiny": (16, 24)}
 
 CONTEXT, SAMPLES = 77, 4
 GUIDANCE = (1.5, 7.5)
+ROWS = (4, 12, 24, 48, 96)
+"""Of a product; one query of four samples under three branches of guidance has 24."""
 TABLE_4 = (1, 2, 3, 4, 5, 10, 50, 100)
 TOLERANCE = 1e-3
 """Of the embeddings, which are of unit norm; guidance by 7.5 enlarges what rounding differs."""
@@ -123,122 +127,6 @@ def inputs(composer: CompoDiff, batch: int, seed: int = 0) -> tuple[Any, dict[st
     }
 
 
-# --- the released algorithm
-
-
-class Released:
-    """The released network and sampler, with its own names of tensors (METHODS 13.2 to 13.6)."""
-
-    def __init__(self, tensors: dict[str, np.ndarray], sizes: dict[str, int], schedule: Schedule):
-        self.t = {name: torch.from_numpy(np.array(x)) for name, x in tensors.items()}
-        self.sizes, self.schedule = sizes, schedule
-        dim_head = sizes["dim_head"]
-        rotated = min(32, dim_head)
-        angles = torch.arange(2.0)[:, None] * 10_000.0 ** (-torch.arange(0, rotated, 2) / rotated)
-        self.cos, self.sin = angles.cos(), angles.sin()
-
-    def linear(self, x: torch.Tensor, name: str) -> torch.Tensor:
-        return F.linear(x, self.t[f"{name}.weight"], self.t.get(f"{name}.bias"))
-
-    def norm(self, x: torch.Tensor, name: str) -> torch.Tensor:
-        return F.layer_norm(x, x.shape[-1:], self.t[f"{name}.g"], eps=1e-5)
-
-    def mlp(self, x: torch.Tensor, name: str) -> torch.Tensor:
-        for index in ("0.0", "1.0"):
-            x = F.silu(self.linear(x, f"{name}.net.{index}"))
-        return self.linear(x, f"{name}.net.2")
-
-    def rotate(self, x: torch.Tensor) -> torch.Tensor:
-        rotated = 2 * self.cos.shape[1]
-        even, odd = x[..., 0:rotated:2], x[..., 1:rotated:2]
-        pairs = (even * self.cos - odd * self.sin, odd * self.cos + even * self.sin)
-        return torch.cat([torch.stack(pairs, -1).flatten(-2), x[..., rotated:]], -1)
-
-    def heads(self, x: torch.Tensor) -> torch.Tensor:
-        return x.unflatten(-1, (-1, self.sizes["dim_head"])).transpose(1, 2)
-
-    def attend(self, x: torch.Tensor, bias: torch.Tensor, name: str) -> torch.Tensor:
-        x = self.norm(x, f"{name}.norm")
-        q = self.rotate(self.heads(self.linear(x, f"{name}.to_q")))
-        k, v = self.linear(x, f"{name}.to_kv").chunk(2, -1)
-        null = self.t[f"{name}.null_kv"][:, None, None].expand(2, len(x), 1, -1)
-        k, v = torch.cat([null[0], self.rotate(k)], 1), torch.cat([null[1], v], 1)
-        q, k = (F.normalize(z, dim=-1) * 4 for z in (q, k))
-        weights = (q @ k[:, None].transpose(-1, -2) + bias).softmax(-1)
-        mixed = (weights @ v[:, None]).transpose(1, 2).flatten(2)
-        return self.norm(self.linear(mixed, f"{name}.to_out.0"), f"{name}.to_out.1")
-
-    def read(self, x: torch.Tensor, context: torch.Tensor, name: str) -> torch.Tensor:
-        x = self.norm(x, f"{name}.norm")
-        q = self.heads(self.linear(x, f"{name}.to_q"))
-        k, v = (self.heads(z) for z in self.linear(context, f"{name}.to_kv").chunk(2, -1))
-        null = self.t[f"{name}.null_kv"][:, None, None, None].expand(2, *k.shape[:2], 1, -1)
-        k, v = torch.cat([null[0], k], 2), torch.cat([null[1], v], 2)
-        scale = self.sizes["dim_head"] ** -0.25
-        weights = ((q * scale) @ (k * scale).transpose(-1, -2)).softmax(-1)
-        mixed = (weights @ v).transpose(1, 2).flatten(2)
-        return self.norm(self.linear(mixed, f"{name}.to_out.0"), f"{name}.to_out.1")
-
-    def forward(self, name: str, x: torch.Tensor) -> torch.Tensor:
-        value, gate = self.linear(self.norm(x, f"{name}.0"), f"{name}.1").chunk(2, -1)
-        return self.linear(value * F.silu(gate), f"{name}.5")
-
-    def network(
-        self, x: torch.Tensor, time: int, text: torch.Tensor, image: torch.Tensor
-    ) -> torch.Tensor:
-        """Predicted clean embeddings [rows, dim]; the mask is of zeros."""
-        rows, dim = x.shape
-        at = torch.full((rows, 1), float(time))
-        angles = at * torch.exp(-torch.arange(dim // 2) * np.log(1e4) / (dim // 2 - 1))
-        at = self.mlp(torch.cat([angles.sin(), angles.cos()], -1), "net.to_time_embeds.0.1")
-        mask = torch.zeros(rows, self.t["net.to_mask_embeds.1.net.0.0.weight"].shape[1])
-        mask = self.mlp(mask, "net.to_mask_embeds.1")
-        text = self.linear(text, "net.to_text_embeds.0")
-        context = torch.cat([text, image[:, None], mask[:, None]], 1)
-        table = self.t["net.transformer.rel_pos_bias.relative_attention_bias.weight"]
-        bias = table[torch.tensor([[0, 0, 0], [1, 0, 0]])].permute(2, 0, 1)
-        x = torch.stack([x, at], 1)
-        for index in range(self.sizes["depth"]):
-            name = f"net.transformer.layers.{index}"
-            x = x + self.attend(x, bias, f"{name}.0")
-            x = x + self.read(x, context, f"{name}.1")
-            x = x + self.forward(f"{name}.2", x)
-        x = self.norm(x / x.amax(-1, keepdim=True), "net.transformer.norm")
-        return self.linear(x, "net.transformer.project_out")[:, 0]
-
-    @torch.no_grad()
-    def sample(
-        self, noise: torch.Tensor, text: torch.Tensor, null: torch.Tensor, image: torch.Tensor
-    ) -> torch.Tensor:
-        """noise: [steps + 1, queries, samples, dim]; the mean of the samples, [queries, dim]."""
-        steps, queries, samples, dim = len(noise) - 1, *noise.shape[1:]
-        noise = noise.flatten(1, 2)
-        text, image = (z.repeat_interleave(samples, 0) for z in (text, image))
-        null = null.expand_as(text)
-        texts = torch.cat([text, null, null])
-        images = torch.cat([image, image, torch.zeros_like(image)])
-        weights, table = GUIDANCE, self.schedule
-        times = ddim_times(table.timesteps, steps)
-        bar, shifted = table.alphas_cumprod, table.alphas_cumprod_prev
-        x = noise[0]
-        for draw, (now, then) in enumerate(zip(times[:-1], times[1:], strict=True), 1):
-            full, of_image, of_none = self.network(x.repeat(3, 1), now, texts, images).chunk(3)
-            clean = of_none + weights[0] * (of_image - of_none) + weights[1] * (full - of_image)
-            if then < 0:
-                x = clean
-                break
-            eps = (x / bar[now] ** 0.5 - clean) / (1 / bar[now] - 1) ** 0.5
-            c1 = (
-                (1 - shifted[now] / shifted[then]) * (1 - shifted[then]) / (1 - shifted[now])
-            ) ** 0.5
-            c2 = (1 - shifted[then] - c1**2) ** 0.5
-            x = float(shifted[then] ** 0.5) * clean + float(c1) * noise[draw] * (then > 0)
-            x = x + float(c2) * eps
-        mean = x.view(queries, samples, dim).mean(1)
-        mixed = 0.9 * mean + 0.1 * image[::samples]
-        return F.normalize(mixed, dim=-1)
-
-
 # --- the parts
 
 
@@ -254,7 +142,7 @@ def measure_sampler(args: argparse.Namespace) -> dict[str, Any]:
     composer = sampler(args.size, 1)
     params = random_params(composer)
     tensors = released.to_tensors(params, composer.config)
-    theirs = Released(tensors, SIZES[args.size], composer.schedule)
+    theirs = Released(tensors, SIZES[args.size], composer.schedule, GUIDANCE)
     on_device, key, rows = jax.device_put(params), jax.random.key(1), []
     alone = composer.for_one_query(on_device)
     for batch in args.batches:
@@ -332,6 +220,62 @@ def profile(
             row[f"{name}_seconds"] = round(best, 4)
         rows.append(row)
     return rows
+
+
+def measure_alone(args: argparse.Namespace) -> dict[str, Any]:
+    """AssertionError where the embeddings differ."""
+    composer = sampler(args.size, 1)
+    params = jax.device_put(random_params(composer))
+    forms = {"as_trained": params, "for_one_query": composer.for_one_query(params)}
+    frozen, query = inputs(composer, 1)
+    key, rows = jax.random.key(1), []
+    for steps in args.steps:
+        runs, found = {}, {}
+        for name, weights in forms.items():
+            compose = jax.jit(composer.varied(steps=steps).compose)
+            runs[name] = functools.partial(compose, weights, frozen, query, key)
+            found[name] = np.asarray(runs[name]())
+        error = float(np.abs(found["as_trained"] - found["for_one_query"]).max())
+        assert error < TOLERANCE, f"{steps} steps: they differ by {error:.1e}"
+        seconds = fastest(runs, args.rounds)
+        print(f"one query, {steps} steps: {seconds}")
+        rows.append({"steps": steps, "largest_difference": error} | compared(seconds))
+    return {"queries": rows, "products": [products(composer, n, args) for n in ROWS]}
+
+
+def products(composer: CompoDiff, rows: int, args: argparse.Namespace) -> dict[str, Any]:
+    """Of one wide layer after another, as a sampler meets them: no kernel stays in the cache."""
+    dim, depth = composer.config.embed_dim, composer.config.depth
+    x = jnp.ones((rows, dim))
+    kernels = [jnp.full((dim, 8 * dim), float(layer)) for layer in range(depth)]
+    turned = [kernel.T.copy() for kernel in kernels]
+    each = jax.jit(lambda x, kernels: [x @ kernel for kernel in kernels])
+    other = jax.jit(lambda x, kernels: [x @ kernel.T for kernel in kernels])
+    seconds = fastest(
+        {
+            "as_trained": functools.partial(each, x, kernels),
+            "for_one_query": functools.partial(other, x, turned),
+        },
+        10 * args.rounds,
+    )
+    return {"rows": rows, "inputs": dim, "outputs": 8 * dim, "layers": depth} | compared(seconds)
+
+
+def fastest(runs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
+    """Wall seconds of the best of so many rounds, in which all take turns."""
+    best = dict.fromkeys(runs, float("inf"))
+    for _ in range(1 + rounds):
+        for name, run in runs.items():
+            taken, _ = timed(lambda: jax.block_until_ready(run()))  # noqa: B023
+            best[name] = min(best[name], taken["wall"])
+    return best
+
+
+def compared(seconds: dict[str, float]) -> dict[str, Any]:
+    return {
+        "wall_seconds": {name: round(value, 5) for name, value in seconds.items()},
+        "wall_speedup": round(seconds["as_trained"] / seconds["for_one_query"], 2),
+    }
 
 
 def measure_steps(args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -445,7 +389,9 @@ def main(given: Sequence[str] | None = None) -> None:
     logging.set_verbosity(logging.WARNING)
     jax.config.update("jax_num_cpu_devices", 2)
     written = json.loads(args.output.read_text()) if args.output.is_file() else {}
-    measures = dict(zip(PARTS, (measure_sampler, measure_steps, measure_training), strict=True))
+    measures = dict(
+        zip(PARTS, (measure_sampler, measure_alone, measure_steps, measure_training), strict=True)
+    )
     machine = oti.machine(argparse.Namespace(platform="cpu"))["machine"]
     args.rate = machine["matrix_gflops"]["jax"]
     for part in args.parts:

@@ -40,7 +40,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """One more than cores: a third of the time, a worker waits for a binary that it has started.
+    """One more than cores: a worker often waits for a binary that it has started.
     A worker grows to 3 GiB."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return max(2, min((os.cpu_count() or 1) + 1, memory // (4 << 30)))

@@ -267,6 +267,14 @@ def test_speeds_are_the_committed_measurements():
     for batch in ten:
         mine = [row for row in rows if row["batch"] == batch]
         assert " / ".join(f"{row['wall_speedup']:.1f}" for row in mine) + " |" in table
+    alone = recorded("compodiff")["alone"]["measured"]
+
+    def gains(rows):
+        return " / ".join(f"{row['wall_speedup']:.1f}" for row in rows)
+
+    words = " ".join(table.split())
+    assert f"takes {gains(alone['queries'])} times as long at 2 / 5 / 10 steps" in words
+    assert f"go {gains(alone['products'])} times as fast" in words
     joint = [recorded("joint")["methods"][name]["speedup"] for name in ("rtd", "tat", "combiner")]
     assert (
         "RTD / TAT / Combiner, captions of 8 to 18 words | {:.1f} / {:.1f} / {:.1f} |".format(

@@ -87,8 +87,8 @@ class Linear(nn.Dense):
 def transposed(params: Any) -> Any:
     """The denoiser's parameters with its kernels as [outputs, inputs].
 
-    XLA's products on a CPU read these at up to twice the rate where few rows meet large kernels, as
-    when one query is sampled (24 rows; alike from about 50 on).
+    XLA's products on a CPU read these faster where few rows meet large kernels, as when one query
+    is sampled (24 rows; `alone` of benchmarks/compodiff.py).
     """
 
     def of(name: str, value: Any) -> tuple[str, Any]:

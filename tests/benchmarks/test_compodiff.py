@@ -46,6 +46,10 @@ def test_the_command_measures_all_parts(tmp_path):
     assert status == 0, text
     found = {part: json.loads(output.read_text())[part]["measured"] for part in compodiff.PARTS}
     assert len(found["sampler"]["rows"]) == len(found["sampler"]["profile"]) == 1
+    alone = found["alone"]
+    assert [row["rows"] for row in alone["products"]] == list(compodiff.ROWS)
+    for row in (*alone["queries"], *alone["products"]):
+        assert set(row["wall_seconds"]) == {"as_trained", "for_one_query"}
     assert [row["steps"] for row in found["steps"]] == [1]
     training = found["training"]
     assert (
