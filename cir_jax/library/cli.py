@@ -8,6 +8,7 @@ import argparse
 import contextlib
 import json
 import os
+import signal
 import socket
 import sys
 import traceback
@@ -217,6 +218,7 @@ def _run(args: argparse.Namespace, listening: socket.socket, server: Any, token:
         port = listening.getsockname()[1]
         print(serving.address(args.host, port, token), flush=True)
         _say("Ctrl-C stops it.")
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # what systemd and docker send
         server.run(sockets=[listening])
 
 

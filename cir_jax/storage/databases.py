@@ -2,6 +2,7 @@
 
 import contextlib
 import sqlite3
+import time
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -24,7 +25,7 @@ def prepare(db: sqlite3.Connection, kind: Kind) -> int:
     """
     if _is_empty(db):
         db.execute(f"PRAGMA page_size = {kind.page}")
-        db.execute("PRAGMA journal_mode = WAL")
+        _log_ahead(db)
         with transaction(db):
             if _is_empty(db):  # no other process was faster
                 for statement in kind.schema.split(";")[:-1]:
@@ -34,6 +35,20 @@ def prepare(db: sqlite3.Connection, kind: Kind) -> int:
     if (found := version_of(db, kind)) == kind.version:
         db.execute("PRAGMA foreign_keys = ON")
     return found
+
+
+def _log_ahead(db: sqlite3.Connection) -> None:
+    """Of this one statement SQLite's own timeout does not always hold: another process that does
+    the same is waited for here."""
+    until = time.monotonic() + db.execute("PRAGMA busy_timeout").fetchone()[0] / 1000
+    while True:
+        try:
+            db.execute("PRAGMA journal_mode = WAL")
+            return
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > until:
+                raise
+        time.sleep(0.02)
 
 
 def version_of(db: sqlite3.Connection, kind: Kind) -> int:

@@ -246,6 +246,25 @@ def test_words_are_not_changed_below_the_answers(records):
         records.word(query, "a dog", "is wet")
 
 
+def test_a_damaged_file_is_not_gone_on_with(tmp_path):
+    records = Records(tmp_path)
+    for i in range(300):
+        records.word(records.pair("ann", bytes([i % 256, i // 256]), b"t"), f"thing {i}", "is red")
+    records.close()
+    file = tmp_path / "annotations.sqlite"
+    whole = file.read_bytes()
+    page = len(whole) // 4096 // 2 * 4096  # one in the middle
+    damaged = whole[:page] + bytes(4096) + whole[page + 4096 :]
+    file.write_bytes(damaged)
+    with pytest.raises(DataError, match=r"annotations.sqlite: it is damaged .*Take a backup"):
+        Records(tmp_path)
+    assert file.read_bytes() == damaged
+    file.write_bytes(whole)
+    again = Records(tmp_path)
+    assert len(again.queries()) == 300
+    again.close()
+
+
 def test_a_file_of_something_else_is_refused(tmp_path):
     file = tmp_path / "annotations.sqlite"
     other = sqlite3.connect(file)
@@ -256,7 +275,7 @@ def test_a_file_of_something_else_is_refused(tmp_path):
         Records(tmp_path)
     assert file.read_bytes() == before  # it is not ours to change
     (tmp_path / "annotations.sqlite").write_bytes(b"not a database at all" * 100)
-    with pytest.raises(DataError, match="annotations.sqlite: file is not a database"):
+    with pytest.raises(DataError, match=r"annotations.sqlite: it is damaged \(file is not a datab"):
         Records(tmp_path)
     with pytest.raises(DataError, match="cannot be made .* Give another --out"):
         Records(tmp_path / "annotations.sqlite" / "below")

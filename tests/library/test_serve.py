@@ -477,7 +477,7 @@ def test_the_command_from_another_directory(folder, tmp_path):
             post = session | {"x-cir-jax": about["csrf"]}
             said = client.ask("POST", "/api/search", {"text": "a red star", "k": 3}, post)[2]
             assert len(said["results"]) == 3
-            process.send_signal(signal.SIGINT)
+            process.send_signal(signal.SIGTERM)  # ends it as Ctrl-C does
             out, err = process.communicate(timeout=30)
         finally:
             process.kill()

@@ -73,7 +73,8 @@ class Candidate(NamedTuple):
 class Records:
     """The file in the folder `out`, made where there is none. May be open in several processes.
 
-    Raises DataError for a file of another program or version, and where none can be made.
+    Raises DataError for a file that is damaged or of another program or version, and where none can
+    be made.
     """
 
     def __init__(self, out: Path):
@@ -97,6 +98,11 @@ class Records:
         db.execute("PRAGMA synchronous = FULL")  # an action that was taken survives a power cut
         version = databases.prepare(db, KIND)
         if version == KIND.version:
+            # hours of work are in it: better no page more on top of a damaged one
+            found = db.execute("PRAGMA integrity_check(1)").fetchone()[0]
+            if found != "ok":
+                db.close()
+                raise sqlite3.DatabaseError(found.strip().replace("\n", " "))
             return db
         db.close()
         raise DataError(
@@ -109,9 +115,14 @@ class Records:
         """SQLite's errors in words."""
         try:
             yield
-        except sqlite3.Error as error:
+        except sqlite3.OperationalError as error:  # full, locked, not to be written
             raise DataError(
                 f"{self.path}: {error}. What was annotated before is kept; look after the disk."
+            ) from error
+        except sqlite3.DatabaseError as error:
+            raise DataError(
+                f"{self.path}: it is damaged ({error}). Take a backup, or let sqlite3's command "
+                f"`.recover` write what can be read to a new file, and put it in this one's place."
             ) from error
 
     @contextlib.contextmanager
