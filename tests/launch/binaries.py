@@ -52,7 +52,7 @@ def start_together(
         server.bind(("", 0))
         port = server.getsockname()[1]
     flags = (*flags, f"--coordinator=localhost:{port}", f"--num_processes={len(logs)}")
-    options = dict(scratch=scratch, devices=devices, JAX_ENABLE_COMPILATION_CACHE="0")
+    options = dict(scratch=scratch, devices=devices)
     return [
         start(binary, *flags, f"--process_id={i}", log=log, **options) for i, log in enumerate(logs)
     ]

@@ -20,7 +20,7 @@ def test_two_processes_find_what_one_finds(tmp_path):
         server.bind(("", 0))
         port = server.getsockname()[1]
     command = [sys.executable, "-m", "tests.library.on_mesh", str(port), "2"]
-    env = environment(tmp_path, devices=2) | {"JAX_ENABLE_COMPILATION_CACHE": "0"}
+    env = environment(tmp_path, devices=2)
     processes = [
         subprocess.Popen([*command, str(i), str(photos.store.path)], cwd=ROOT, env=env, text=True,
                          stdout=subprocess.PIPE, stderr=subprocess.PIPE)

@@ -35,7 +35,7 @@ class Two:
             with log.open("wb") as file:
                 process = subprocess.Popen(
                     [*command, directory, *fails], cwd=ROOT, stdout=file, stderr=subprocess.STDOUT,
-                    env=environment(folder) | {"JAX_ENABLE_COMPILATION_CACHE": "0"},
+                    env=environment(folder),
                 )  # fmt: skip
             self.processes.append(process)
 
