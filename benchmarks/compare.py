@@ -37,6 +37,7 @@ from absl import logging  # noqa: E402
 from benchmarks import compare_table  # noqa: E402
 from benchmarks.compare_table import BASELINES, METHODS, SEEDS  # noqa: E402
 from benchmarks.encoders import BUSY, cpu_name  # noqa: E402
+from benchmarks.machine import busy_cores  # noqa: E402
 
 BASELINES_OF = "slerp"
 """Whose runs evaluate the baselines, too: they are the same beside every method."""
@@ -252,13 +253,14 @@ def _searcher(config: Any, directory: Path) -> Any:
 
 def measure_latency(methods: Sequence[str], preset: str, workdir: Path, output: Path) -> None:
     """Of the methods, and of the baselines beside BASELINES_OF; written after each."""
-    measured, made_by, load = read(output), commit(), round(os.getloadavg()[0], 2)
-    if load > BUSY * machine()["cores"]:
-        print(f"Other programs keep {load:.1f} cores busy: the tables will leave these times out.")
+    measured, made_by = read(output), commit()
     names = [baseline.name for baseline in BASELINES] if BASELINES_OF in methods else []
     for name in tqdm.tqdm([*names, *methods], desc="latency", unit="method"):
+        busy = round(busy_cores(), 2)
         if found := milliseconds(name, preset, workdir):
-            record = stamp(made_by) | {"load_before": load, "ms": round(found, 2)}
+            record = stamp(made_by) | {"busy_cores": busy, "ms": round(found, 2)}
+            if busy > BUSY * record["machine"]["cores"]:
+                print(f"{name}: others kept {busy:.1f} cores busy. The tables leave its time out.")
             measured["latency"][name] = record
             write(output, measured)
 

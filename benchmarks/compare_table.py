@@ -151,7 +151,7 @@ def training(measured: Measured, method: str) -> str:
 def latency(measured: Measured, method: str) -> str:
     """Milliseconds; "" where it was not measured, or on a busy machine."""
     found = measured.get("latency", {}).get(method)
-    if not found or found["load_before"] > BUSY * found["machine"]["cores"]:
+    if not found or found["busy_cores"] > BUSY * found["machine"]["cores"]:
         return ""
     return f"{found['ms']:,.0f}" if found["ms"] >= 100 else f"{found['ms']:.1f}"
 

@@ -4,6 +4,7 @@ import datetime
 import importlib.metadata
 import os
 import platform
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,20 @@ def signed(command: str, load: Sequence[float], *packages: str) -> dict[str, Any
         "date": datetime.date.today().isoformat(),
         "command": command,
     }
+
+
+def busy_cores(seconds: float = 1.0) -> float:
+    """How many cores others keep busy, while this process sleeps for so long. `os.getloadavg` is of
+    the last minute, and counts who waits for a disk, too."""
+
+    def busy() -> float:
+        cores = Path("/proc/stat").read_text().partition("\n")[0].split()[1:]
+        user, nice, system, _, _, *rest = map(int, cores[:8])  # but idle, and waiting for a disk
+        return sum((user, nice, system, *rest)) / os.sysconf("SC_CLK_TCK")
+
+    before, start = busy(), time.perf_counter()
+    time.sleep(seconds)
+    return (busy() - before) / (time.perf_counter() - start)
 
 
 def held_mib(field: str) -> float:

@@ -2,14 +2,16 @@
 
 import json
 import re
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks import compare, compare_plot, compare_table
+from benchmarks import compare, compare_plot, compare_table, machine
 from cir_jax import experiment as experiments
 from cir_jax.loading import methods
 from cir_jax.training import stages
@@ -105,9 +107,9 @@ def test_costs():
     one_was_cut["1"]["training"] = None
     some = measured(
         {
-            "combiner": {"ms": 5.66, "load_before": 0.1, "machine": MACHINE},
-            "slerp": {"ms": 4.0, "load_before": 0.6, "machine": MACHINE},
-            "searle_oti": {"ms": 1234.5, "load_before": 0.0, "machine": MACHINE},
+            "combiner": {"ms": 5.66, "busy_cores": 0.1, "machine": MACHINE},
+            "slerp": {"ms": 4.0, "busy_cores": 0.6, "machine": MACHINE},
+            "searle_oti": {"ms": 1234.5, "busy_cores": 0.0, "machine": MACHINE},
         },
         slerp=runs(1.0, 2.0, 3.0, parameters=0),
         combiner=took,
@@ -250,6 +252,16 @@ def test_another_preset_is_a_run_of_its_own():
 
 
 @pytest.mark.slow
+def test_cores_that_others_keep_busy_are_counted():
+    script = "import time; end = time.monotonic() + 60\nwhile time.monotonic() < end: pass"
+    with subprocess.Popen([sys.executable, "-c", script]) as other:
+        try:
+            time.sleep(0.5)
+            assert machine.busy_cores(0.5) > 0.5
+        finally:
+            other.kill()
+
+
 def test_a_query_takes_its_time_whether_trained_or_not(tmp_path, monkeypatch):
     """A method without a run is timed by what its training begins with."""
     monkeypatch.setattr(compare, "SECONDS", 0.0)
