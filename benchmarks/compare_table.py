@@ -194,13 +194,7 @@ def origin(measured: Measured) -> str:
     made: dict[tuple[str, str], tuple[list[str], set[str]]] = {}
     for method in (*BASELINES, *METHODS):
         for run in measured["runs"].get(method.name, {}).values():
-            where = run.get("machine")
-            machine = (
-                f"{where['cores']} cores of {where['cpu']} ({where['device']})"
-                if where
-                else "two CPU cores"  # what was recorded before this command recorded it
-            )
-            names, dates = made.setdefault((run["commit"], machine), ([], set()))
+            names, dates = made.setdefault((run["commit"], _machine(run)), ([], set()))
             names += [] if method.name in names else [method.name]
             dates.add(run["date"])
     lines = [
@@ -208,9 +202,22 @@ def origin(measured: Measured) -> str:
         + ", ".join(names)
         for (commit, machine), (names, dates) in made.items()
     ]
+    timed = {
+        f"* time of a query: commit {record['commit']}, {record['date']}, {_machine(record)}"
+        for name, record in measured.get("latency", {}).items()
+        if latency(measured, name)
+    }
+    lines += sorted(timed)
     if missing := [row.name for row in METHODS if row.name not in measured["runs"]]:
         lines.append(f"* not measured yet: {', '.join(missing)}")
     return "\n".join([f"`{measured['command']}`:", "", *lines])
+
+
+def _machine(record: Measured) -> str:
+    where = record.get("machine")
+    if not where:
+        return "two CPU cores"  # what was recorded before this command recorded it
+    return f"{where['cores']} cores of {where['cpu']} ({where['device']})"
 
 
 BLOCKS = {

@@ -105,11 +105,12 @@ def test_costs():
         run["training"] = {"cpu_seconds": seconds}
     one_was_cut = runs(1.0, 2.0, 3.0, parameters=5)
     one_was_cut["1"]["training"] = None
+    stamp = {"machine": MACHINE, "date": "2026-01-03", "commit": "def5678"}
     some = measured(
         {
-            "combiner": {"ms": 5.66, "busy_cores": 0.1, "machine": MACHINE},
-            "slerp": {"ms": 4.0, "busy_cores": 0.6, "machine": MACHINE},
-            "searle_oti": {"ms": 1234.5, "busy_cores": 0.0, "machine": MACHINE},
+            "combiner": stamp | {"ms": 5.66, "busy_cores": 0.1},
+            "slerp": stamp | {"ms": 4.0, "busy_cores": 0.6, "commit": "busy"},
+            "searle_oti": stamp | {"ms": 1234.5, "busy_cores": 0.0},
         },
         slerp=runs(1.0, 2.0, 3.0, parameters=0),
         combiner=took,
@@ -128,6 +129,8 @@ def test_costs():
     }
     assert compare_table.latency(some, "searle_oti") == "1,234"
     assert "| +0.0 ± 0.0 |  | 1.1 | 5.7 | 1,234,567 | 12.08" in compare_table.table(some)
+    timed = [x for x in compare_table.origin(some).splitlines() if "time of a query" in x]
+    assert timed == ["* time of a query: commit def5678, 2026-01-03, 2 cores of AMD EPYC (cpu)"]
 
 
 def test_only_the_blocks_of_a_document_change():
