@@ -15,7 +15,7 @@ import ml_collections
 from jax.sharding import Mesh
 
 from cir_jax import composers, weights
-from cir_jax.composers import official
+from cir_jax.composers import official, shared
 from cir_jax.composers.base import Composer
 from cir_jax.errors import ConfigError, unknown
 from cir_jax.models.backbone import Backbone
@@ -23,6 +23,7 @@ from cir_jax.sharding import placement
 from cir_jax.sharding.mesh import make_mesh
 from cir_jax.storage.buckets import local, place
 from cir_jax.storage.places import default_data_dir
+from cir_jax.weights import hub
 from cir_jax.weights.official import check_torch
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -63,6 +64,8 @@ def setup(config: ml_collections.ConfigDict, shapes_only: bool = False) -> Exper
     name = settings.pop("name")
     cls = composers.composer_class(name)
     dtype = DTYPES[config.dtype if cls.trained else evaluation]
+    # whole, before anything of it is read
+    begins_with = hub.find(given) if (given := shared.given(config.init_from)) else None
     size = config.get("image_size")  # not in configs of earlier versions
     if cls.pretrained_backbone:
         backbone, params = weights.load(config.backbone, dtype, image_size=size)
@@ -74,13 +77,17 @@ def setup(config: ml_collections.ConfigDict, shapes_only: bool = False) -> Exper
         backbone = backbone.with_remat()
     composer = composers.build(name, backbone, **settings)
     frozen = composer.freeze(params, shapes_only)
-    if config.export_to:
+    if target := shared.given(config.export_to):
+        shared.check(config, Path(target))
+    elif config.export_to:
         local(config.export_to, "config.export_to")
-    if config.export_to and composer.pretrained_backbone:
+    if config.export_to and not target and composer.pretrained_backbone:
         official.check_known(composer, f"config.export_to={config.export_to!r}")
         if composer.exports_by_torch(Path(config.export_to)):
             check_torch(f"config.export_to={config.export_to!r}")
-    if official.given(config.init_from):
+    if begins_with:
+        shared.check_backbone(begins_with, backbone)
+    elif official.given(config.init_from):
         official.check_known(composer, f"config.init_from={config.init_from!r}")
     elif config.init_from and all(not config.stage[s].after for s in stage_names(config)):
         raise ConfigError(

@@ -12,13 +12,16 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from cir_jax import experiment as experiments
+from cir_jax.composers import shared
 from cir_jax.composers.official import FLAG
-from cir_jax.errors import ConfigError, unknown
+from cir_jax.errors import ConfigError, WeightsError, unknown
 from cir_jax.evaluation.runner import trained_params
+from cir_jax.experiment import Experiment
 from cir_jax.retrieval.search import Searcher
-from cir_jax.storage.buckets import place
+from cir_jax.storage.buckets import is_remote, place
 from cir_jax.storage.places import SHIPPED
 from cir_jax.training import workdir as workdirs
+from cir_jax.weights import files, hub
 
 EXPERIMENTS = SHIPPED / "experiments"
 
@@ -87,12 +90,39 @@ def load(
     backbone: str | Path | None = None,
     weights: str | Path | None = None,
     dtype: Any = None,
+    revision: str | None = None,
 ) -> Searcher:
     """See `cir_jax.load`."""
-    workdir = None
+    experiment, workdir = experiment_of(
+        what, config, backbone=backbone, weights=weights, dtype=dtype, revision=revision
+    )
+    experiment = experiments.for_evaluation(experiment)
+    params = trained_params(experiment, workdir)
+    return Searcher(experiment.composer, params, experiment.frozen, mesh=experiment.mesh)
+
+
+def experiment_of(
+    what: str | Path | None = None,
+    config: Any = None,
+    *,
+    backbone: str | Path | None = None,
+    weights: str | Path | None = None,
+    dtype: Any = None,
+    revision: str | None = None,
+) -> tuple[Experiment, Path | None]:
+    """What `load` loads, and the workdir with its parameters, if they are in one. Raises as it
+    does."""
+    workdir, is_shared = None, False
     if what is not None:
         directory = place(what)
-        if (directory / workdirs.CONFIG_FILE).is_file() or not _is_method(what):
+        is_shared = not is_remote(directory) and is_one_for_others(what)
+        if revision is not None and not is_shared:
+            raise ConfigError(f"revision={revision!r}: of ORG/NAME on the hub, not of {what}.")
+        if is_shared:
+            if config is not None or weights is not None:
+                raise ConfigError(f"load({str(what)!r}): it has a config and weights of its own.")
+            config = read_shared(what, revision)
+        elif (directory / workdirs.CONFIG_FILE).is_file() or not _is_method(what):
             if not directory.exists():
                 raise ConfigError(unknown("workdir or method", str(what), methods()))
             workdir = directory
@@ -118,7 +148,7 @@ def load(
         config.init_from = f"{FLAG}{weights}"
     if dtype is not None:
         config.evaluation.dtype = dtype if isinstance(dtype, str) else np.dtype(dtype).name
-    experiment = experiments.for_evaluation(experiments.setup(config))
+    experiment = experiments.setup(config)
     if not experiment.composer.pretrained_backbone:
         raise ConfigError(
             f"{config.name} trains a backbone: export it (--config.export_to=DIR), then "
@@ -129,8 +159,33 @@ def load(
             f"composer {config.composer.name} is trained: give the workdir of its training run, or "
             "weights='PATH' for its authors' weights."
         )
-    params = trained_params(experiment, workdir)
-    return Searcher(experiment.composer, params, experiment.frozen, mesh=experiment.mesh)
+    return experiment, workdir
+
+
+def is_one_for_others(what: str | Path) -> bool:
+    """Whether `what` is a composer as others get it: such a directory, or the form of a hub id that
+    is nothing else."""
+    path = Path(what).expanduser()
+    if path.exists():
+        return hub.is_one(path)
+    return not _is_method(what) and files.is_hub_id(str(what))
+
+
+def read_shared(what: str | Path, revision: str | None = None) -> ConfigDict:
+    """The config of a composer as others get it; see `weights.hub.located` for what is raised."""
+    directory = hub.located(what, revision)
+    values = shared.read_config(directory)
+    if wrong := workdirs.problem(values):
+        raise WeightsError(f"{directory / hub.CONFIG}: its experiment: {wrong}. Get it again.")
+    # what is evaluated goes to a folder of that name
+    return ConfigDict(_tuples(values | {"preset": str(what).strip("/").rpartition("/")[2]}))
+
+
+def _tuples(node: Any) -> Any:
+    """JSON's lists as an experiment has them, so that they can be overridden on a command line."""
+    if isinstance(node, dict):
+        return {key: _tuples(value) for key, value in node.items()}
+    return tuple(map(_tuples, node)) if isinstance(node, list) else node
 
 
 def _is_method(what: str | Path) -> bool:

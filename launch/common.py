@@ -1,5 +1,6 @@
 """Flags of the binaries, and errors shown as one message instead of a traceback."""
 
+import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,10 +15,12 @@ from cir_jax.storage import buckets, places
 from launch import ending, huge_pages
 
 ROOT = Path(__file__).resolve().parents[1]
+CONFIG_FLAGS = ("--config", "-config")
 
 CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "Experiment, with a preset after a colon: experiments/compodiff.py:vit_l14"
-)
+    "config", None, "Experiment, with a preset after a colon: experiments/compodiff.py:vit_l14; or "
+    "ORG/NAME or the directory of a shared composer"
+)  # fmt: skip
 WORKDIR = flags.DEFINE_string(
     "workdir", None, "Run directory, also gs://BUCKET/...; default runs/<experiment>/<preset>"
 )
@@ -115,7 +118,7 @@ def _guarded(main: Callable[[], None], needs_config: bool) -> None:
 
 def _parse(argv: list[str]) -> list[str]:
     try:
-        return flags.FLAGS(argv)
+        return flags.FLAGS(_with_shared(argv))
     except (flags.Error, KeyError, AttributeError, TypeError, ValueError) as error:
         for cause in _chain(error):
             if isinstance(cause, CirError):
@@ -139,12 +142,40 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__context__
 
 
+def _with_shared(argv: list[str]) -> list[str]:
+    """A shared composer in the place of --config's file, as the file that makes a config of it."""
+    changed = list(argv)
+    for i, value in _configs(argv):
+        if _is_shared(value):
+            flag = argv[i].removesuffix(value)  # "--config=", or "" after --config
+            changed[i] = f"{flag}{ROOT / 'launch' / 'shared.py'}:{value}"
+    return changed
+
+
+def _is_shared(value: str) -> bool:
+    """Whether --config names a shared composer: its directory, or the form of a hub id."""
+    path = Path(value).expanduser()
+    if path.suffix == ".py" or path.parent.name == "experiments":
+        return False
+    return path.is_dir() or re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", value) is not None
+
+
+def _configs(argv: list[str]) -> list[tuple[int, str]]:
+    """The values of --config, and which words they are in."""
+    found = []
+    for i, word in enumerate(argv):
+        flag, equals, value = word.partition("=")
+        if flag in CONFIG_FLAGS and equals:
+            found.append((i, value))
+        elif flag in CONFIG_FLAGS and i + 1 < len(argv):
+            found.append((i + 1, argv[i + 1]))
+    return found
+
+
 def _check_config_path(argv: list[str]) -> None:
-    values = [a.partition("=")[2] for a in argv if a.startswith(("--config=", "-config="))]
-    values += [b for a, b in zip(argv, argv[1:], strict=False) if a in ("--config", "-config")]
-    for value in values:
+    for _, value in _configs(argv):
         path = Path(value.partition(":")[0])
-        if path.is_file():
+        if path.is_file() or _is_shared(value):
             continue
         names = [p.stem for p in (ROOT / "experiments").glob("*.py") if p.stem != "base"]
         if path.stem in names:

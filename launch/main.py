@@ -26,7 +26,7 @@ def main() -> None:
     pixel_limit.apply()
     common.join(joining)
     from cir_jax import experiment as experiments
-    from cir_jax.evaluation import runner, selection
+    from cir_jax.evaluation import runner, selection, sharing
     from cir_jax.storage.places import default_cache_dir
     from cir_jax.training import stages
     from cir_jax.training import workdir as workdirs
@@ -51,6 +51,7 @@ def main() -> None:
         stages.export(experiment, params)
         common.evaluating(workdir)
         runner.run(experiment, params, workdir, common.command())
+        sharing.export(experiment, workdir)
 
 
 if __name__ == "__main__":

@@ -14,10 +14,12 @@ import pytest
 from PIL import Image
 
 from benchmarks import compare_table
-from cir_jax import loading
+from cir_jax import loading, weights
+from cir_jax.evaluation import sharing
 from cir_jax.library import cli
 from cir_jax.library.annotate import command as annotating
 from cir_jax.library.serve import command as serving
+from tests import hub_server
 from tests.data.corpora import sample, write_tar
 from tests.launch.binaries import ROOT, environment, run_command
 
@@ -47,9 +49,10 @@ def shrunk(command, tmp_path):
     command = command.replace("--dataset=shapes", "--dataset=shapes_tiny")
     command = re.sub(r"--workdir=\S+", "", command)  # one for each config: trained once
     if "launch/" in command and "prepare" not in command:
-        config = re.search(r"experiments/[\w.:]+", command)[0].replace("/", "_")
+        config = re.search(r"experiments/[\w.:]+|shared/\w+", command)[0].replace("/", "_")
         config += "_backbone" * ("config.backbone" in command)
         command += f" --workdir={tmp_path}/{config}"
+        command = re.sub(r"(=|:)shared/", rf"\1{tmp_path}/shared/", command)
     if ":inversion" in command:
         command += " --benchmarks=shapes_tiny/inversion --config.composer.iterations=3"
     if "stages=oti" in command:  # what it stores is not evaluated
@@ -151,7 +154,7 @@ def test_searching_ones_own_photos_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(serving, "check_installed", lambda command: None)
     monkeypatch.setattr(serving, "server", server)
     monkeypatch.setattr(annotating, "server", server)
-    lines = dict.fromkeys(re.findall(r"^    (cir .*)$", DOCS, re.M))  # each once, in order
+    lines = dict.fromkeys(re.findall(r"^    (cir (?!push).*)$", DOCS, re.M))  # each once, in order
     asked = [line for line in lines if "annotate" not in line]
     assert (len(lines), len(asked)) == (10, 8)
     for line in [*asked, *(line for line in lines if line not in asked)]:
@@ -166,6 +169,27 @@ def test_searching_ones_own_photos_runs(tmp_path, monkeypatch, capsys):
     capsys.readouterr()
     exec(code, {})
     assert len(capsys.readouterr().out.splitlines()) == 5
+
+
+def test_sharing_a_composer_runs(tiny, tmp_path, monkeypatch, capsys):
+    """The lines of that section after the training, on a small one and a hub of this machine."""
+    section = DOCS.partition("## Share a composer")[2]
+    train, line, evaluate = re.findall(r"^    (\S.*)$", section, re.M)[:3]
+    assert train.endswith("--config.export_to=hub:shared/mine")
+    assert evaluate.endswith("--config=shared/mine")
+    monkeypatch.chdir(tmp_path)
+    weights.save(tmp_path / "toy", *tiny)
+    experiment, _ = loading.experiment_of("slerp", backbone=tmp_path / "toy")
+    sharing.write(experiment, None, tmp_path / "shared" / "mine")
+    code = re.search(r"```python\n(.*?)```", section, re.S)[1]
+    with hub_server.running() as hub:
+        hub_server.use(monkeypatch, hub, tmp_path / "cache")
+        words = shlex.split(line.replace("ORG/NAME", "me/mine"))
+        assert cli.main(words[1:]) == 0
+        capsys.readouterr()
+        found = {}
+        exec(code.replace("ORG/NAME", "me/mine"), found)
+    assert found["search"].composer.alpha == 0.8
 
 
 MEASURED = json.loads((ROOT / "benchmarks" / "compare.json").read_text())

@@ -56,6 +56,12 @@ def shaping(settings: Mapping[str, Any]) -> dict[str, Any]:
     return json.loads(json.dumps(found, default=str))
 
 
+def for_others(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """`Composer.for_others` of a config's composer settings, its name among them."""
+    arguments = {key: value for key, value in settings.items() if key != "name"}
+    return {"name": settings["name"], **composer_class(settings["name"]).for_others(arguments)}
+
+
 def build(name: str, backbone: Backbone, **kwargs: Any) -> Composer:
     """The composer `name` on `backbone`; `kwargs` are its constructor's arguments and those of
     `Composer.share`.

@@ -123,6 +123,18 @@ class Composer:
         """The same with other `inference_settings`, over the same parameters."""
         raise TypeError(f"{type(self).__name__} has no settings of a query")
 
+    @classmethod
+    def for_others(cls, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """The arguments of a composer that answers alike with the trained parameters, and reads no
+        file that only training needs. Raises ConfigError for what others cannot be given."""
+        return dict(settings)
+
+    def write_files(self, directory: Path) -> dict[str, str]:
+        """Writes what every query needs beside parameters, for others: argument of the constructor
+        -> name of its file in `directory`, which is there; "" = the argument is not needed."""
+        del directory
+        return {}
+
     def contents(self) -> dict[str, str]:
         """What was read beside the backbone's weights, by name: hashes of it. A run goes on with
         the same."""

@@ -15,6 +15,8 @@ Needs diffusers and PyTorch (extra `synth`); the weights are read by them, the b
 
 import hashlib
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 from PIL import Image, ImageOps
@@ -22,7 +24,7 @@ from PIL import Image, ImageOps
 from cir_jax.composers.base import Composer, Params, Query, normalise
 from cir_jax.errors import ConfigError
 from cir_jax.models.backbone import Backbone
-from cir_jax.weights import pipelines
+from cir_jax.weights import hub_ids, pipelines
 
 MODEL = "timbrooks/instruct-pix2pix"
 _MULTIPLE = 64
@@ -66,6 +68,15 @@ class InstructPix2Pix(Composer):
         )
         self._pipeline, self._parameters = loaded.run, loaded.parameters
         self._pipeline.safety_checker = None  # it blackens images, and these are not looked at
+
+    @classmethod
+    def for_others(cls, settings: Mapping[str, Any]) -> dict[str, Any]:
+        model = settings.get("model", MODEL)
+        if not hub_ids(model):
+            raise ConfigError(
+                f"composer.model={model!r} lies here alone. Put it on the hub, and give its id."
+            )
+        return dict(settings)
 
     def contents(self) -> dict[str, str]:
         return {"instruct_pix2pix": self._parameters}

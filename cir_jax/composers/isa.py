@@ -33,7 +33,8 @@ it, with microbatches); the running ones are `params["statistics"]`.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -238,6 +239,17 @@ class Isa(PseudoWord):
                 )
             self.phrases = Phrases.read(phrases, backbone, top_k, words=self.words_per_image)
         self.training_ids = backbone.tokenizer([self.prompt("")])
+
+    @classmethod
+    def for_others(cls, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """Without the weights that the light encoder began with, and the regularisation."""
+        found = {"query_encoder": "efficientnet_b2", "pretrained": True} | dict(settings)
+        name = found["query_encoder"]
+        if name and found["pretrained"]:
+            encoders.untrained(name)  # raises for a directory or file: only a name says what it is
+        losses = [found.get(f"{loss}_weight", 1.0) for loss in ("global", "local")]
+        found |= {"pretrained": False, "phrases": "", "phrase_weight": 0.0}
+        return found | ({} if any(losses) else {"global_weight": 1.0})
 
     def contents(self) -> dict[str, str]:
         return {"query_encoder": self.encoder.weights_id} if self.encoder else {}

@@ -36,6 +36,7 @@ From the released code (NVlabs/PALAVRA), and what is done otherwise here:
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -171,6 +172,10 @@ class Palavra(PseudoWord):
             "map": self.map.init(one, features)["params"],
             "set": self.set_encoder.init(other, features)["params"],
         }
+
+    @classmethod
+    def for_others(cls, settings: Mapping[str, Any]) -> dict[str, Any]:
+        return dict(settings) | {"objects": ""}
 
     def contents(self) -> dict[str, str]:
         return {} if self.objects is None else {"objects": self.objects.identity}

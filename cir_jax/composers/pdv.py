@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from cir_jax.composers import build
+from cir_jax.composers import build, for_others
 from cir_jax.composers.base import Composer, Params, Query, normalise
 from cir_jax.composers.pseudo_word import PseudoWord
 from cir_jax.composers.rtd import Rtd
@@ -62,6 +62,10 @@ class Pdv(Composer):
         self.beta = float(beta)
         self.named_ids = backbone.tokenizer([self.prompt("")])
         self.official_format = self.word.official_format
+
+    @classmethod
+    def for_others(cls, settings: Mapping[str, Any]) -> dict[str, Any]:
+        return dict(settings) | {"word": for_others(settings["word"])}
 
     def prompt(self, text: str) -> str:
         return self.word.prompt(text)

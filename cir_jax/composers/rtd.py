@@ -38,7 +38,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cir_jax.composers import build
+from cir_jax.composers import build, for_others
 from cir_jax.composers.base import Composer, Params, Query, normalise
 from cir_jax.composers.losses import nt_xent, pair_recall
 from cir_jax.composers.phi import LearnedWord, check_weight
@@ -129,6 +129,10 @@ class Rtd(Composer):
                 f"{file}, and before it, after a comma, that of the words: "
                 f"{type(self.word).official_format}"
             )
+
+    @classmethod
+    def for_others(cls, settings: Mapping[str, Any]) -> dict[str, Any]:
+        return dict(settings) | {"word": for_others(settings["word"])}
 
     def prompt(self, text: str) -> str:
         return self.word.prompt(text)

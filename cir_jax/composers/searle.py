@@ -29,6 +29,9 @@ The ablations of Table 4 are settings: `distillation` "cosine" or "none" (the cy
 of PALAVRA: NT-Xent of the image features and the text features of "a photo of $"), `weight_gpt` 0.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -78,6 +81,10 @@ class Searle(PhiWord):
         self.phrases = None
         if phrases and weight_gpt:
             self.phrases = Phrases.read(phrases, backbone, top_k, every=True, names=names)
+
+    @classmethod
+    def for_others(cls, settings: Mapping[str, Any]) -> dict[str, Any]:
+        return dict(settings) | {"phrases": "", "names": ""}
 
     def contents(self) -> dict[str, str]:
         return {} if self.phrases is None else {"phrases": self.phrases.book.identity}

@@ -27,6 +27,7 @@ a gradient; the features of the unchanged phrases are taken from a table when th
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -40,6 +41,7 @@ from cir_jax.composers.phrases import Phrases, Tables
 from cir_jax.composers.pseudo_word import PseudoWord
 from cir_jax.composers.suffixes import Suffixes
 from cir_jax.errors import ConfigError, DataError, unknown
+from cir_jax.input import phrases as books
 from cir_jax.models.backbone import Backbone
 from cir_jax.weights import oti_tokens
 
@@ -194,6 +196,15 @@ class SearleOti(PseudoWord):
 
     speed_settings = ("cached_phrases",)
 
+    @classmethod
+    def for_others(cls, settings: Mapping[str, Any]) -> dict[str, Any]:
+        if settings.get("words"):
+            raise ConfigError(
+                f"composer.words={settings['words']!r}: words of a benchmark's images answer "
+                "nobody's own queries. Leave them out."
+            )
+        return dict(settings)
+
     def __init__(
         self,
         backbone: Backbone,
@@ -247,6 +258,15 @@ class SearleOti(PseudoWord):
             return
         suffix = regulariser not in ("concept", "random")
         self.phrases = Phrases.read(phrases, backbone, top_k, suffix=suffix, names=names)
+
+    def write_files(self, directory: Path) -> dict[str, str]:
+        book = self.phrases.book
+        books.write(directory / "phrases.json", book)
+        if not book.rows:  # else a concept that is listed twice counts twice
+            return {"phrases": "phrases.json", "names": ""}
+        text = "".join(f"{name}\n" for name in book.rows)
+        (directory / "names.txt").write_text(text, encoding="utf-8")
+        return {"phrases": "phrases.json", "names": "names.txt"}
 
     def freeze(self, backbone_params: Params, shapes_only: bool = False) -> Params:
         frozen = super().freeze(backbone_params, shapes_only)

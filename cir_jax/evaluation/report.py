@@ -182,8 +182,7 @@ def to_dict(
     return {
         "command": list(command),
         "composer": dict(settings or {}),
-        "versions": {name: _version(name) for name in PACKAGES}
-        | {"python": sys.version.split()[0]},
+        "versions": {name: version(name) for name in PACKAGES} | {"python": sys.version.split()[0]},
         "devices": {
             "platform": jax.devices()[0].platform,
             "kind": jax.devices()[0].device_kind,
@@ -244,7 +243,8 @@ def _cell(result: Result, name: str) -> str:
     return f"{x.value:.2f}" if math.isnan(x.se) else f"{x.value:.2f} +-{x.se:.2f}"
 
 
-def _version(package: str) -> str:
+def version(package: str) -> str:
+    """Of an installed package, or of one that runs from a checkout."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

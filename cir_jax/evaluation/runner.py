@@ -1,7 +1,7 @@
 """From an experiment to its tables, results.json, submissions, pictures and page."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,20 +22,34 @@ from cir_jax.storage.atomic import check_writable
 from cir_jax.storage.places import default_cache_dir
 from cir_jax.training import checkpoints
 from cir_jax.training import workdir as workdirs
-from cir_jax.training.stages import as_trained, official_params, scored_params
+from cir_jax.training.stages import as_trained, given_params, scored_params
 from cir_jax.weights.files import content_id
 
 
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """Parameters and where they are from: a stage and the position of its checkpoint, or ""."""
+
+    params: Any
+    stage: str = ""
+    position: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
 def trained_params(experiment: Experiment, workdir: Path | None) -> Any:
+    """The parameters of `trained`."""
+    return trained(experiment, workdir).params
+
+
+def trained(experiment: Experiment, workdir: Path | None) -> Trained:
     """The result of the last stage in `workdir` that has a checkpoint; {} for untrained methods.
 
-    Where there is none, the weights of config.init_from=official:PATH; workdir None = these.
-    Raises CheckpointError when a trained method has neither.
+    Where there is none, the weights of config.init_from=official:PATH or hub:NAME; workdir None =
+    these. Raises CheckpointError when a trained method has neither.
     """
     if workdir:
         workdirs.say_changes(workdir, experiment.config)
     if not experiment.composer.trained:
-        return {}
+        return Trained({})
     for name in reversed(stage_names(experiment.config)) if workdir else ():
         directory = workdir / name
         if checkpoints.finished(directory / "checkpoints"):
@@ -47,12 +61,12 @@ def trained_params(experiment: Experiment, workdir: Path | None) -> Any:
                 _say(f"unfinished training: evaluating step {step} of {steps} of {name}")
             elif step < steps:
                 _say(f"evaluating step {step} of {steps} of {name}, the best checkpoint")
-            return params
-    params = official_params(experiment)
+            return Trained(params, name, position)
+    params = given_params(experiment)
     if params is not None:
         if jax.process_index() == 0:
             print(f"evaluating the weights of {experiment.config.init_from}")
-        return params
+        return Trained(params)
     raise CheckpointError(
         f"{workdir or 'no workdir given'}: no checkpoint of "
         f"{', '.join(stage_names(experiment.config))}. Train first "

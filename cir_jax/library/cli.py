@@ -1,4 +1,5 @@
-"""The command `cir`: index, search and serve one's own photos, make a benchmark of them.
+"""The command `cir`: index, search and serve one's own photos, make a benchmark of them; share what
+was trained.
 
 It is here and not in `launch/`, whose binaries need a checkout: this one comes with `pip install`.
 Results alone go to stdout, all else to stderr. Exit status: 0 found, 1 nothing, 2 an error.
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from cir_jax import __version__
 from cir_jax.errors import CirError, ConfigError, WeightsError
+from cir_jax.library import push as pushing
 from cir_jax.library.annotate import command as annotating
 from cir_jax.library.serve import command as serving
 from cir_jax.storage import faults
@@ -75,7 +77,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--max_megapixels", type=float, help="larger photos are not decoded; default 200")
     shared = argparse.ArgumentParser(add_help=False, parents=[everywhere])
     add = shared.add_argument
-    add("--method", default=METHOD, help=f"method or workdir of a training; default {METHOD}")
+    add(
+        "--method",
+        default=METHOD,
+        help=f"method, workdir of a training, or ORG/NAME of a shared composer; default {METHOD}",
+    )
     add("--weights", help="of a trained method, the checkpoint of its authors")
     index = commands.add_parser("index", parents=[shared], help="index a folder, or freshen it")
     index.add_argument("--retry", action="store_true", help="what could not be read, again")
@@ -122,6 +128,9 @@ def _parser() -> argparse.ArgumentParser:
         f"{', '.join(annotating.METHODS)}")  # fmt: skip
     annotating.add_options(annotate)
     annotate.set_defaults(run=_annotate)
+    push = commands.add_parser("push", help="share a composer on the Hugging Face hub")
+    pushing.add_options(push)
+    push.set_defaults(run=_push)
     return parser
 
 
@@ -195,6 +204,13 @@ def _annotate(args: argparse.Namespace) -> int:
     return FOUND
 
 
+def _push(args: argparse.Namespace) -> int:
+    with contextlib.redirect_stdout(sys.stderr):
+        done = pushing.push(args)
+    print(done)
+    return FOUND
+
+
 @contextlib.contextmanager
 def _several(args: argparse.Namespace, default: Sequence[str]) -> "Iterator[dict[str, Library]]":
     """A library of each method, brought up to date."""
@@ -253,7 +269,8 @@ def _load(args: argparse.Namespace, method: str, weights: str | None) -> "Search
     if not jax.config.jax_compilation_cache_dir:  # $JAX_COMPILATION_CACHE_DIR
         jax.config.update("jax_compilation_cache_dir", str(default_compiled_dir()))
     try:
-        return loading.load(method, backbone=backbone, weights=weights)
+        with contextlib.redirect_stdout(sys.stderr):  # which weights, and how far they are trained
+            return loading.load(method, backbone=backbone, weights=weights)
     except WeightsError as error:
         said = str(error).replace("--config.backbone", "--backbone")
         raise WeightsError(f"{said} Or see it work without: --demo.") from error
@@ -266,11 +283,14 @@ def _folder(args: argparse.Namespace) -> Path:
 
 
 def _backbone(args: argparse.Namespace, method: str) -> str | None:
-    """None = as the preset or the workdir says."""
+    """None = as the preset, the workdir or the shared composer says."""
     if args.backbone or args.demo:
         return args.backbone or DEMO["backbone"]
-    workdir = (Path(method).expanduser() / "config.json").is_file()
-    own = workdir or ":" in method or method.endswith(".py")
+    from cir_jax.weights.files import is_hub_id
+
+    folder = Path(method).expanduser()
+    trained = (folder / "config.json").is_file() or (is_hub_id(method) and not folder.exists())
+    own = trained or ":" in method or method.endswith(".py")
     return None if own else BACKBONE
 
 

@@ -68,6 +68,13 @@ def damage(
     return found
 
 
+def listed(directory: Path) -> list[str] | None:
+    """Names of the files that have a digest; None without digests. Raises ValueError when the
+    digests themselves are damaged."""
+    stored = _stored(directory)
+    return None if stored is None else list(stored)
+
+
 def _names(directory: Path) -> list[str]:
     return [name for name in files_below(directory) if name != NAME]
 

@@ -9,7 +9,7 @@ import ml_collections
 import numpy as np
 
 from cir_jax import weights
-from cir_jax.composers import official
+from cir_jax.composers import official, shared
 from cir_jax.errors import CheckpointError, ConfigError
 from cir_jax.experiment import Experiment, of_stage, stage_names
 from cir_jax.sharding import placement
@@ -19,6 +19,7 @@ from cir_jax.training.checkpoints import load_scored
 from cir_jax.training.inputs import make_pipeline
 from cir_jax.training.loop import Stage, Trainer, check_weights, describe
 from cir_jax.training.scores import Scorer
+from cir_jax.weights import hub
 
 
 def train(
@@ -111,11 +112,11 @@ def make_trainer(
 
 
 def start(experiment: Experiment, workdir: Path) -> Any:
-    """`official_params`, read before anything is computed or written: they may not fit.
+    """`given_params`, read before anything is computed or written: they may not fit.
 
     Raises CheckpointError, too, when the first stage continues one whose result is nowhere.
     """
-    given = official_params(experiment)
+    given = given_params(experiment)
     names = stage_names(experiment.config)
     trained = [name for name in names if experiment.config.stage[name].kind != "inversion"]
     if given is None and trained and experiment.config.stage[trained[0]].after:
@@ -130,11 +131,15 @@ def start(experiment: Experiment, workdir: Path) -> Any:
     return given
 
 
-def official_params(experiment: Experiment) -> Any:
-    """The parameters of config.init_from=official:PATH, on the mesh; None where it is not set.
+def given_params(experiment: Experiment) -> Any:
+    """The parameters of config.init_from=official:PATH or hub:NAME, on the mesh; None where it is
+    neither.
 
     The first training stage starts from them.
     """
+    if name := shared.given(experiment.config.init_from):
+        params = shared.load(experiment.composer, hub.located(name))
+        return placement.place(experiment.mesh, params)
     paths = official.given(experiment.config.init_from)
     if not paths:
         return None
@@ -220,9 +225,9 @@ def export(experiment: Experiment, params: Any) -> None:
     """Writes what was trained to config.export_to, if set.
 
     A backbone as a Hugging Face directory (fp16), a method's own parameters in the format of its
-    authors.
+    authors. For others (hub:DIR) it is written when its numbers are there (`evaluation.sharing`).
     """
-    if not experiment.config.export_to:
+    if not experiment.config.export_to or shared.given(experiment.config.export_to):
         return
     path = Path(experiment.config.export_to).expanduser()
     composer = experiment.composer

@@ -147,7 +147,7 @@ def read_config(workdir: Path) -> dict[str, Any]:
     file = workdir / CONFIG_FILE
     try:
         values = json.loads(file.read_bytes())
-        wrong = _no_config(values)
+        wrong = problem(values)
     except FileNotFoundError as error:
         raise CheckpointError(
             f"{workdir}: no {CONFIG_FILE}, so this is no workdir of launch/main.py. "
@@ -166,7 +166,7 @@ def read_config(workdir: Path) -> dict[str, Any]:
     return values
 
 
-def _no_config(values: Any) -> str:
+def problem(values: Any) -> str:
     """In what JSON is not the config of an experiment, "" if it is one."""
     if not isinstance(values, dict):
         return f"holds {type(values).__name__} {str(values)[:40]!r} instead of an object"

@@ -114,6 +114,21 @@ def save(path: Path, backbone: Backbone, params: Any, dtype: Any = np.float32) -
     FAMILIES[backbone.family].write(path, backbone, params, dtype)
 
 
+def hub_ids(name_or_path: str | Path) -> tuple[str, ...]:
+    """The hub ids that a backbone is named by; () where it lies here.
+
+    Raises WeightsError for two models in one of which one lies here: no directory holds both.
+    """
+    names = [str(name) for name in _split(name_or_path)]
+    here = [name for name in names if any(path.exists() for path in files.places(name))]
+    if here and len(names) > 1:
+        raise WeightsError(
+            f"backbone {name_or_path}: two models in one cannot be written as one directory, and "
+            f"{here[0]} lies here alone. Put it on the hub, and give its id."
+        )
+    return () if here else tuple(names)
+
+
 def _split(name_or_path: str | Path) -> list[str | Path]:
     """The names of a pair, with T5 behind it or not; or the one name (a path may have a plus)."""
     names = str(name_or_path).split("+")

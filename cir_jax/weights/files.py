@@ -146,7 +146,7 @@ def find(name_or_path: str | Path, what: str = "backbone") -> Source:
             return _of_file(path.resolve())
         if path.is_dir() and (found := _of_directory(path.resolve(), path.resolve().name)):
             return found
-    if _is_hub_id(given):
+    if is_hub_id(given):
         directory, reason = _snapshot(given)
         if directory is not None:
             if found := _of_directory(directory, given.split("/")[1], given):
@@ -161,7 +161,7 @@ def find(name_or_path: str | Path, what: str = "backbone") -> Source:
         use = "set --config.backbone=DIR"
     else:
         kinds, use = "a timm directory", "give DIR"
-    hub_id = given if _is_hub_id(given) else "HUB_ID"
+    hub_id = given if is_hub_id(given) else "HUB_ID"
     raise WeightsError(
         f"{what} {given!r}: {reason.rstrip('.')}. Give a directory in Hugging Face format "
         "(config.json, model.safetensors, tokenizer.json, preprocessor_config.json), "
@@ -175,7 +175,7 @@ def one_of(path: Path, names: Sequence[str]) -> Path | None:
     where there is none of them. Raises WeightsError when a download fails."""
     if path.is_dir():
         return next((path / name for name in names if (path / name).is_file()), None)
-    if path.exists() or path.suffix in _SUFFIXES or not _is_hub_id(str(path)):
+    if path.exists() or path.suffix in _SUFFIXES or not is_hub_id(str(path)):
         return None
     return next((found for name in names if (found := _fetch(str(path), name))), None)
 
@@ -186,7 +186,7 @@ def to_fetch(name: str) -> str:
     from huggingface_hub import HfApi, try_to_load_from_cache
 
     names = [file for files in _WEIGHT_FILES.values() for file in files]
-    if not _is_hub_id(name) or any(path.exists() for path in places(name)):
+    if not is_hub_id(name) or any(path.exists() for path in places(name)):
         return ""
     if any(isinstance(try_to_load_from_cache(name, file), str) for file in names):
         return ""
@@ -199,7 +199,8 @@ def to_fetch(name: str) -> str:
     return f"{size / 1e6:,.0f} MB" if size else "of a size that the hub does not say"
 
 
-def _is_hub_id(name: str) -> bool:
+def is_hub_id(name: str) -> bool:
+    """Whether a name has the form of one, ORG/NAME."""
     return name.count("/") == 1 and not name.startswith((".", "/", "~"))
 
 

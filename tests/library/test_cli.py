@@ -223,6 +223,7 @@ def test_the_backbone_is_the_methods_or_a_real_one(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     assert chosen("--method", str(tmp_path)) is None  # the workdir does
     assert chosen("--method", "mine.py") is None
+    assert chosen("--method", "org/name") is None  # it brings its own
     assert chosen("--demo") == "data/shapes/clip"
     assert chosen("--backbone", "mine", "--demo") == "mine"
 

@@ -151,7 +151,7 @@ def test_what_another_methods_stage_trained_is_taken_over(tiny, tmp_path, monkey
     expected = {"word": word, "text": {name: params[name] for name in ("text", "text_projection")}}
     for found in (begun, trained_params(experiment, tmp_path)):
         jax.tree.map(np.testing.assert_array_equal, found, expected)
-    monkeypatch.setattr(stages, "official_params", lambda experiment: begun)
+    monkeypatch.setattr(stages, "given_params", lambda experiment: begun)
     with pytest.raises(ConfigError, match="stage 'contrastive' trains another method. .*ges=rtd"):
         stages.start(experiment, tmp_path)
     config.stages = ("rtd",)
