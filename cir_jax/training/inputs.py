@@ -11,8 +11,9 @@ import numpy as np
 
 from cir_jax.errors import ConfigError, unknown
 from cir_jax.experiment import Experiment
-from cir_jax.input import identity, images, keywords, masks, objects, records, text
+from cir_jax.input import crops, identity, keywords, masks, objects, records, text
 from cir_jax.input.pipeline import Part, Pipeline, Source
+from cir_jax.input.reading import Reading
 from cir_jax.input.tables import Table
 from cir_jax.models.backbone import Backbone
 from cir_jax.retrieval.features import image_features, visual_tokens
@@ -29,6 +30,10 @@ TABLES = {
     "text_triplets": "text_triplets",
 }
 """Training tables -> the example that their records become by default."""
+
+
+READING = ("workers", "threads", "prefetch")
+"""Config fields of `Reading.of_host`; workdirs of earlier versions have the first one alone."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,13 +73,15 @@ def _with_mask(data: Any) -> bool:
 
 
 def _cropped(experiment: Experiment, data: Any, source: records.Records) -> records.CroppedImages:
-    size = experiment.backbone.image_transform.crop
-    return records.CroppedImages(images.RandomResizedCrop(size, tuple(data.crop)))
+    return records.CroppedImages(_crop(experiment, data))
 
 
 def _views(experiment: Experiment, data: Any, source: records.Records) -> records.Views:
-    transform = experiment.backbone.image_transform
-    return records.Views(images.RandomResizedCrop(transform.crop, tuple(data.crop)), transform)
+    return records.Views(_crop(experiment, data), experiment.backbone.image_transform)
+
+
+def _crop(experiment: Experiment, data: Any) -> crops.RandomResizedCrop:
+    return crops.RandomResizedCrop(experiment.backbone.image_transform.crop, tuple(data.crop))
 
 
 def _augmented(
@@ -187,23 +194,27 @@ def make_pipeline(
             features = {field: make(experiment, table, field) for field in example.fields}
         if data.tokens:
             columns["pseudo_words"] = _pseudo_words(experiment, data.tokens, table, workdir)
-        transform = images.Whole() if example.whole else backbone.image_transform
+        transform = backbone.image_transform
+        if example.whole:
+            transform = crops.Whole((_crop(experiment, data), transform))
         if example.uncropped:
             transform = dataclasses.replace(transform, crop=transform.resize)
-        source = records.Records(table, example.fields, transform, features, columns)
+        # not in configs of earlier versions
+        reduced = data.get("reduced_jpeg", False)
+        source = records.Records(
+            table, example.fields, transform, features, columns, reduced=reduced
+        )
         items = example.items(experiment, source) if example.items else source
         parts.append(Part(table_name, items, example.make(experiment, data, items), weight))
     trim = records.TrimText(backbone.tokenizer.eos_id, text.BUCKET)
-    # on several processes every one must see the same shape, without asking the others
-    pools = experiment.composer.pools_text and not backbone.reads_padding
-    trims = jax.process_count() == 1 and pools
+    trims = experiment.composer.pools_text and not backbone.reads_padding
     return Pipeline(
         parts=tuple(parts),
         batch_size=config.stage[name].batch_size,
         seed=config.seed,
         group=data.group,
-        batch_transforms=(trim,) if trims else (),
-        workers=config.workers,
+        trim=trim if trims else None,
+        reading=Reading.of_host(*(config.get(field, 0) for field in READING)),
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
