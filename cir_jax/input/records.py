@@ -7,7 +7,7 @@ re-import them.
 
 import dataclasses
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import grain
@@ -30,9 +30,10 @@ class Records:
     """Random access to a table, image fields decoded or replaced by precomputed features.
 
     images: fields to decode to uint8[height, width, 3].
-    features: {field: float32[n, dim]} takes the place of decoding that field. A field that is an
-        array is of a corpus of features, and stays as it is.
-    columns: {field: array[n, ...]} is joined to the records (stored pseudo-words).
+    features: {field: float32[n, dim]} takes the place of decoding that field, as an array or as
+        rows on disk (`StoredRows`). A field that is an array is of a corpus of features, and stays
+        as it is.
+    columns: {field: array[n, ...]}, likewise, is joined to the records (stored pseudo-words).
     max_corrupt: unreadable records (counted, logged, the next one is taken) before it is an error;
         in large tables 1 %.
     max_megapixels: larger images count as unreadable; worker processes get it with the records.
@@ -44,8 +45,8 @@ class Records:
     table: Table
     images: tuple[str, ...]
     transform: ImageTransform | Whole
-    features: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
-    columns: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    features: Mapping[str, Sequence[np.ndarray]] = dataclasses.field(default_factory=dict)
+    columns: Mapping[str, Sequence[np.ndarray]] = dataclasses.field(default_factory=dict)
     max_corrupt: int = 16
     max_megapixels: float = dataclasses.field(default_factory=images.max_megapixels)
     reduced: bool = False
@@ -53,6 +54,9 @@ class Records:
     def __post_init__(self) -> None:
         self.corrupt: set[int] = set()
         self._parsed: dict[int, dict[str, Any]] = {}
+
+    def __getstate__(self) -> dict[str, Any]:  # a worker process keeps what it reads itself
+        return {**vars(self), "_parsed": {}}
 
     def __len__(self) -> int:
         return len(self.table)
@@ -68,9 +72,9 @@ class Records:
 
     def _read(self, index: int) -> dict[str, Any]:
         record = self._parse(index)
-        record |= {field: column[index] for field, column in self.columns.items()}
         for field, column in self.columns.items():
-            if np.isnan(column[index]).any():  # what inversion gives where it cannot
+            record[field] = column[index]
+            if np.isnan(record[field]).any():  # what inversion gives where it cannot
                 raise DataError(f"{self.table!r}, record {index}: its {field} could not be made.")
         reduced = self.reduced and masks.FIELD not in self.images
         # the masked image first: it is made of the image as it is stored

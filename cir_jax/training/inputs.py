@@ -1,7 +1,7 @@
 """From the config of a stage to its Grain pipeline."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,9 @@ from cir_jax.input.pipeline import Part, Pipeline, Source
 from cir_jax.input.reading import Reading
 from cir_jax.input.tables import Table
 from cir_jax.models.backbone import Backbone
-from cir_jax.retrieval.features import image_features, visual_tokens
+from cir_jax.retrieval.features import stored_features, stored_tokens
 from cir_jax.storage.places import default_cache_dir
+from cir_jax.storage.stored_rows import StoredRows
 from cir_jax.training import inversion
 
 TABLES = {
@@ -246,20 +247,20 @@ def _features(experiment: Experiment, table: Table, field: str) -> Any:
     backbone = experiment.backbone
     if getattr(experiment.composer, "phrases", None) is not None:
         backbone = backbone.with_dtype(np.float32)  # they choose the concepts of an image
-    return _computed(image_features, backbone, experiment, table, field)
+    return _computed(stored_features, backbone, experiment, table, field)
 
 
-def _tokens(experiment: Experiment, table: Table, field: str) -> np.ndarray:
-    return _computed(visual_tokens, experiment.backbone, experiment, table, field)
+def _tokens(experiment: Experiment, table: Table, field: str) -> StoredRows:
+    return _computed(stored_tokens, experiment.backbone, experiment, table, field)
 
 
 def _computed(
-    make: Callable[..., np.ndarray],
+    make: Callable[..., StoredRows],
     backbone: Backbone,
     experiment: Experiment,
     table: Table,
     field: str,
-) -> np.ndarray:
+) -> StoredRows:
     return make(
         backbone,
         experiment.frozen["backbone"],
@@ -268,13 +269,12 @@ def _computed(
         mesh=experiment.mesh,
         batch_size=experiment.config.evaluation.batch_size,
         cache_dir=default_cache_dir(),
-        skip_unreadable=True,
     )
 
 
 def _view(
     experiment: Experiment, table: Table, field: str, shapes_only: bool
-) -> dict[str, np.ndarray]:
+) -> dict[str, Sequence[np.ndarray]]:
     """What the backbone sees in the images: columns of `records.STORED_VIEW`."""
     makers = (_no_features, _no_tokens) if shapes_only else (_features, _tokens)
     if not getattr(experiment.composer, "reads_tokens", False):
@@ -297,7 +297,7 @@ def _no_features(experiment: Experiment, table: Table, field: str) -> Any:
 
 def _pseudo_words(
     experiment: Experiment, stage: str, table: Table, workdir: Path | None
-) -> np.ndarray:
+) -> Sequence[np.ndarray]:
     """float32[n, token_dim] of stage `stage`; zeros without a workdir (dry run)."""
     if workdir is None:
         row = np.zeros((1, experiment.backbone.token_dim), np.float32)
