@@ -51,7 +51,11 @@ def experiment(name: str, composer: Mapping[str, Any]) -> ConfigDict:
     # parameters as the checkpoint of its authors (the other end of official:PATH)
     config.export_to = ""
     config.data_dir = ""  # "" = $CIR_JAX_DATA, else ~/.cache/cir_jax/data
-    config.workers = 0  # Grain worker processes; 0 = threads
+    # what reads the batches on each host: processes (0 = threads of this one), threads of each of
+    # them, batches that are read ahead; -1 and 0 = as the host has cores
+    config.workers = -1
+    config.threads = 0
+    config.prefetch = 0
     config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})  # -1 = whatever is left
     # where parameters lie that are not trained: split over fsdp | replicated, which is faster if
     # they fit; --dry_run says the bytes
@@ -119,6 +123,9 @@ def stage(
             "example": example,
             "tokens": tokens,
             "split": split,
+            # JPEGs of twice the pixels that are needed, or more, are decoded at a half, a quarter
+            # or an eighth of their size: faster, other pixels than the released codes read
+            "reduced_jpeg": False,
         }
     )
     config.kind = "train"

@@ -9,8 +9,9 @@ that the colours below transparent pixels show; salesforce's BLIP and timm drop 
 import contextlib
 import dataclasses
 import io
+import math
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -143,16 +144,25 @@ def own_limit() -> Iterator[None]:
 
 
 def decode(
-    data: bytes, what: str, *, upright: bool = False, max_megapixels: float | None = None
+    data: bytes,
+    what: str,
+    *,
+    upright: bool = False,
+    max_megapixels: float | None = None,
+    enough: Callable[[tuple[int, int]], tuple[int, int]] | None = None,
 ) -> Image.Image:
     """Image from encoded bytes, in the file's own mode; the first one of an animation.
 
     upright: turn as the EXIF orientation says. No original of the papers does so.
     max_megapixels: None = the limit of this process.
+    enough: (width, height) -> those that will do. A JPEG then is decoded at a half, a quarter or an
+        eighth of its size, where that is no smaller; other formats as they are.
     Raises DataError naming `what` when it does not decode, or is over the limit.
     """
     with reading(what):
         image = opened(data, what, max_megapixels)
+        if enough is not None:
+            image.draft(None, enough(image.size))
         image.load()
         return ImageOps.exif_transpose(image) if upright else image
 
@@ -363,6 +373,15 @@ class ImageTransform:
             image = image.crop(box)
         return np.asarray(to_rgb(image, "drop"), dtype=np.uint8)
 
+    def enough(self, size: tuple[int, int]) -> tuple[int, int]:
+        """(width, height) that an image of this size comes to: less of it would be enlarged."""
+        left, top, right, bottom = self._margins(*size)
+        canvas = size[0] + left + right, size[1] + top + bottom
+        into = canvas if self.squash else (min(canvas),) * 2
+        return tuple(
+            math.ceil(self.resize * side / of) for side, of in zip(size, into, strict=True)
+        )
+
     def _offset(self, side: int) -> int:
         margin = side - self.crop
         return round(margin / 2) if self.round_offset else margin // 2
@@ -370,57 +389,6 @@ class ImageTransform:
 
 _OURS = ("pad", "ratio", "rgb_last", "round_offset", "alpha")
 """What transformers' format cannot say."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Whole:
-    """No transform: the decoded image, for one that comes later."""
-
-    def __call__(self, image: Image.Image) -> Image.Image:
-        return image
-
-
-@dataclasses.dataclass(frozen=True)
-class RandomResizedCrop:
-    """A random part of the image, squashed to size x size, as torchvision's: training of Pic2Word.
-
-    scale: share of the image's area; ratio: of width to height. Where ten draws do not fit into
-    the image, the largest central part of an allowed ratio.
-    """
-
-    size: int
-    scale: tuple[float, float] = (0.9, 1.0)
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    resample: int = 3
-
-    def __post_init__(self) -> None:
-        if not 0 < self.scale[0] <= self.scale[1] <= 1:
-            raise DataError(f"scale={self.scale}: expected two shares of the area, (0.9, 1.0)")
-
-    def box(self, width: int, height: int, rng: np.random.Generator) -> tuple[int, int, int, int]:
-        """(left, top, right, bottom) of the part."""
-        for _ in range(10):
-            area = width * height * rng.uniform(*self.scale)
-            ratio = np.exp(rng.uniform(*np.log(self.ratio)))
-            wide, high = round(float(np.sqrt(area * ratio))), round(float(np.sqrt(area / ratio)))
-            if 0 < wide <= width and 0 < high <= height:
-                left = int(rng.integers(width - wide + 1))
-                top = int(rng.integers(height - high + 1))
-                return left, top, left + wide, top + high
-        wide, high = width, height
-        if width / height < self.ratio[0]:
-            high = round(width / self.ratio[0])
-        elif width / height > self.ratio[1]:
-            wide = round(height * self.ratio[1])
-        left, top = (width - wide) // 2, (height - high) // 2
-        return left, top, left + wide, top + high
-
-    def __call__(self, image: Image.Image, rng: np.random.Generator) -> np.ndarray:
-        """PIL image -> uint8[size, size, 3]."""
-        with own_limit():
-            part = image.crop(self.box(*image.size, rng))
-            part = part.resize((self.size, self.size), Image.Resampling(self.resample))
-            return np.asarray(to_rgb(part, "drop"), dtype=np.uint8)
 
 
 def clip(size: int) -> ImageTransform:

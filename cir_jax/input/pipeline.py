@@ -6,6 +6,7 @@ iterator state can be restored only with the number of workers that wrote it, an
 shuffles within a shard and loses records on several hosts.)
 """
 
+import collections
 import dataclasses
 import signal
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,7 +17,13 @@ import numpy as np
 from absl import flags
 
 from cir_jax.errors import ConfigError
+from cir_jax.input.reading import Reading
+from cir_jax.input.records import TrimText
 from cir_jax.input.tables import Table
+from cir_jax.sharding.largest import Largest
+
+AHEAD = 2
+"""Batches whose length is said before it is needed."""
 
 
 class Source(Protocol):
@@ -45,15 +52,15 @@ class Pipeline:
 
     batch_size: global rows; a process gets rows [i, i + 1) * batch_size / processes of each batch.
     group: consecutive records that stay together in a batch (a scene and its twin).
-    batch_transforms: applied to whole batches of this process.
+    trim: cuts what no text of the global batch needs.
     """
 
     parts: Sequence[Part]
     batch_size: int
     seed: int
     group: int = 1
-    batch_transforms: Sequence[grain.transforms.Map] = ()
-    workers: int = 0
+    trim: TrimText | None = None
+    reading: Reading = Reading()
     process_index: int = 0
     process_count: int = 1
 
@@ -87,9 +94,8 @@ class Pipeline:
             batch_fn=_stack_groups,
         )
         mine = local[self.process_index :: self.process_count]
-        for transform in self.batch_transforms:
-            mine = mine.map(transform)
-        return mine
+        # of several processes none knows the texts of the others: `batches` cuts
+        return mine.map(self.trim) if self.trim and self.process_count == 1 else mine
 
     def contents(self) -> dict[str, dict[str, Any]]:
         """What is in each table that is read (see `Table.contents`)."""
@@ -102,17 +108,27 @@ class Pipeline:
     def batches(self, start: int, stop: int) -> Iterator[dict[str, Any]]:
         """Batches start..stop-1 of this process, read ahead in threads or worker processes."""
         data = self.dataset()[start:stop]
-        if self.workers:
+        reading = self.reading
+        # each of the workers holds its share
+        held = -(-reading.prefetch // max(reading.workers, 1))
+        data = data.to_iter_dataset(
+            grain.ReadOptions(
+                num_threads=min(reading.threads, held),  # a thread has a place in what is held
+                prefetch_buffer_size=held,
+            )
+        )
+        if reading.workers:
             _mark_flags_parsed()
-            data = data.to_iter_dataset().mp_prefetch(
-                grain.MultiprocessingOptions(num_workers=self.workers, per_worker_buffer_size=4),
+            data = data.mp_prefetch(
+                grain.MultiprocessingOptions(num_workers=reading.workers, per_worker_buffer_size=1),
                 worker_init_fn=_leave_interrupts,
             )
-        else:
-            data = data.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=8))
         iterator = iter(data)
         try:
-            yield from iterator
+            if self.trim and self.process_count > 1:
+                yield from trimmed_alike(iterator, self.trim)
+            else:
+                yield from iterator
         finally:
             if hasattr(iterator, "close"):
                 iterator.close()  # its threads would live on
@@ -122,6 +138,20 @@ class Pipeline:
         return (
             f"Pipeline(seed={self.seed}, batch_size={self.batch_size}, group={self.group}, {parts})"
         )
+
+
+def trimmed_alike(batches: Iterator[dict[str, Any]], trim: TrimText) -> Iterator[dict[str, Any]]:
+    """Each batch cut to what the longest text of all processes needs, so that all compile and run
+    one program. A process says what it needs before its turn: nobody waits who reads in time."""
+    agreed = Largest()
+    ahead: collections.deque[dict[str, Any]] = collections.deque()
+    for batch in batches:
+        agreed.say(trim.needs(batch))
+        ahead.append(batch)
+        if len(ahead) > AHEAD:
+            yield trim.cut(ahead.popleft(), agreed.hear())
+    while ahead:
+        yield trim.cut(ahead.popleft(), agreed.hear())
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,7 +7,7 @@ re-import them.
 
 import dataclasses
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import grain
@@ -15,7 +15,8 @@ import numpy as np
 
 from cir_jax.errors import DataError
 from cir_jax.input import images, masks
-from cir_jax.input.images import ImageTransform, RandomResizedCrop, Whole
+from cir_jax.input.crops import RandomResizedCrop, Whole
+from cir_jax.input.images import ImageTransform
 from cir_jax.input.tables import Table
 from cir_jax.input.text import Tokenizer
 
@@ -29,25 +30,33 @@ class Records:
     """Random access to a table, image fields decoded or replaced by precomputed features.
 
     images: fields to decode to uint8[height, width, 3].
-    features: {field: float32[n, dim]} takes the place of decoding that field. A field that is an
-        array is of a corpus of features, and stays as it is.
-    columns: {field: array[n, ...]} is joined to the records (stored pseudo-words).
+    features: {field: float32[n, dim]} takes the place of decoding that field, as an array or as
+        rows on disk (`StoredRows`). A field that is an array is of a corpus of features, and stays
+        as it is.
+    columns: {field: array[n, ...]}, likewise, is joined to the records (stored pseudo-words).
     max_corrupt: unreadable records (counted, logged, the next one is taken) before it is an error;
         in large tables 1 %.
     max_megapixels: larger images count as unreadable; worker processes get it with the records.
+    reduced: JPEGs are decoded at a half, a quarter or an eighth of their size, where the transform
+        enlarges nothing of that: faster, other pixels. Never with `masks.FIELD`, whose noise is of
+        the image as it is stored.
     """
 
     table: Table
     images: tuple[str, ...]
     transform: ImageTransform | Whole
-    features: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
-    columns: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    features: Mapping[str, Sequence[np.ndarray]] = dataclasses.field(default_factory=dict)
+    columns: Mapping[str, Sequence[np.ndarray]] = dataclasses.field(default_factory=dict)
     max_corrupt: int = 16
     max_megapixels: float = dataclasses.field(default_factory=images.max_megapixels)
+    reduced: bool = False
 
     def __post_init__(self) -> None:
         self.corrupt: set[int] = set()
         self._parsed: dict[int, dict[str, Any]] = {}
+
+    def __getstate__(self) -> dict[str, Any]:  # a worker process keeps what it reads itself
+        return {**vars(self), "_parsed": {}}
 
     def __len__(self) -> int:
         return len(self.table)
@@ -63,10 +72,11 @@ class Records:
 
     def _read(self, index: int) -> dict[str, Any]:
         record = self._parse(index)
-        record |= {field: column[index] for field, column in self.columns.items()}
         for field, column in self.columns.items():
-            if np.isnan(column[index]).any():  # what inversion gives where it cannot
+            record[field] = column[index]
+            if np.isnan(record[field]).any():  # what inversion gives where it cannot
                 raise DataError(f"{self.table!r}, record {index}: its {field} could not be made.")
+        reduced = self.reduced and masks.FIELD not in self.images
         # the masked image first: it is made of the image as it is stored
         for field in sorted(self.images, key=lambda name: name != masks.FIELD):
             what = f"{self.table!r}, record {index}, field {field!r}"
@@ -80,7 +90,12 @@ class Records:
             else:
                 stored = "image" if field == masks.FIELD else field
                 with images.reading(what):
-                    image = images.decode(record[stored], what, max_megapixels=self.max_megapixels)
+                    image = images.decode(
+                        record[stored],
+                        what,
+                        max_megapixels=self.max_megapixels,
+                        enough=self.transform.enough if reduced else None,
+                    )
                     if field == masks.FIELD:
                         mask = masks.unpack(record["mask"], what)
                         record[field] = masks.noised(image, mask, self.transform, record["id"])
@@ -283,10 +298,18 @@ class TrimText(grain.transforms.Map):
     bucket: int
 
     def map(self, element: dict[str, Any]) -> dict[str, Any]:
-        texts = {name: ids for name, ids in element.items() if name.endswith("token_ids")}
-        if not texts:
-            return element
-        ends = [(ids == self.eos_id).argmax(axis=-1).max() for ids in texts.values()]
-        longest = int(max(ends)) + 1
-        length = -(-longest // self.bucket) * self.bucket
-        return element | {name: ids[..., :length] for name, ids in texts.items()}
+        return self.cut(element, self.needs(element))
+
+    def needs(self, element: dict[str, Any]) -> int:
+        """Columns, rounded up to a bucket; 0 where there are no texts."""
+        ends = [(ids == self.eos_id).argmax(axis=-1).max() for ids in _texts(element).values()]
+        longest = int(max(ends)) + 1 if ends else 0
+        return -(-longest // self.bucket) * self.bucket
+
+    def cut(self, element: dict[str, Any], length: int) -> dict[str, Any]:
+        """length: of `needs`, of this batch or of one with longer texts."""
+        return element | {name: ids[..., :length] for name, ids in _texts(element).items()}
+
+
+def _texts(element: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    return {name: ids for name, ids in element.items() if name.endswith("token_ids")}

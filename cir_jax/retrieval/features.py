@@ -5,7 +5,7 @@ They are of the backbone's dtype; float32 is float32 on GPUs and TPUs, too, not 
 """
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from cir_jax.sharding.placement import on_mesh
 from cir_jax.sharding.rows import map_rows
 from cir_jax.sharding.together import Together
 from cir_jax.storage.chunk_store import ChunkStore
+from cir_jax.storage.stored_rows import StoredRows
 from cir_jax.weights import finite
 
 Records = Sequence[Mapping[str, Any]]
@@ -70,6 +71,8 @@ def image_features(
 ) -> np.ndarray:
     """The backbone's image features of all records: float32[n, dim], un-normalised by default.
 
+    `stored_features` are the same for a corpus that no host holds.
+
     params: of the backbone, on the host or sharded over the mesh. batch_size: global, rounded up to
         what the mesh needs. cache_dir: None = not stored; else see `places.default_cache_dir`.
     skip_unreadable: rows of NaN for images that do not decode, instead of DataError naming them.
@@ -90,25 +93,43 @@ def image_features(
     return unit(features) if normalise else features
 
 
-def visual_tokens(
+def stored_features(
     backbone: Backbone,
     params: Params,
     source: Records,
     field: str = "image",
     *,
     mesh: Mesh,
-    **options: Any,
-) -> np.ndarray:
-    """The tokens of a ViT's last layer, of all records: float32[n, tokens, width], computed once
-    and stored: 605 kB of an image for BLIP's ViT-B/16 at 224.
+    cache_dir: Path,
+    batch_size: int = 256,
+) -> StoredRows:
+    """The backbone's image features, un-normalised, of all records, computed once and stored. Rows
+    are read when they are asked for: training takes a few of millions at a time.
 
-    options: batch_size, cache_dir and skip_unreadable of `image_features`.
+    Rows of NaN for images that do not decode; see `image_features`.
     """
+    encoder = encoders.of_backbone(backbone, params, mesh)
+    options = dict(mesh=mesh, batch_size=batch_size, skip_unreadable=True)
+    return _stored(encoder, source, field, cache_dir=cache_dir, **options)
+
+
+def stored_tokens(
+    backbone: Backbone,
+    params: Params,
+    source: Records,
+    field: str = "image",
+    *,
+    mesh: Mesh,
+    cache_dir: Path,
+    batch_size: int = 256,
+) -> StoredRows:
+    """The tokens of a ViT's last layer, float32[n, tokens, width], as `stored_features`: 605 kB of
+    an image for BLIP's ViT-B/16 at 224."""
     what = ("visual_tokens", "backbone visual tokens")
-    identified = options.get("cache_dir") is not None
-    encoder = encoders.of_backbone(backbone, params, mesh, what, identified)
-    rows = _embed(encoder, source, field, mesh=mesh, **options)
-    return rows.reshape(len(rows), *backbone.visual_shape)
+    encoder = encoders.of_backbone(backbone, params, mesh, what)
+    options = dict(mesh=mesh, batch_size=batch_size, skip_unreadable=True)
+    rows = _stored(encoder, source, field, cache_dir=cache_dir, **options)
+    return rows.of_shape(backbone.visual_shape)
 
 
 def uses_backbone_gallery(composer: Composer) -> bool:
@@ -287,52 +308,84 @@ def _embed(
     field: str,
     transform: Any = None,
     *,
-    mesh: Mesh,
-    batch_size: int = 256,
     cache_dir: Path | None = None,
     skip_unreadable: bool = False,
-    label: str = "image features",
+    **options: Any,
 ) -> np.ndarray:
+    """float32[n, dim]. options: of `_pieces`."""
     transform = encoder.backbone.image_transform if transform is None else transform
-    n = len(source)
-    if not n:
-        raise DataError(f"{source!r} holds no images; expected at least one.")
-    store, parts, done = None, [], 0
+    store, parts = None, []
     if cache_dir is not None:
-        identity = source_identity(source, field)
-        made_of = {"preprocessing": preprocessing(transform), "images": f"{identity} {field}"}
-        store = ChunkStore(
-            cache_dir,
-            {**encoder.description, **made_of}
-            | {"unreadable": _unreadable() if skip_unreadable else "error"},
-            n,
-        )
+        store = _store(encoder, source, field, transform, cache_dir, skip_unreadable)
         stored = store.load()
         if stored is not None and finite.stored_whole(stored, skip_unreadable):
-            parts, done = [stored], len(stored)
-    if done < n:
-        load = functools.partial(_load, source, field, transform, skip_unreadable)
-        pieces = encoder.rows(
-            load,
-            n,
-            lambda row: _what(source, row, source[row]),
-            first=done,
-            mesh=mesh,
-            batch_size=batch_size,
-            label=label,
-        )
-        if store is None:
-            parts += list(pieces)
-        else:
-            parts += _stored(pieces, store, done)
+            parts = [stored]
+    done = sum(map(len, parts))
+    pieces = _pieces(encoder, source, field, transform, skip_unreadable, done, **options)
+    parts += list(pieces if store is None else _written(pieces, store, done))
     features = np.concatenate(parts)
-    assert len(features) == n, (len(features), n)
+    assert len(features) == len(source), (len(features), len(source))
     return features
 
 
-def _stored(pieces: Any, store: ChunkStore, done: int) -> list[np.ndarray]:
+def _stored(
+    encoder: Encoder, source: Records, field: str, *, cache_dir: Path, **options: Any
+) -> StoredRows:
+    """As `_embed`, of which no more than a chunk is held."""
+    transform = encoder.backbone.image_transform
+    store = _store(encoder, source, field, transform, cache_dir, options["skip_unreadable"])
+    done = store.done()
+    pieces = _pieces(encoder, source, field, transform, first=done, **options)
+    for _ in _written(pieces, store, done):
+        pass
+    return store.stored()
+
+
+def _store(
+    encoder: Encoder,
+    source: Records,
+    field: str,
+    transform: Any,
+    cache_dir: Path,
+    skip_unreadable: bool,
+) -> ChunkStore:
+    images_are = f"{source_identity(source, field)} {field}"
+    made_of = {"preprocessing": preprocessing(transform), "images": images_are}
+    unreadable = {"unreadable": _unreadable() if skip_unreadable else "error"}
+    return ChunkStore(cache_dir, {**encoder.description, **made_of, **unreadable}, len(source))
+
+
+def _pieces(
+    encoder: Encoder,
+    source: Records,
+    field: str,
+    transform: Any,
+    skip_unreadable: bool,
+    first: int,
+    *,
+    mesh: Mesh,
+    batch_size: int = 256,
+    label: str = "image features",
+) -> Iterator[np.ndarray]:
+    """Rows of features from number `first` on, as they are computed."""
+    if not len(source):
+        raise DataError(f"{source!r} holds no images; expected at least one.")
+    if first == len(source):
+        return iter(())
+    return encoder.rows(
+        functools.partial(_load, source, field, transform, skip_unreadable),
+        len(source),
+        lambda row: _what(source, row, source[row]),
+        first=first,
+        mesh=mesh,
+        batch_size=batch_size,
+        label=label,
+    )
+
+
+def _written(pieces: Iterator[np.ndarray], store: ChunkStore, done: int) -> Iterator[np.ndarray]:
     """Cuts pieces of any length into chunks, and writes each as soon as it is complete."""
-    chunks, waiting, held = [], [], 0
+    waiting, held = [], 0
     for piece in pieces:
         waiting.append(piece)
         held += len(piece)
@@ -340,9 +393,8 @@ def _stored(pieces: Any, store: ChunkStore, done: int) -> list[np.ndarray]:
             rows = np.concatenate(waiting)
             chunk, rest = rows[: store.chunk_rows], rows[store.chunk_rows :]
             store.write(done // store.chunk_rows, chunk)
-            chunks.append(chunk)
             done, waiting, held = done + len(chunk), [rest], len(rest)
-    return chunks
+            yield chunk
 
 
 def _load(

@@ -6,23 +6,32 @@ these directories may be deleted at any time. Chunks appear whole or not at all.
 
 import hashlib
 import json
+import secrets
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from tqdm import tqdm
 
+from cir_jax.errors import CheckpointError
 from cir_jax.storage.atomic import write_atomically
+from cir_jax.storage.places import CACHE_VARIABLE
+from cir_jax.storage.stored_rows import StoredRows, chunk_name, header
 
 CHUNK_ROWS = 8192
+PATIENCE = 120.0
+"""Seconds until what one process wrote is seen by all."""
 
 
 class ChunkStore:
     """Rows of features of one description, stored in order, resumed where they end.
 
-    Only process 0 touches the disk; `load` gives all processes the same rows.
+    Each process reads what it sees on its own disk; process 0 writes, and those that do not see its
+    disk, so that nothing has to travel. All make, load and write in one order.
     """
 
     def __init__(self, cache_dir: Path, description: Mapping[str, Any], rows: int):
@@ -30,49 +39,65 @@ class ChunkStore:
         self.description = {**description, "rows": rows, "chunk_rows": self.chunk_rows}
         text = json.dumps(self.description, sort_keys=True)
         self.directory = Path(cache_dir) / _digest(text.encode())
+        alone = jax.process_count() == 1
+        self.writes = alone or not _sees_process_0(self.directory) or jax.process_index() == 0
 
     def load(self) -> np.ndarray | None:
         """float32[rows stored so far, dim]; None when there are none."""
-        chunks: list[np.ndarray] = self._read() if jax.process_index() == 0 else []
-        features = np.concatenate(chunks) if chunks else np.zeros((0, 0), np.float32)
-        if jax.process_count() > 1:  # the directory need not be shared between hosts
-            from jax.experimental import multihost_utils
+        done = self.done()
+        if not done:
+            return None
+        count = -(-done // self.chunk_rows)
+        chunks = [np.load(self.file(i), allow_pickle=False) for i in range(count)]
+        return np.concatenate([chunk.astype(np.float32, copy=False) for chunk in chunks])
 
-            shape = multihost_utils.broadcast_one_to_all(np.asarray(features.shape, np.int32))
-            if jax.process_index() != 0:
-                features = np.zeros(tuple(int(x) for x in shape), np.float32)
-            features = np.asarray(multihost_utils.broadcast_one_to_all(features))
-        return features if len(features) else None
+    def done(self) -> int:
+        """Rows stored so far, of the unbroken sequence of chunks that all processes see."""
+        return min(_of_all(self._done()))
 
-    def _read(self) -> list[np.ndarray]:
+    def _done(self) -> int:
         meta = self.directory / "meta.json"
         try:
             if json.loads(meta.read_text()) != self.description:
-                return []
+                return 0
         except (OSError, ValueError):
-            return []
-        chunks: list[np.ndarray] = []
+            return 0
+        first = None
         for index, start in enumerate(range(0, self.rows, self.chunk_rows)):
-            try:
-                chunk = np.load(self._file(index), allow_pickle=False)
-            except (OSError, ValueError, EOFError):
-                break
-            expected = (min(self.chunk_rows, self.rows - start), *chunk.shape[1:])
-            like = chunks[0] if chunks else chunk
-            if chunk.shape != expected or chunk.shape[1:] != like.shape[1:] or chunk.ndim != 2:
-                break
-            chunks.append(chunk.astype(np.float32, copy=False))
-        return chunks
+            found = header(self.file(index))
+            if found is None or not found.whole:
+                return start
+            first = first or found
+            rows = min(self.chunk_rows, self.rows - start)
+            if found[:3] != ((rows, *first.shape[1:]), *first[1:3]):
+                return start
+        return self.rows
+
+    def stored(self, seconds: float = PATIENCE) -> StoredRows:
+        """The rows, all of which are stored, to be read one by one.
+
+        Raises CheckpointError when a process does not see them within `seconds`: disks that are
+        shared may take a while.
+        """
+        deadline = time.monotonic() + seconds
+        while (done := self.done()) < self.rows and time.monotonic() < deadline:
+            time.sleep(0.2)
+        if done < self.rows:
+            raise CheckpointError(
+                f"{self.directory}: {done} of {self.rows} rows of features are seen by all "
+                f"processes. Is the disk in order? Set ${CACHE_VARIABLE} to a folder on another."
+            )
+        return StoredRows(self.directory, self.rows, header(self.file(0)))
 
     def write(self, index: int, features: np.ndarray) -> None:
         """Stores chunk `index`: rows index * chunk_rows and following."""
-        if jax.process_index() != 0:
+        if not self.writes:
             return
         meta = self.directory / "meta.json"
         if index == 0 or not meta.is_file():
             text = json.dumps(self.description, indent=2, sort_keys=True)
             write_atomically(meta, lambda file: file.write(text.encode()))
-        write_atomically(self._file(index), lambda file: np.save(file, features))
+        write_atomically(self.file(index), lambda file: np.save(file, features))
 
     def filled(
         self,
@@ -103,9 +128,29 @@ class ChunkStore:
                 done = end
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
-    def _file(self, index: int) -> Path:
-        return self.directory / f"chunk_{index:05d}.npy"
+    def file(self, index: int) -> Path:
+        return self.directory / chunk_name(index)
 
 
 def _digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()[:24]
+
+
+def _of_all(number: int) -> list[int]:
+    """What each process says."""
+    if jax.process_count() == 1:
+        return [number]
+    return multihost_utils.process_allgather(np.asarray(number, np.int32)).tolist()
+
+
+def _sees_process_0(directory: Path) -> bool:
+    """Whether what process 0 writes to its directory of this name is here, too."""
+    file = directory / "process_0"
+    token = secrets.randbelow(1 << 31)
+    if jax.process_index() == 0:
+        write_atomically(file, lambda stream: stream.write(str(token).encode()))
+    token = int(multihost_utils.broadcast_one_to_all(np.asarray(token, np.int32)))
+    try:
+        return file.read_text() == str(token)
+    except (OSError, ValueError):
+        return False

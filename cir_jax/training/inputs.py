@@ -1,7 +1,7 @@
 """From the config of a stage to its Grain pipeline."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +11,14 @@ import numpy as np
 
 from cir_jax.errors import ConfigError, unknown
 from cir_jax.experiment import Experiment
-from cir_jax.input import identity, images, keywords, masks, objects, records, text
+from cir_jax.input import crops, identity, keywords, masks, objects, records, text
 from cir_jax.input.pipeline import Part, Pipeline, Source
+from cir_jax.input.reading import Reading
 from cir_jax.input.tables import Table
 from cir_jax.models.backbone import Backbone
-from cir_jax.retrieval.features import image_features, visual_tokens
+from cir_jax.retrieval.features import stored_features, stored_tokens
 from cir_jax.storage.places import default_cache_dir
+from cir_jax.storage.stored_rows import StoredRows
 from cir_jax.training import inversion
 
 TABLES = {
@@ -29,6 +31,10 @@ TABLES = {
     "text_triplets": "text_triplets",
 }
 """Training tables -> the example that their records become by default."""
+
+
+READING = ("workers", "threads", "prefetch")
+"""Config fields of `Reading.of_host`; workdirs of earlier versions have the first one alone."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,13 +74,15 @@ def _with_mask(data: Any) -> bool:
 
 
 def _cropped(experiment: Experiment, data: Any, source: records.Records) -> records.CroppedImages:
-    size = experiment.backbone.image_transform.crop
-    return records.CroppedImages(images.RandomResizedCrop(size, tuple(data.crop)))
+    return records.CroppedImages(_crop(experiment, data))
 
 
 def _views(experiment: Experiment, data: Any, source: records.Records) -> records.Views:
-    transform = experiment.backbone.image_transform
-    return records.Views(images.RandomResizedCrop(transform.crop, tuple(data.crop)), transform)
+    return records.Views(_crop(experiment, data), experiment.backbone.image_transform)
+
+
+def _crop(experiment: Experiment, data: Any) -> crops.RandomResizedCrop:
+    return crops.RandomResizedCrop(experiment.backbone.image_transform.crop, tuple(data.crop))
 
 
 def _augmented(
@@ -187,23 +195,27 @@ def make_pipeline(
             features = {field: make(experiment, table, field) for field in example.fields}
         if data.tokens:
             columns["pseudo_words"] = _pseudo_words(experiment, data.tokens, table, workdir)
-        transform = images.Whole() if example.whole else backbone.image_transform
+        transform = backbone.image_transform
+        if example.whole:
+            transform = crops.Whole((_crop(experiment, data), transform))
         if example.uncropped:
             transform = dataclasses.replace(transform, crop=transform.resize)
-        source = records.Records(table, example.fields, transform, features, columns)
+        # not in configs of earlier versions
+        reduced = data.get("reduced_jpeg", False)
+        source = records.Records(
+            table, example.fields, transform, features, columns, reduced=reduced
+        )
         items = example.items(experiment, source) if example.items else source
         parts.append(Part(table_name, items, example.make(experiment, data, items), weight))
     trim = records.TrimText(backbone.tokenizer.eos_id, text.BUCKET)
-    # on several processes every one must see the same shape, without asking the others
-    pools = experiment.composer.pools_text and not backbone.reads_padding
-    trims = jax.process_count() == 1 and pools
+    trims = experiment.composer.pools_text and not backbone.reads_padding
     return Pipeline(
         parts=tuple(parts),
         batch_size=config.stage[name].batch_size,
         seed=config.seed,
         group=data.group,
-        batch_transforms=(trim,) if trims else (),
-        workers=config.workers,
+        trim=trim if trims else None,
+        reading=Reading.of_host(*(config.get(field, 0) for field in READING)),
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
@@ -235,20 +247,20 @@ def _features(experiment: Experiment, table: Table, field: str) -> Any:
     backbone = experiment.backbone
     if getattr(experiment.composer, "phrases", None) is not None:
         backbone = backbone.with_dtype(np.float32)  # they choose the concepts of an image
-    return _computed(image_features, backbone, experiment, table, field)
+    return _computed(stored_features, backbone, experiment, table, field)
 
 
-def _tokens(experiment: Experiment, table: Table, field: str) -> np.ndarray:
-    return _computed(visual_tokens, experiment.backbone, experiment, table, field)
+def _tokens(experiment: Experiment, table: Table, field: str) -> StoredRows:
+    return _computed(stored_tokens, experiment.backbone, experiment, table, field)
 
 
 def _computed(
-    make: Callable[..., np.ndarray],
+    make: Callable[..., StoredRows],
     backbone: Backbone,
     experiment: Experiment,
     table: Table,
     field: str,
-) -> np.ndarray:
+) -> StoredRows:
     return make(
         backbone,
         experiment.frozen["backbone"],
@@ -257,13 +269,12 @@ def _computed(
         mesh=experiment.mesh,
         batch_size=experiment.config.evaluation.batch_size,
         cache_dir=default_cache_dir(),
-        skip_unreadable=True,
     )
 
 
 def _view(
     experiment: Experiment, table: Table, field: str, shapes_only: bool
-) -> dict[str, np.ndarray]:
+) -> dict[str, Sequence[np.ndarray]]:
     """What the backbone sees in the images: columns of `records.STORED_VIEW`."""
     makers = (_no_features, _no_tokens) if shapes_only else (_features, _tokens)
     if not getattr(experiment.composer, "reads_tokens", False):
@@ -286,7 +297,7 @@ def _no_features(experiment: Experiment, table: Table, field: str) -> Any:
 
 def _pseudo_words(
     experiment: Experiment, stage: str, table: Table, workdir: Path | None
-) -> np.ndarray:
+) -> Sequence[np.ndarray]:
     """float32[n, token_dim] of stage `stage`; zeros without a workdir (dry run)."""
     if workdir is None:
         row = np.zeros((1, experiment.backbone.token_dim), np.float32)

@@ -9,10 +9,13 @@ would have written, because the randomness of an image comes from its record num
 Several processes invert together, over the mesh; process 0 alone writes, to the shared workdir.
 """
 
+import collections
+import contextlib
 import functools
 import json
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +31,7 @@ from cir_jax.errors import CheckpointError, ConfigError, DataError
 from cir_jax.experiment import Experiment
 from cir_jax.input.identity import source_identity
 from cir_jax.input.tables import Table
-from cir_jax.retrieval.features import image_features
+from cir_jax.retrieval.features import stored_features
 from cir_jax.sharding.constraints import rows_over
 from cir_jax.sharding.mesh import replicated
 from cir_jax.sharding.rows import map_rows
@@ -43,6 +46,9 @@ from cir_jax.weights.fingerprint import fingerprint
 IDENTITY = "identity.json"
 SCRATCH = ".words"
 """Beginning of the names of shards that are being written."""
+
+OPEN = 64
+"""Shards whose readers are kept."""
 
 SHARD_ROWS = 1024
 """Images per shard, rounded up to whole batches: what a kill can cost."""
@@ -74,15 +80,15 @@ def run(experiment: Experiment, name: str, workdir: Path) -> None:
         multihost_utils.sync_global_devices(f"{name} is stored")
 
 
-def read(experiment: Experiment, name: str, workdir: Path, table: Table) -> np.ndarray:
+def read(experiment: Experiment, name: str, workdir: Path, table: Table) -> "Words":
     """float32[n, token_dim]: the pseudo-words of the records of `table`, in record order.
 
     Raises CheckpointError when stage `name` has not finished, or inverted another table.
     """
-    return _read(workdir / name, table)
+    return Words(_finished(workdir / name, table))
 
 
-def _read(directory: Path, table: Table) -> np.ndarray:
+def _finished(directory: Path, table: Table) -> "Store":
     stored = read_identity(directory)
     store = Store(directory, stored)
     done = store.stored_rows()
@@ -96,7 +102,7 @@ def _read(directory: Path, table: Table) -> np.ndarray:
             f"{directory}: {done} of {stored['rows']} images are inverted. Finish it first: "
             f"--config.stages={directory.name},..."
         )
-    return store.read()[0]
+    return store
 
 
 def export(directory: Path, output: Path, data_dir: Path) -> None:
@@ -107,7 +113,7 @@ def export(directory: Path, output: Path, data_dir: Path) -> None:
     """
     stored = read_identity(directory)
     table = Table(data_dir, stored["dataset"], stored["table"], stored["split"])
-    words = _read(directory, table)
+    words = _finished(directory, table).read()[0]
     names = [oti_tokens.name_of(table, i) for i in range(len(table))]
     oti_tokens.write(output, names, words, stored)
     print(f"{len(words)} words of {table!r} written to {output}")
@@ -207,34 +213,80 @@ class Store:
 
         Raises CheckpointError naming a shard that is cut off or not of this shape.
         """
-        from array_record.python.array_record_module import ArrayRecordReader
-
         records: list[bytes] = []
-        for start in range(0, self.stored_rows(), self.shard_rows):
-            file = self._file(start // self.shard_rows)
-            try:
-                reader = ArrayRecordReader(str(file))
+        for index in range(-(-self.stored_rows() // self.shard_rows)):
+            with self.reading(index) as (reader, rows):
                 found = reader.read_all()
-                reader.close()
-            except Exception as error:  # the library raises many types
-                raise self._damaged(file, str(error)) from error
-            expected = min(self.shard_rows, self.rows - start)
-            sizes = {len(record) for record in found}
-            if len(found) != expected or sizes != {4 * (self.width + self.concepts)}:
-                raise self._damaged(file, f"{len(found)} records of {sorted(sizes)} bytes")
+                sizes = {len(record) for record in found}
+                if len(found) != rows or sizes != {self.record_bytes}:
+                    raise ValueError(f"{len(found)} records of {sorted(sizes)} bytes")
+            reader.close()
             records += found
         flat = np.frombuffer(b"".join(records), "<f4").reshape(-1, self.width + self.concepts)
         concepts = np.ascontiguousarray(flat[:, self.width :]).view("<i4")
         return flat[:, : self.width].astype(np.float32), concepts.astype(np.int32)
 
-    def _damaged(self, file: Path, what: str) -> CheckpointError:
-        return CheckpointError(
-            f"{file}: damaged ({what}). Delete it and run the stage again: it makes this shard and "
-            "those behind it anew."
-        )
+    @property
+    def record_bytes(self) -> int:
+        return 4 * (self.width + self.concepts)
+
+    @contextlib.contextmanager
+    def reading(self, index: int, reader: Any = None) -> Iterator[tuple[Any, int]]:
+        """The reader of shard `index`, opened if there is none, and the rows it should have.
+
+        Raises CheckpointError naming the shard for whatever goes wrong with it.
+        """
+        from array_record.python.array_record_module import ArrayRecordReader
+
+        file = self._file(index)
+        try:
+            reader = ArrayRecordReader(str(file)) if reader is None else reader
+            yield reader, min(self.shard_rows, self.rows - index * self.shard_rows)
+        except Exception as error:  # the library raises many types
+            raise CheckpointError(
+                f"{file}: damaged ({error}). Delete it and run the stage again: it makes this "
+                "shard and those behind it anew."
+            ) from error
 
     def _file(self, index: int) -> Path:
         return self.directory / f"words_{index:05d}.array_record"
+
+
+class Words(Sequence):
+    """float32[n, token_dim] of a finished `Store`; a word is read when it is asked for.
+
+    Copies for worker processes hold the place alone.
+    """
+
+    def __init__(self, store: Store):
+        self.store = store
+        self._readers = collections.OrderedDict[int, Any]()
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return self.store.rows
+
+    def __getitem__(self, index: Any) -> np.ndarray:
+        """One word. Raises CheckpointError naming a shard that is gone, cut off or damaged."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"word {index} of {len(self)}")
+        number, row = divmod(int(index), self.store.shard_rows)
+        with self._lock:
+            reader = self._readers.get(number)
+        with self.store.reading(number, reader) as (reader, rows):
+            (record,) = reader.read([row])
+            if reader.num_records() != rows or len(record) != self.store.record_bytes:
+                size = f"{len(record)} bytes of a record"
+                raise ValueError(f"{reader.num_records()} records, {size}")
+        with self._lock:
+            self._readers[number] = reader
+            self._readers.move_to_end(number)
+            while len(self._readers) > OPEN:  # closed when nobody reads it any more
+                self._readers.popitem(last=False)
+        return np.frombuffer(record[: 4 * self.store.width], "<f4").astype(np.float32)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Words, (self.store,)
 
 
 def read_identity(directory: Path) -> dict[str, Any]:
@@ -315,7 +367,7 @@ def _identity(experiment: Experiment, name: str, table: Table) -> dict[str, Any]
 def _words(experiment: Experiment, name: str, table: Table, first: int) -> Iterator[np.ndarray]:
     """float32[rows, token_dim + concepts] of the records first..n-1, in order."""
     size = _batch_size(experiment, name)
-    features = image_features(
+    features = stored_features(
         experiment.backbone,
         experiment.frozen["backbone"],
         table,
@@ -323,7 +375,6 @@ def _words(experiment: Experiment, name: str, table: Table, first: int) -> Itera
         mesh=experiment.mesh,
         batch_size=experiment.config.evaluation.batch_size,
         cache_dir=default_cache_dir(),
-        skip_unreadable=True,
     )
 
     def load(row: int) -> dict[str, np.ndarray]:

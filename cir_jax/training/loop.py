@@ -1,5 +1,6 @@
 """The training loop of a stage: batches in, checkpoints and logs out, whatever the composer."""
 
+import collections
 import contextlib
 import dataclasses
 import functools
@@ -30,6 +31,10 @@ from cir_jax.training.differences import differing_fields
 from cir_jax.training.logs import MetricsLog
 from cir_jax.training.scores import Scorer, Scores
 from cir_jax.training.step import Step, TrainState, init_state, sharded
+
+AHEAD = 2
+"""Steps that are dispatched before the first of them is done: one runs, one waits. More would hold
+a batch each, on the host and on the devices."""
 
 
 class NanLoss(CirError):
@@ -238,6 +243,7 @@ class Trainer:
     ) -> TrainState:
         stage, last_saved = self.stage, start
         pending: list[tuple[int, Any]] = []
+        running: collections.deque[Any] = collections.deque()
         window_start = time.perf_counter()
         bar = tqdm.tqdm(
             total=stage.steps,
@@ -252,8 +258,11 @@ class Trainer:
         guard = jax.transfer_guard("disallow")
         with bar, contextlib.closing(batches), _preemption() as preempted, guard:
             for number, local in enumerate(batches, start + 1):
+                if len(running) == AHEAD:
+                    jax.block_until_ready(running.popleft())
                 batch = placement.global_batch(self.mesh, local)
                 state, metrics = self.step(state, self.frozen, batch)
+                running.append(metrics["loss"])
                 pending.append((number, metrics))
                 bar.update()
                 leaving = preempted(number)

@@ -29,6 +29,8 @@ FREE_FIELDS = (
     "checkpoint.every",
     "checkpoint.keep",
     "workers",
+    "threads",
+    "prefetch",
     "data_dir",
     "stages",
     "export_to",
@@ -83,6 +85,8 @@ def _shaping(values: Mapping[str, Any]) -> dict[str, Any]:
     for stage in stages.values():
         if isinstance(optimizer := stage.get("optimizer"), Mapping):
             stage["optimizer"] = {"only": ".*", "backbone_share": 1.0} | optimizer
+        if isinstance(data := stage.get("data"), Mapping) and stage.get("kind") != "inversion":
+            stage["data"] = {"reduced_jpeg": False} | data
     checkpoint = {"best": ""} | values.get("checkpoint", {})
     return {"image_size": 0} | of(values) | {"stage": stages, "checkpoint": checkpoint}
 

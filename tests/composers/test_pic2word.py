@@ -13,7 +13,7 @@ from cir_jax.composers import losses, official
 from cir_jax.composers.base import normalise
 from cir_jax.composers.pic2word import Pic2Word
 from cir_jax.errors import ConfigError, DataError, WeightsError
-from cir_jax.input.images import RandomResizedCrop
+from cir_jax.input.crops import RandomResizedCrop
 from cir_jax.training import optimizers
 from experiments import pic2word
 from tests import tiny as factory

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image, PngImagePlugin
 
 from cir_jax.errors import DataError
-from cir_jax.input import images
+from cir_jax.input import crops, images
 from cir_jax.input.images import ImageTransform
 
 
@@ -173,7 +173,7 @@ def test_pils_own_limit_neither_warns_nor_raises_before_ours(monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         image = images.decode(data, "a.png")
-        crop = images.RandomResizedCrop(8, (1.0, 1.0), (2.0, 2.0))
+        crop = crops.RandomResizedCrop(8, (1.0, 1.0), (2.0, 2.0))
         assert crop(image, np.random.default_rng(0)).shape == (8, 8, 3)
         with images.reading("a.png"):
             assert images.clip(16)(image).shape == (16, 16, 3)

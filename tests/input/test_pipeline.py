@@ -13,6 +13,7 @@ import pytest
 from cir_jax.errors import ConfigError, DataError
 from cir_jax.input import records
 from cir_jax.input.pipeline import Part, Pipeline
+from cir_jax.input.reading import Reading
 from cir_jax.input.records import CaptionPairs, Records, TrimText, Triplets
 from cir_jax.input.tables import Table
 from tests import tiny as factory
@@ -95,7 +96,7 @@ def test_processes_together_read_the_global_batch(make, count):
 
 
 def test_worker_processes_change_nothing_and_outlive_a_ctrl_c(make):
-    batches = make(workers=2).batches(2, 42)
+    batches = make(reading=Reading(workers=2)).batches(2, 42)
     first = next(batches)
     workers = multiprocessing.active_children()
     for worker in workers:  # a terminal sends it to all processes of a run

@@ -169,11 +169,18 @@ def test_a_workdir_without_later_fields_did_as_before(tmp_path):
     file = tmp_path / workdirs.CONFIG_FILE
     older = {k: v for k, v in json.loads(file.read_text()).items() if k != "image_size"}
     for stage in older["stage"].values():
-        del stage["optimizer"]["backbone_share"]
+        del stage["optimizer"]["backbone_share"], stage["data"]["reduced_jpeg"]
+    for field in ("threads", "prefetch"):
+        del older[field]
     file.write_text(json.dumps(older))
     workdirs.claim(tmp_path, config)
     config.image_size, config.stage.stage2.optimizer.backbone_share = 64, 0.5
-    for changed in (r"image_size \(was 0, is 64\)", r"backbone_share \(was 1.0, is 0.5\)"):
+    config.stage.stage2.data.reduced_jpeg, config.workers, config.threads = True, 3, 7
+    for changed in (
+        r"image_size \(was 0, is 64\)",
+        r"backbone_share \(was 1.0, is 0.5\)",
+        r"reduced_jpeg \(was False, is True\)",
+    ):
         with pytest.raises(CheckpointError, match=changed):
             workdirs.claim(tmp_path, config)
 

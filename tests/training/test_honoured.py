@@ -136,7 +136,7 @@ def test_concepts_are_chosen_in_float32(monkeypatch):
         read[stage] = backbone.dtype.name
         return np.zeros((40, backbone.dim), np.float32)
 
-    monkeypatch.setattr(inputs, "image_features", image_features)
+    monkeypatch.setattr(inputs, "stored_features", image_features)
     for name, stage in (("searle", "distil"), ("pic2word", "contrastive")):
         experiment = set_up(name, monkeypatch, dtype="bfloat16")
         inputs.make_pipeline(experiments.of_stage(experiment, stage, shapes_only=True), stage)

@@ -36,7 +36,7 @@ def make_trainer(tiny, sizes=ONE, steps=4, batch_size=16, trim=False, **stage):
         parts=(Part("captions", source, CaptionPairs(backbone.tokenizer, "images")),),
         batch_size=batch_size,
         seed=3,
-        batch_transforms=(TrimText(backbone.tokenizer.eos_id, 8),) if trim else (),
+        trim=TrimText(backbone.tokenizer.eos_id, 8) if trim else None,
     )
     defaults = {"optimizer": optax.adamw(1e-3), "log_every": 1, "checkpoint_every": 2}
     stage = Stage("contrastive", steps, seed=0, **(defaults | stage))
@@ -68,6 +68,40 @@ def test_fsdp_and_tensor_axes_really_split_parameters(tiny):
     assert kernel.shard_shape((32, 64)) == (16, 32)
     momentum = trainer.step.state_shardings.opt_state[0].mu["text"]["layers_0"]["fc2"]["kernel"]
     assert momentum.shard_shape((64, 32)) == (32, 16)
+
+
+def test_at_most_two_steps_are_under_way(tmp_path, monkeypatch):
+    """The host neither runs ahead of the devices without end nor waits for each step."""
+    trainer, done = small.trainer(steps=6, log_every=100, checkpoint_every=100), []
+    step, block = trainer.step, jax.block_until_ready
+
+    def dispatched(*args):
+        state, metrics = step(*args)
+        done.append(("dispatched", id(metrics["loss"]), metrics["loss"]))
+        return state, metrics
+
+    def waited(x):
+        done.append(("waited", id(x), x))
+        return block(x)
+
+    monkeypatch.setattr(trainer, "step", dispatched)
+    trainer.step.state_shardings = step.state_shardings
+    trainer.step.frozen_shardings = step.frozen_shardings
+    with monkeypatch.context() as patch:
+        patch.setattr(jax, "block_until_ready", waited)
+        trainer.run(tmp_path)
+    losses = [number for what, number, _ in done if what == "dispatched"]
+    of_losses = [(what, losses.index(number)) for what, number, _ in done if number in losses]
+    assert len(losses) == 6 and of_losses[:8] == [
+        ("dispatched", 0),
+        ("dispatched", 1),
+        ("waited", 0),
+        ("dispatched", 2),
+        ("waited", 1),
+        ("dispatched", 3),
+        ("waited", 2),
+        ("dispatched", 4),
+    ]
 
 
 def test_microbatches_keep_all_negatives(tiny, tmp_path, reference_run):
