@@ -15,6 +15,8 @@ VERSION = next(
 EXTRAS = {
     "gpu": ["jax[cuda13]"],
     "tpu": ["jax[tpu]"],
+    # launch/compile.py for TPUs: libtpu, as this jax wants it
+    "tpu-aot": ["jax[tpu]"],
     # workdirs and data in Google's buckets, gs://...
     "gs": ["gcsfs>=2026.4", "array-record>=0.8.6"],
     "torch": ["torch>=2.6"],  # reads .pt files; live parity tests

@@ -7,9 +7,11 @@ evaluation, inversion and search: its float32 is float32 on GPUs and TPUs, too
 """
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import ml_collections
 from jax.sharding import Mesh
@@ -23,7 +25,7 @@ from cir_jax.sharding import placement
 from cir_jax.sharding.mesh import make_mesh
 from cir_jax.storage.buckets import local, place
 from cir_jax.storage.places import default_data_dir
-from cir_jax.weights import hub
+from cir_jax.weights import hub, published
 from cir_jax.weights.official import check_torch
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -49,17 +51,24 @@ def data_dir(config: ml_collections.ConfigDict) -> Path:
     return place(config.data_dir) if config.data_dir else default_data_dir()
 
 
-def setup(config: ml_collections.ConfigDict, shapes_only: bool = False) -> Experiment:
+def setup(
+    config: ml_collections.ConfigDict,
+    shapes_only: bool = False,
+    devices: Sequence[jax.Device] | None = None,
+) -> Experiment:
     """Loads the backbone and builds the composer: in the type of training if there is something to
     train, else in that of evaluation. `of_stage` and `for_evaluation` change it.
 
-    shapes_only: see `Composer.freeze`. Raises ConfigError, MeshError, WeightsError.
+    shapes_only: see `Composer.freeze`. devices: None = those of this run. Others need not be here:
+    an experiment for them is to be compiled, not run, and `frozen` are jax.ShapeDtypeStruct, of a
+    backbone whose weights need not be here either (`weights.published`).
+    Raises ConfigError, MeshError, WeightsError.
     """
     evaluation = evaluation_dtype(config)
     if config.dtype not in DTYPES:
         raise ConfigError(unknown("config.dtype", config.dtype, DTYPES))
     rules = frozen_rules(config)
-    mesh = make_mesh(config.mesh)
+    mesh = make_mesh(config.mesh, devices)
     settings = config.composer.to_dict()
     name = settings.pop("name")
     cls = composers.composer_class(name)
@@ -67,7 +76,10 @@ def setup(config: ml_collections.ConfigDict, shapes_only: bool = False) -> Exper
     # whole, before anything of it is read
     begins_with = hub.find(given) if (given := shared.given(config.init_from)) else None
     size = config.get("image_size")  # not in configs of earlier versions
-    if cls.pretrained_backbone:
+    if devices is not None:
+        backbone = published.architecture(config.backbone, dtype, size)
+        params = jax.eval_shape(backbone.init, jax.random.key(0)) if cls.pretrained_backbone else {}
+    elif cls.pretrained_backbone:
         backbone, params = weights.load(config.backbone, dtype, image_size=size)
     else:
         backbone, params = weights.load_architecture(config.backbone, dtype, image_size=size), {}
@@ -76,7 +88,7 @@ def setup(config: ml_collections.ConfigDict, shapes_only: bool = False) -> Exper
     if config.remat:
         backbone = backbone.with_remat()
     composer = composers.build(name, backbone, **settings)
-    frozen = composer.freeze(params, shapes_only)
+    frozen = _frozen(composer, params, shapes_only)
     if target := shared.given(config.export_to):
         shared.check(config, Path(target))
     elif config.export_to:
@@ -139,9 +151,15 @@ def _view(
     settings = settings or experiment.config.composer.to_dict()
     composer = composers.build(settings.pop("name"), backbone, **settings)
     # nothing of a backbone that is trained from scratch
-    frozen = composer.freeze(experiment.frozen.get("backbone", {}), shapes_only)
+    frozen = _frozen(composer, experiment.frozen.get("backbone", {}), shapes_only)
     frozen = placement.place(experiment.mesh, frozen, frozen_rules(experiment.config))
     return dataclasses.replace(experiment, backbone=backbone, composer=composer, frozen=frozen)
+
+
+def _frozen(composer: Composer, params: Any, shapes_only: bool) -> Any:
+    if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(params)):
+        return jax.eval_shape(lambda params: composer.freeze(params, shapes_only=True), params)
+    return composer.freeze(params, shapes_only)
 
 
 def stage_names(config: ml_collections.ConfigDict) -> tuple[str, ...]:

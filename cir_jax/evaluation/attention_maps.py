@@ -30,7 +30,8 @@ def attention_maps(search: Searcher, paths: Sequence[Path]) -> dict[str, np.ndar
             "--config=experiments/isa.py"
         )
     attend = jax.jit(attend)
-    found = [attend(search.params, search.frozen, _seen(search, path)[None]) for path in paths]
+    with search.composer.backbone.full_precision():
+        found = [attend(search.params, search.frozen, _seen(search, path)[None]) for path in paths]
     if not found[0]:
         raise ConfigError("composer.mapping='mlp' pools the map: there is no attention to draw.")
     names = [name for name in TITLES if name in found[0]]

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import grain
+import jax
 import numpy as np
 from absl import flags
 
@@ -102,8 +103,18 @@ class Pipeline:
         return {repr(part.source.table): part.source.table.contents() for part in self.parts}
 
     def example(self) -> Mapping[str, np.ndarray]:
-        """Batch 0 of this process, for its shapes."""
+        """Batch 0 of this process."""
         return self.dataset()[0]
+
+    def shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Of a global batch, its texts as long as they can be. Reads one group of records."""
+        few = dataclasses.replace(
+            self, batch_size=self.group, batch_transforms=(), process_index=0, process_count=1
+        )
+        return {
+            name: jax.ShapeDtypeStruct((self.batch_size, *x.shape[1:]), x.dtype)
+            for name, x in few.example().items()
+        }
 
     def batches(self, start: int, stop: int) -> Iterator[dict[str, Any]]:
         """Batches start..stop-1 of this process, read ahead in threads or worker processes."""

@@ -11,6 +11,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from cir_jax.sharding.constraints import target
+
 FUSED_DTYPES = (jnp.bfloat16, jnp.float16)
 
 HIDDEN = -0.7 * float(jnp.finfo(jnp.float32).max)
@@ -32,8 +34,8 @@ def attend(
     """
     if _on_cpu():
         return _heads_first(query, key, value, mask, causal)
-    # the kernel was asked about self-attention
-    plain = mask is None and query.shape == key.shape
+    # the kernel was asked about self-attention, here; what is traced for TPUs may be so on any host
+    plain = mask is None and query.shape == key.shape and target()[0] != "tpu"
     fused = plain and fused_kernel(query.shape[1:], jnp.dtype(query.dtype), causal)
     return jax.nn.dot_product_attention(
         query,
@@ -95,7 +97,7 @@ def fused_kernel(shape: tuple[int, int, int], dtype: Any, causal: bool) -> bool:
 
 
 def _on_cpu() -> bool:
-    return jax.default_backend() == "cpu"
+    return target()[0] == "cpu"
 
 
 def _on_cuda() -> bool:

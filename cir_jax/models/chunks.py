@@ -18,6 +18,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from cir_jax.sharding.constraints import target
+
 CACHE_PER_CORE = 5 * 2**20
 """Bytes: 1 MiB of each core and 4 of those it shares, as in AMD's EPYC; Intel's Xeons have 4."""
 
@@ -79,6 +81,6 @@ def over_rows(encode: Callable[..., jax.Array], params: Any, rows: Any, row_byte
 
 
 def _wanted(params: Any) -> bool:
-    alone = jax.default_backend() == "cpu" and jax.device_count() == 1
+    alone = target() == ("cpu", 1)
     exact = all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(params))
     return alone and exact and not _whole.get()

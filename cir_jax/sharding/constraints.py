@@ -21,6 +21,9 @@ from cir_jax.sharding.mesh import BATCH, ROW_AXES, row_shards
 
 _mesh: contextvars.ContextVar[Mesh | None] = contextvars.ContextVar("mesh", default=None)
 _in_row = contextvars.ContextVar("in_row", default=False)
+_target: contextvars.ContextVar[tuple[str, int] | None] = contextvars.ContextVar(
+    "target", default=None
+)
 
 
 @contextlib.contextmanager
@@ -31,10 +34,18 @@ def rows_over(mesh: Mesh) -> Iterator[None]:
     arguments, among which a mesh outside would not be.
     """
     token = _mesh.set(mesh if mesh.size > 1 else None)
+    target = _target.set((mesh.devices.flat[0].platform, mesh.size))
     try:
         yield
     finally:
+        _target.reset(target)
         _mesh.reset(token)
+
+
+def target() -> tuple[str, int]:
+    """Platform ("cpu", "gpu", "tpu") and number of the devices that is traced for: of the mesh of
+    `rows_over`, which need not be here, else all there are."""
+    return _target.get() or (jax.default_backend(), jax.device_count())
 
 
 def split_rows(tree: Any) -> Any:

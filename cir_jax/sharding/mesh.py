@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -18,7 +19,9 @@ BATCH = P(ROW_AXES)
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Mesh over (data, fsdp, tensor); at most one size may be -1 = whatever is left.
 
-    Raises MeshError when the sizes do not multiply to the number of devices.
+    Several slices of TPUs lie along data, one behind the other: between them the network is slow.
+    Raises MeshError when the sizes do not multiply to the number of devices, or the slices do not
+    divide data.
     """
     devices = list(jax.devices() if devices is None else devices)
     shape = [int(sizes.get(axis, 1)) for axis in AXES]
@@ -44,8 +47,20 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
             f"mesh ({given}) uses {total} of {len(devices)} devices. Use -1 for one axis, "
             "or hide the other devices."
         )
-    # Auto: the compiler propagates shardings; make_mesh would default to Explicit axes
-    return jax.make_mesh(tuple(shape), AXES, (AxisType.Auto,) * len(AXES), devices=devices)
+    types = (AxisType.Auto,) * len(AXES)  # the compiler propagates shardings
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices == 1:
+        return jax.make_mesh(tuple(shape), AXES, types, devices=devices)
+    if shape[0] % slices:
+        raise MeshError(
+            f"mesh ({given}): {slices} slices lie along data, which is {shape[0]} here: their "
+            f"network is for gradients alone. Make --config.mesh.data a multiple of {slices}."
+        )
+    inside = (shape[0] // slices, *shape[1:])
+    arranged = mesh_utils.create_hybrid_device_mesh(
+        inside, (slices, *(1 for _ in shape[1:])), devices
+    )
+    return Mesh(arranged, AXES, axis_types=types)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -66,14 +81,14 @@ def check_batch(mesh: Mesh, batch_size: int, field: str) -> None:
     """Raises MeshError unless the global batch divides over the mesh and the processes."""
     shards = row_shards(mesh)
     owners = np.vectorize(lambda device: device.process_index)(mesh.devices)
+    processes = len(np.unique(owners))  # of the mesh: its devices need not be here
     if (owners != owners[:, :, :1]).any():
         raise MeshError(
             f"mesh {dict(mesh.shape)}: the tensor axis spans several processes, which would have "
             "to read the same rows. Lower --config.mesh.tensor to the devices of one process."
         )
-    if batch_size % shards or batch_size % jax.process_count():
+    if batch_size % shards or batch_size % processes:
         raise MeshError(
             f"{field}={batch_size} is not divisible by data x fsdp = {shards} "
-            f"({jax.process_count()} processes). Use a multiple of "
-            f"{int(np.lcm(shards, jax.process_count()))}."
+            f"({processes} processes). Use a multiple of {int(np.lcm(shards, processes))}."
         )

@@ -77,10 +77,12 @@ def parameter_shardings(mesh: Mesh, tree: Any, rules: Rules = RULES) -> Any:
 def place(mesh: Mesh, tree: Any, rules: Rules = RULES) -> Any:
     """The same host values on every process -> global arrays, sharded by the rules.
 
-    Arrays that lie so already are taken as they are.
+    Arrays that lie so already are taken as they are. Shapes get the shardings.
     """
 
-    def put(x: Any, sharding: NamedSharding) -> jax.Array:
+    def put(x: Any, sharding: NamedSharding) -> jax.Array | jax.ShapeDtypeStruct:
+        if isinstance(x, jax.ShapeDtypeStruct):
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
         if isinstance(x, jax.Array) and x.sharding == sharding:
             return x
         return jax.make_array_from_callback(

@@ -27,11 +27,11 @@ def meet(what: str, seconds: int = LIMIT) -> None:
 
 
 class Together:
-    """A jitted function, as it is but for that; `lower` is its own."""
+    """A jitted function, as it is but for that; `trace` and `lower` are its own."""
 
     def __init__(self, jitted: Callable[..., Any]):
         self.jitted, self._compiled = jitted, set()
-        self.lower = jitted.lower
+        self.trace, self.lower = jitted.trace, jitted.lower
 
     def __call__(self, *args: Any) -> Any:
         if jax.process_count() > 1:

@@ -33,7 +33,7 @@ from cir_jax.input.identity import source_identity
 from cir_jax.input.tables import Table
 from cir_jax.retrieval.features import stored_features
 from cir_jax.sharding.constraints import rows_over
-from cir_jax.sharding.mesh import replicated
+from cir_jax.sharding.mesh import batch_sharding, replicated
 from cir_jax.sharding.rows import map_rows
 from cir_jax.sharding.together import Together
 from cir_jax.storage import faults
@@ -129,6 +129,19 @@ def describe(experiment: Experiment, name: str) -> str:
         f"at a time on {experiment.mesh.size} device(s), and stored ({mib:.1f} MiB)\n"
         f"  {type(composer).__name__}: {settings}"
     )
+
+
+def trace(experiment: Experiment, name: str) -> jax.stages.Traced:
+    """The inversion of one batch of stage `name`, traced from shapes alone."""
+    size, sharding = _batch_size(experiment, name), batch_sharding(experiment.mesh)
+    query = {
+        "reference_features": jax.ShapeDtypeStruct(
+            (size, experiment.backbone.dim), np.float32, sharding=sharding
+        ),
+        "query_index": jax.ShapeDtypeStruct((size,), np.int32, sharding=sharding),
+    }
+    seed = jax.ShapeDtypeStruct((), np.uint32)
+    return _invert.trace(experiment.composer, experiment.mesh, experiment.frozen, query, seed)
 
 
 class Store:

@@ -133,12 +133,11 @@ class Trainer:
         )
 
     def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """Shapes of the global batch."""
+        """Shapes of the global batch, its texts as long as they can be."""
         sharding = meshes.batch_sharding(self.mesh)
-        rows = self.pipeline.batch_size
         return {
-            name: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype, sharding=sharding)
-            for name, x in self.pipeline.example().items()
+            name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+            for name, x in self.pipeline.shapes().items()
         }
 
     def run(self, directory: Path) -> Any:

@@ -127,8 +127,12 @@ class Step:
         return self._run(state, frozen, batch)
 
     def lower(self, state: Any, frozen: Any, batch: Any) -> jax.stages.Lowered:
-        """Lowered from shapes alone, for a dry run or ahead-of-time compilation."""
+        """Lowered from shapes alone."""
         return self._run.lower(state, frozen, batch)
+
+    def trace(self, state: Any, frozen: Any, batch: Any) -> jax.stages.Traced:
+        """Traced from shapes alone, for ahead-of-time compilation."""
+        return self._run.trace(state, frozen, batch)
 
 
 def sharded(mesh: Mesh, make: Callable[..., Any], *args: Any) -> Any:

@@ -59,7 +59,7 @@ def load(
     params = {half: params for half, (_, params) in halves.items()}
     towers = [backbone for backbone, _ in halves.values()]
     if t5_source is None:
-        return _pair(*towers), params
+        return pair(*towers), params
     encoder, params["t5"] = encoders.load_t5(t5_source, dtype, params_dtype)
     return _with_t5(towers, encoder.model, encoder.tokenizer, encoder.weights_id), params
 
@@ -88,7 +88,7 @@ def load_architecture(
         for half, name in zip(TOWERS, names, strict=False)
     ]
     if t5_source is None:
-        return _pair(*towers)
+        return pair(*towers)
     model, tokenizer = encoders.t5_architecture(t5_source, dtype)
     return _with_t5(towers, model, tokenizer, f"{t5_source.name}@untrained")
 
@@ -182,7 +182,7 @@ def _find_half(name_or_path: str | Path, half: str) -> files.Source:
     return source
 
 
-def _pair(images: Backbone, texts: Backbone) -> Pair:
+def pair(images: Backbone, texts: Backbone) -> Pair:
     return Pair(
         model=images.model,
         tokenizer=texts.tokenizer,

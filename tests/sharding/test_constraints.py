@@ -18,12 +18,12 @@ import pytest
 import experiments
 from cir_jax import composers
 from cir_jax.retrieval import encoders, features
-from cir_jax.sharding import constraints, placement
+from cir_jax.sharding import constraints, hlo, placement
 from cir_jax.sharding import mesh as meshes
 from cir_jax.training import inversion
 from cir_jax.training.step import Step, init_state
 from tests import tiny as factory
-from tests.sharding import hlo
+from tests.sharding import unoptimised
 from tests.weights import siglip_worlds, worlds
 
 ROW, WORD, TOKEN = 13, 11, 5
@@ -200,7 +200,7 @@ def moved(text, sizes, compares=True, kinds=("all-reduce",)):
 
 
 def check(lowered, *args):
-    compiled = hlo.compiled(lowered)
+    compiled = unoptimised.compiled(lowered)
     assert not moved(compiled.as_text(), *args)
     return compiled
 
@@ -236,7 +236,7 @@ def test_without_constraints_they_do(backbones, files, monkeypatch):
     monkeypatch.setattr(constraints, "_constrain", lambda x, spec: x)
     for name, stage in (("pic2word", "contrastive"), ("compodiff", "stage2")):
         lowered = lower(name, stage, (2, 4, 1), *backbones("clip"), files)
-        text = hlo.compiled(lowered).as_text()
+        text = unoptimised.compiled(lowered).as_text()
         assert len(moved(text, (2, 4, 1), STAGES[name, stage][1])) > 5
 
 

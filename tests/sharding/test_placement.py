@@ -13,13 +13,13 @@ from cir_jax import experiment as experiments
 from cir_jax.errors import ConfigError
 from cir_jax.input.pipeline import Part, Pipeline
 from cir_jax.input.records import Images, Records
+from cir_jax.sharding import hlo, placement
 from cir_jax.sharding import mesh as meshes
-from cir_jax.sharding import placement
 from cir_jax.training import workdir as workdirs
 from cir_jax.training.loop import Stage, Trainer, describe
 from cir_jax.training.step import Step, init_state
 from tests import tiny as factory
-from tests.sharding import hlo
+from tests.sharding import unoptimised
 
 MESH = {"data": 2, "fsdp": 2, "tensor": 2}
 
@@ -119,7 +119,7 @@ def gathered(pic2word, name):
     ):
         assert array.sharding == sharding
     batch = {"reference_images": jax.ShapeDtypeStruct((104, 16, 16, 3), np.uint8)}
-    text = hlo.compiled(step.lower(state, frozen, batch)).as_text()
+    text = unoptimised.compiled(step.lower(state, frozen, batch)).as_text()
     found = {
         shape
         for collective in hlo.collectives(text)

@@ -12,14 +12,19 @@ import pytest
 from cir_jax import experiment as experiments
 from cir_jax.loading import read_experiment
 from cir_jax.retrieval import encoders, features
+from cir_jax.sharding.mesh import make_mesh
 from cir_jax.training import inputs, inversion, stages
 from tests import tiny as factory
 from tests.training import small
+from tests.weights import worlds
 
 TYPES = {"float32": "f32", "bfloat16": "bf16"}
 PRODUCT = re.compile(
     r"stablehlo\.dot_general (.*) : \(tensor<(?:\d+x)*(\w+)>, tensor<(?:\d+x)*(\w+)>\)"
 )
+
+
+CONVOLUTION = re.compile(r"stablehlo\.convolution\(.*", re.MULTILINE)
 
 
 def products(lowered):
@@ -77,6 +82,17 @@ def queries(experiment):
     return features._compose.lower(*where, query, seed)
 
 
+def gallery(experiment):
+    """Of a method that has tuned the backbone."""
+    experiment = experiments.for_evaluation(experiment)
+    composer, size = experiment.composer, experiment.backbone.image_transform.crop
+    params = jax.eval_shape(composer.init, jax.random.key(0))
+    batch = shapes(image=((8, size, size, 3), np.uint8), unreadable=((8,), bool))
+    return encoders._embed_gallery.lower(
+        composer, experiment.mesh, params, experiment.frozen, batch
+    )
+
+
 def words(experiment):
     """Of the first stage, which inverts."""
     name = experiments.stage_names(experiment.config)[0]
@@ -96,6 +112,7 @@ def words(experiment):
         ("pretrain", training),  # without pretrained weights: another way through `setup`
         ("slerp", images),
         ("pic2word", queries),
+        ("clip4cir", gallery),
         ("searle", words),  # trained, with a stage that inverts
     ],
 )
@@ -115,6 +132,19 @@ def test_the_type_of_the_config_is_that_of_the_computation(name, program, dtype,
     assert len(found) > 4 and len(of_type) > len(found) / 2, found
     if dtype == "float32":
         assert of_type == found
+
+
+@pytest.mark.parametrize(("dtype", "exact"), [("float32", True), ("bfloat16", False)])
+def test_convolutions_of_evaluation_are_not_rounded_in_float32(dtype, exact):
+    backbone, params = worlds.make("resnet")
+    size = backbone.image_transform.crop
+    batch = shapes(image=((8, size, size, 3), np.uint8), unreadable=((8,), bool))
+    lowered = encoders._encode_images.lower(
+        backbone.with_dtype(dtype), make_mesh({"data": -1}), params, batch, "encode_image"
+    )
+    found = CONVOLUTION.findall(lowered.as_text())
+    assert len(found) > 4
+    assert all(("precision HIGHEST" in line) == exact for line in found), found
 
 
 def other(dtype):

@@ -1,0 +1,79 @@
+"""Devices that need not be here, and the meshes of several slices."""
+
+import dataclasses
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from cir_jax.errors import ConfigError, MeshError
+from cir_jax.sharding import mesh as meshes
+from cir_jax.sharding import topologies
+
+
+@pytest.mark.parametrize(
+    ("topology", "slices", "message"),
+    [
+        ("v9:4x4", 1, "unknown kind of --topology: 'v9'. Valid: cpu, v4, v5e, v5p, v6e."),
+        ("v5e:16", 1, "--topology=v5e:16: expected v5e:4x4 or so"),
+        ("v5e", 1, "--topology=v5e: expected v5e:4x4 or so"),
+        ("cpu:4x4", 1, "--topology=cpu:4x4: expected cpu:8 or so"),
+        ("cpu:64", 1, "this process has 8 virtual devices. Set JAX_NUM_CPU_DEVICES=64"),
+        ("cpu:8", 2, "--slices=2: virtual devices are in one slice"),
+    ],
+)
+def test_what_is_no_topology(topology, slices, message):
+    with pytest.raises(ConfigError) as raised:
+        topologies.devices(topology, slices)
+    assert message in str(raised.value)
+
+
+def test_without_libtpu_it_says_how_to_get_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "libtpu", None)
+    with pytest.raises(ConfigError, match=r'pip install "cir_jax\[tpu-aot\]"; it needs no TPU'):
+        topologies.devices("v5e:4x4")
+
+
+def test_virtual_devices_have_no_memory_of_their_own():
+    assert topologies.devices("cpu:4") == jax.devices("cpu")[:4]
+    assert topologies.memory_gib("cpu:4") is None and topologies.memory_gib("v5p:2x2x2") == 95
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """As much of a device as a mesh asks for."""
+
+    id: int
+    slice_index: int
+    process_index: int = 0
+    platform: str = "cpu"
+    device_kind: str = "cpu"
+
+
+def test_slices_lie_along_data():
+    chips = [Chip(i, slice_index=i % 2) for i in range(8)]  # in any order
+    made = meshes.make_mesh({"data": -1, "fsdp": 2}, chips)
+    of = np.vectorize(lambda chip: chip.slice_index)(made.devices)
+    assert made.shape == {"data": 4, "fsdp": 2, "tensor": 1}
+    assert (of[:2] == 0).all() and (of[2:] == 1).all()
+
+
+def test_slices_that_would_split_parameters():
+    chips = [Chip(i, slice_index=i // 4) for i in range(8)]
+    with pytest.raises(MeshError, match="2 slices lie along data, which is 1 here.* multiple of 2"):
+        meshes.make_mesh({"data": 1, "fsdp": 8}, chips)
+
+
+@pytest.mark.parametrize(
+    ("topology", "slices", "count"), [("v5e:4x4", 2, 32), ("v4:2x2x2", 1, 8), ("v5p:2x2x2", 1, 8)]
+)
+def test_chips_of_libtpu(topology, slices, count):
+    pytest.importorskip("libtpu", reason="compiling for TPUs: pip install cir_jax[tpu-aot]")
+    found = topologies.devices(topology, slices)
+    assert len(found) == count and {chip.platform for chip in found} == {"tpu"}
+    made = meshes.make_mesh({"data": -1, "fsdp": 4}, found)
+    of = np.vectorize(lambda chip: chip.slice_index or 0)(made.devices)
+    assert [len(np.unique(half)) for half in np.split(of, slices)] == [1] * slices
+    with pytest.raises(ConfigError, match="libtpu knows no such one.*not divisible"):
+        topologies.devices("v5e:3x5")
