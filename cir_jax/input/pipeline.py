@@ -109,7 +109,7 @@ class Pipeline:
     def shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Of a global batch, its texts as long as they can be. Reads one group of records."""
         few = dataclasses.replace(
-            self, batch_size=self.group, batch_transforms=(), process_index=0, process_count=1
+            self, batch_size=self.group, trim=None, process_index=0, process_count=1
         )
         return {
             name: jax.ShapeDtypeStruct((self.batch_size, *x.shape[1:]), x.dtype)
