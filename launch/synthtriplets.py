@@ -2,16 +2,18 @@
 
     python launch/triplets.py --templates=compodiff --captions=FILE --output=captions/keywords.jsonl
     python launch/synthtriplets.py --step=examples --source=IP2P.jsonl --output=tune.jsonl
-    python launch/synthtriplets.py --step=write --source=FILE --model=LM --output=captions/llm.jsonl
+    python launch/synthtriplets.py --step=tune --source=tune.jsonl --model=LM --output=lora
+    python launch/synthtriplets.py --step=write --source=FILE --model=LM --adapter=lora \
+        --output=captions/llm.jsonl
     python launch/synthtriplets.py --step=draw --source=captions --model=DIR --output=pairs
     python launch/synthtriplets.py --step=filter --source=pairs --output=triplets
     python launch/prepare.py --dataset=image_triplets --source=triplets --name=synth
 
 examples: InstructPix2Pix's text triplets as prompts and completions, to fine-tune a language model
-on. write: caption triplets by such a model (extra `torch`). draw: two images of each caption
-triplet, by Stable Diffusion with shared self-attention (extra `synth`), or with --model=shapes by
-the embedded world's renderer. filter: the five CLIP filters, with statistics and a picture.
-data/synthtriplets/README.md tells more.
+on. tune: a LoRA of one (extra `synth`). write: caption triplets by such a model (extra `torch`).
+draw: two images of each caption triplet, by Stable Diffusion with shared self-attention (extra
+`synth`), or with --model=shapes by the embedded world's renderer. filter: the five CLIP filters,
+with statistics and a picture. data/synthtriplets/README.md tells more.
 
 The same command continues an interrupted run. With --shard=I/N, started N times, N processes share
 the work on a disk that all of them see. Exit status: 0 = done, 2 = error.
@@ -27,17 +29,25 @@ from absl import app, flags  # noqa: E402
 from cir_jax.storage import buckets  # noqa: E402
 from launch import ending, pixel_limit  # noqa: E402
 
-_STEP = flags.DEFINE_enum("step", None, ["examples", "write", "draw", "filter"], "What to do")
+_STEP = flags.DEFINE_enum(
+    "step", None, ["examples", "tune", "write", "draw", "filter"], "What to do"
+)
 _SOURCE = flags.DEFINE_string(
-    "source", None, "examples, draw: file or folder of caption triplets; write: of captions, or "
-    "DATASET/TABLE[:SPLIT] of the prepared data; filter: the folder that draw wrote"
+    "source", None, "examples, draw: file or folder of caption triplets; tune: what examples "
+    "wrote; write: of captions, or DATASET/TABLE[:SPLIT] of the prepared data; filter: the folder "
+    "that draw wrote"
 )  # fmt: skip
 _OUTPUT = flags.DEFINE_string("output", None, "examples, write: .jsonl file; else folder to write")
 _MODEL = flags.DEFINE_string(
-    "model", None, "Directory or hub id; write: of a causal language model; draw: of a Stable "
-    "Diffusion for diffusers, or shapes"
+    "model", None, "Directory or hub id; tune, write: of a causal language model; draw: of a "
+    "Stable Diffusion for diffusers, or shapes"
 )  # fmt: skip
 _ADAPTER = flags.DEFINE_string("adapter", "", "write: directory or hub id of a LoRA, by peft")
+_RANK = flags.DEFINE_integer("rank", 8, "tune: of the LoRA")
+_EPOCHS = flags.DEFINE_integer("epochs", 1, "tune: passes over the examples")
+_BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "tune: examples of a step")
+_MICROBATCH = flags.DEFINE_integer("microbatch", 8, "tune: of them in memory at once")
+_LEARNING_RATE = flags.DEFINE_float("learning_rate", 2e-4, "tune: at its highest")
 _SAMPLES = flags.DEFINE_integer(
     "samples", 1, "write: completions of each caption; draw: pairs of each caption triplet"
 )
@@ -68,7 +78,8 @@ def main(argv: list[str]) -> None:
     logging.set_verbosity(logging.WARNING)
     try:
         pixel_limit.apply()
-        steps = {"examples": _examples, "write": _write, "draw": _draw, "filter": _filter}
+        steps = {"examples": _examples, "tune": _tune, "write": _write, "draw": _draw}
+        steps |= {"filter": _filter}
         steps[_STEP.value]()
     except CirError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -84,6 +95,31 @@ def _examples() -> None:
     triplets = CaptionTriplets(buckets.local(_SOURCE.value, "--source"), columns)
     count = instructions.write_examples(triplets, buckets.local(_OUTPUT.value, "--output"))
     print(f"{_OUTPUT.value}: {count:,} prompts and completions", file=sys.stderr)
+
+
+def _tune() -> None:
+    from cir_jax.errors import ConfigError
+    from data.synthtriplets import tuning
+
+    if not _MODEL.value:
+        raise ConfigError(
+            "--step=tune needs --model: a directory or hub id of a causal language model, such as "
+            "facebook/opt-6.7b."
+        )
+    recipe = tuning.Recipe(
+        _RANK.value,
+        _EPOCHS.value,
+        _BATCH_SIZE.value,
+        _MICROBATCH.value,
+        _LEARNING_RATE.value,
+        _SEED.value,
+    )
+    ending.phase("tuning", f"checkpoints are kept in {_OUTPUT.value}.parts")
+    examples = tuning.read_examples(buckets.local(_SOURCE.value, "--source"))
+    output = buckets.local(_OUTPUT.value, "--output")
+    counts = tuning.tune(examples, output, _MODEL.value, recipe)
+    said = ", ".join(f"{n:,} {what}" for what, n in counts.items())
+    print(f"{_OUTPUT.value}: a LoRA of {_MODEL.value} ({said})", file=sys.stderr)
 
 
 def _write() -> None:

@@ -81,8 +81,9 @@ def _resume(part: Path, head: dict[str, Any]) -> dict[str, list[str]]:
     return done
 
 
-def causal_model(name: str) -> tuple[Any, Any]:
-    """Tokenizer and language model of transformers, in float16 on a GPU if there is one.
+def causal_model(name: str, training: bool = False) -> tuple[Any, Any]:
+    """Tokenizer and language model of transformers, on a GPU if there is one, there in float16, or
+    for `training` in bfloat16.
 
     Raises WeightsError where PyTorch is not installed, or there is no such model.
     """
@@ -92,7 +93,8 @@ def causal_model(name: str) -> tuple[Any, Any]:
     except ImportError as error:
         raise WeightsError("language models need PyTorch: `pip install cir_jax[torch]`.") from error
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = torch.float16 if device == "cuda" else torch.float32
+    half = torch.bfloat16 if training else torch.float16
+    dtype = half if device == "cuda" else torch.float32
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
         model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
@@ -101,6 +103,8 @@ def causal_model(name: str) -> tuple[Any, Any]:
             f"--model={name}: no causal language model there ({str(error).splitlines()[0]}). "
             "Give a directory in Hugging Face format, or a hub id where there is a network."
         ) from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
     return tokenizer, model.to(device).eval()
 
 

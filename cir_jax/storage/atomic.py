@@ -1,7 +1,8 @@
-"""Files that appear whole or not at all."""
+"""Files and directories that appear whole or not at all."""
 
 import contextlib
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -56,6 +57,27 @@ def appearing(path: Path) -> Iterator[Path]:
             os.replace(scratch, path)
     except BaseException:
         scratch.unlink(missing_ok=True)
+        raise
+
+
+@contextlib.contextmanager
+def new_directory(path: Path) -> Iterator[Path]:
+    """A scratch directory that takes the place of `path` at the end, or vanishes on an error."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        yield scratch
+        os.chmod(scratch, 0o755)
+        for file in scratch.iterdir():  # some writers make files that only their owner may read
+            os.chmod(file, 0o644)
+        if path.exists():  # other people's files in it stay
+            for file in scratch.iterdir():
+                os.replace(file, path / file.name)
+            scratch.rmdir()
+        else:
+            os.replace(scratch, path)
+    except BaseException:
+        shutil.rmtree(scratch, ignore_errors=True)
         raise
 
 

@@ -11,6 +11,7 @@ from safetensors.numpy import save_file
 from cir_jax.errors import WeightsError
 from cir_jax.input.images import ImageTransform
 from cir_jax.input.text import Tokenizer
+from cir_jax.storage.atomic import new_directory
 from cir_jax.weights import files
 
 PREPROCESSING = "preprocessor_config.json"
@@ -100,7 +101,7 @@ def write(
     if newer.is_file():  # it would win over the file that we write
         about = {**about, PROCESSOR: files.read_json(newer)}
         about[PROCESSOR]["image_processor"] = about[PREPROCESSING]
-    with files.new_directory(Path(path)) as scratch:
+    with new_directory(Path(path)) as scratch:
         save_file(tensors, scratch / file, metadata={"format": "pt"})
         for name, content in {**about, "tokenizer_config.json": tokenizer.to_dict()}.items():
             (scratch / name).write_text(json.dumps(content, indent=2) + "\n")

@@ -4,9 +4,6 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -301,27 +298,6 @@ def content_id(name: str, params: Mapping[str, Any], more: Any = "") -> str:
         digest.update(f"{'/'.join(path)}{np.shape(leaf)}".encode())
         digest.update(np.ascontiguousarray(leaf, np.float32).data)
     return f"{name}@{digest.hexdigest()[:12]}"
-
-
-@contextlib.contextmanager
-def new_directory(path: Path) -> Iterator[Path]:
-    """A scratch directory that takes the place of `path` at the end, or vanishes on an error."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    try:
-        yield scratch
-        os.chmod(scratch, 0o755)
-        for file in scratch.iterdir():  # some writers make files that only their owner may read
-            os.chmod(file, 0o644)
-        if path.exists():  # other people's files in it stay
-            for file in scratch.iterdir():
-                os.replace(file, path / file.name)
-            scratch.rmdir()
-        else:
-            os.replace(scratch, path)
-    except BaseException:
-        shutil.rmtree(scratch, ignore_errors=True)
-        raise
 
 
 def _of_directory(path: Path, name: str, hub_id: str = "") -> Source | None:

@@ -18,7 +18,8 @@ import numpy as np
 from cir_jax.errors import WeightsError
 from cir_jax.input import pickles
 from cir_jax.input.tables import Table
-from cir_jax.weights import convert, files, torch_files
+from cir_jax.storage.atomic import new_directory
+from cir_jax.weights import convert, torch_files
 
 WORDS, NAMES, SETTINGS = "ema_oti_pseudo_tokens.pt", "image_names.pkl", "hyperparameters.json"
 
@@ -86,7 +87,7 @@ def write(
         ) from error
     good = np.isfinite(words).all(axis=1)
     kept = [str(name) for name, ok in zip(names, good, strict=True) if ok]
-    with files.new_directory(directory) as scratch:
+    with new_directory(directory) as scratch:
         torch.save(torch.from_numpy(np.array(words[good], np.float32)), scratch / WORDS)
         (scratch / NAMES).write_bytes(pickle.dumps(kept, protocol=4))
         (scratch / SETTINGS).write_text(json.dumps(dict(settings), indent=4, default=str) + "\n")

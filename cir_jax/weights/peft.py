@@ -24,6 +24,7 @@ from cir_jax.models.backbone import Backbone, Pair
 from cir_jax.models.encoders import ImageEncoder, TextEncoder
 from cir_jax.models.lora import LoraConfig
 from cir_jax.models.resnet import ResNetConfig
+from cir_jax.storage.atomic import new_directory
 from cir_jax.weights import blip, clip, convert, files, open_clip, siglip, t5, timm
 
 PREFIX = "base_model.model."
@@ -108,7 +109,7 @@ def save_adapter(path: Path, adapter: Mapping[str, Any], config: LoraConfig, own
         "init_lora_weights": True,
         **_PLAIN,
     }
-    with files.new_directory(Path(path)) as scratch:
+    with new_directory(Path(path)) as scratch:
         save_file(tensors, scratch / TENSORS, metadata={"format": "pt"})
         (scratch / CONFIG).write_text(json.dumps(about, indent=2) + "\n")
 

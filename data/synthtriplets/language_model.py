@@ -33,8 +33,6 @@ class LanguageModel:
         tokenizer, model = causal_model(name)
         self._tokenizer = tokenizer
         self._model = _adapted(model, adapter) if adapter else model
-        if tokenizer.pad_token is None:
-            tokenizer.pad_token = tokenizer.eos_token
         tokenizer.padding_side = "left"
         self._max_tokens = max_tokens
         room = getattr(self._model.config, "max_position_embeddings", None)
@@ -101,13 +99,17 @@ def _numbers(stream: str, count: int) -> np.ndarray:
     return np.random.default_rng(int.from_bytes(seed, "little")).random(count)
 
 
-def _adapted(model: Any, adapter: str) -> Any:
+def lora_package(what: str) -> Any:
+    """peft. Raises ConfigError where it is not installed; what: the flag that needs it."""
     try:
         import peft
     except ImportError as error:
-        raise ConfigError(
-            f"--adapter={adapter}: {error}. Install it: pip install 'cir_jax[synth]'."
-        ) from error
+        raise ConfigError(f"{what}: {error}. Install it: pip install 'cir_jax[synth]'.") from error
+    return peft
+
+
+def _adapted(model: Any, adapter: str) -> Any:
+    peft = lora_package(f"--adapter={adapter}")
     try:
         return peft.PeftModel.from_pretrained(model, adapter).merge_and_unload().eval()
     except Exception as error:  # peft and the hub raise many types

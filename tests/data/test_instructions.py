@@ -1,13 +1,14 @@
 """The route by a language model: its text format, what it may write, and how it is sampled."""
 
 import json
+import sys
 
 import numpy as np
 import pytest
 
 from cir_jax.errors import ConfigError, DataError, WeightsError
 from data.sharing import Shard
-from data.synthtriplets import instructions, language_model
+from data.synthtriplets import instructions, language_model, tuning
 from data.synthtriplets.instructions import parse
 from data.synthtriplets.language_model import LanguageModel
 from data.synthtriplets.triplets import CaptionTriplets
@@ -166,7 +167,7 @@ def model(tmp_path_factory):
     ).save_pretrained(directory)
     config = transformers.GPT2Config(
         vocab_size=len(LETTERS), n_positions=64, n_embd=16, n_layer=1, n_head=2,
-        bos_token_id=end, eos_token_id=end,
+        bos_token_id=end, eos_token_id=end, initializer_range=0.3,
     )  # fmt: skip
     transformers.GPT2LMHeadModel(config).save_pretrained(directory)
     return str(directory)
@@ -231,8 +232,6 @@ def test_tokens_are_drawn_by_their_probabilities():
 
 def test_a_lora_of_peft_is_taken(model, tmp_path, monkeypatch):
     peft = pytest.importorskip("peft")
-    import sys
-
     import torch
     import transformers
 
@@ -254,3 +253,113 @@ def test_a_lora_of_peft_is_taken(model, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(ConfigError, match=r"--adapter=.*pip install 'cir_jax\[synth\]'"):
         LanguageModel(model, str(tmp_path / "lora"))
+
+
+# Tuning it
+
+
+EXAMPLES = [
+    (instructions.prompt(f"a {x} star"), instructions.completion(f"make it {y}", f"a {y} star"))
+    for x in ("red", "blue", "green")
+    for y in ("pink", "white")
+]
+RECIPE = tuning.Recipe(rank=4, epochs=20, batch_size=2, microbatch=1, learning_rate=0.05)
+
+
+@pytest.fixture(scope="module")
+def tuned(model, tmp_path_factory):
+    pytest.importorskip("peft")
+    output = tmp_path_factory.mktemp("tuned") / "lora"
+    counts = tuning.tune([*EXAMPLES, (EXAMPLES[0][0], "x" * 300)], output, model, RECIPE)
+    assert counts == {"examples": 6, "too long": 1}
+    return output
+
+
+def losses(model, adapter):
+    """Of the completions, and of the prompts."""
+    import torch
+
+    lm = LanguageModel(model, adapter)
+    found = []
+    for prompt, completion in EXAMPLES:
+        first, whole = (lm._tokenizer(x)["input_ids"] for x in (prompt, prompt + completion))
+        with torch.no_grad():
+            logits = lm._model(torch.tensor([whole])).logits[0, :-1]
+        of_each = torch.nn.functional.cross_entropy(
+            logits, torch.tensor(whole[1:]), reduction="none"
+        )
+        found.append([x.mean().item() for x in of_each.tensor_split([len(first) - 1])])
+    return np.mean(found, axis=0)[::-1]
+
+
+def test_a_lora_learns_the_completions(model, tuned):
+    (before, prompts), (after, prompts_after) = losses(model, ""), losses(model, str(tuned))
+    assert after < before - 0.5
+    assert before - after > 2 * (prompts - prompts_after)  # of these nothing is asked
+    assert not (tuned.parent / "lora.parts" / "checkpoints").exists()
+
+
+def test_a_killed_tuning_goes_on_to_the_same_lora(model, tuned, tmp_path, monkeypatch):
+    import safetensors.numpy
+    import transformers
+
+    class Dies(transformers.TrainerCallback):
+        def on_save(self, args, state, control, **_):
+            if state.global_step == 4:
+                raise Killed
+
+    made = tuning._trainer
+
+    def dying(*args):
+        trainer = made(*args)
+        trainer.add_callback(Dies())
+        return trainer
+
+    monkeypatch.setattr(tuning, "SAVED", 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(tuning, "_trainer", dying)
+        with pytest.raises(Killed):
+            tuning.tune(EXAMPLES, tmp_path / "lora", model, RECIPE)
+    checkpoints = tmp_path / "lora.parts" / "checkpoints"
+    assert {path.name for path in checkpoints.iterdir()} == {"checkpoint-2", "checkpoint-4"}
+    (checkpoints / "checkpoint-6").mkdir()  # what a kill leaves of one
+    with pytest.raises(DataError, match=r"other examples or settings \(rank 4, now 3\)"):
+        tuning.tune(EXAMPLES, tmp_path / "lora", model, RECIPE._replace(rank=3))
+    tuning.tune(EXAMPLES, tmp_path / "lora", model, RECIPE)
+    whole, again = (
+        safetensors.numpy.load_file(folder / "adapter_model.safetensors")
+        for folder in (tuned, tmp_path / "lora")
+    )
+    assert set(whole) == set(again)
+    for name, values in whole.items():
+        np.testing.assert_array_equal(again[name], values)
+    at = (tmp_path / "lora" / "adapter_model.safetensors").stat().st_mtime_ns
+    tuning.tune(EXAMPLES, tmp_path / "lora", model, RECIPE)  # is there
+    assert (tmp_path / "lora" / "adapter_model.safetensors").stat().st_mtime_ns == at
+
+
+def test_what_cannot_be_tuned(model, tmp_path, monkeypatch):
+    pytest.importorskip("peft")
+    file = tmp_path / "tune.jsonl"
+    for text, said in (
+        ("", "tune.jsonl: no examples"),
+        ('{"prompt": "a"}\n', "tune.jsonl, line 1: KeyError.*expected an object with"),
+        ('{"prompt": "a", "completion": "b"}\n[\n', "tune.jsonl, line 2: JSONDecodeError"),
+        ('{"prompt": "a", "completion": ""}\n', "line 1: an empty prompt or completion"),
+    ):
+        file.write_text(text)
+        with pytest.raises(DataError, match=said):
+            tuning.read_examples(file)
+    with pytest.raises(DataError, match="nowhere: cannot be read"):
+        tuning.read_examples(tmp_path / "nowhere")
+    output = tmp_path / "lora"
+    with pytest.raises(ConfigError, match="--batch_size=2 is not divisible by --microbatch=3"):
+        tuning.tune(EXAMPLES, output, model, RECIPE._replace(microbatch=3))
+    with pytest.raises(ConfigError, match="--epochs=0: expected more than 0"):
+        tuning.tune(EXAMPLES, output, model, RECIPE._replace(epochs=0))
+    with pytest.raises(DataError, match="no example fits into .*: all 1 are too long"):
+        tuning.tune([("a", "b" * 90)], output, model, RECIPE)
+    assert not any(path.name.startswith("lora") for path in tmp_path.iterdir())
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(ConfigError, match=r"--step=tune: .*pip install 'cir_jax\[synth\]'"):
+        tuning.tune(EXAMPLES, output, model, RECIPE)
