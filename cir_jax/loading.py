@@ -83,19 +83,9 @@ def _neighbours(directory: Path) -> Iterator[None]:
         sys.modules.update(others)
 
 
-def load(
-    what: str | Path | None = None,
-    config: Any = None,
-    *,
-    backbone: str | Path | None = None,
-    weights: str | Path | None = None,
-    dtype: Any = None,
-    revision: str | None = None,
-) -> Searcher:
-    """See `cir_jax.load`."""
-    experiment, workdir = experiment_of(
-        what, config, backbone=backbone, weights=weights, dtype=dtype, revision=revision
-    )
+def load(*what: Any, **how: Any) -> Searcher:
+    """See `cir_jax.load`; takes what `experiment_of` does."""
+    experiment, workdir = experiment_of(*what, **how)
     experiment = experiments.for_evaluation(experiment)
     params = trained_params(experiment, workdir)
     return Searcher(experiment.composer, params, experiment.frozen, mesh=experiment.mesh)
