@@ -46,9 +46,11 @@ def experiment(name: str, composer: Mapping[str, Any]) -> ConfigDict:
     config.composer = ConfigDict(dict(composer))
     config.stage = ConfigDict()
     config.stages = ()  # which to run, in order
-    config.init_from = ""  # workdir whose result a first stage continues, or official:PATH
+    # workdir whose result a first stage continues, or official:PATH, hub:DIR or hub:ORG/NAME
+    config.init_from = ""
     # where to write what was trained: a backbone as a Hugging Face directory, a method's own
-    # parameters as the checkpoint of its authors (the other end of official:PATH)
+    # parameters as the checkpoint of its authors (the other end of official:PATH); hub:DIR writes
+    # a composer for others, after the evaluation whose numbers its card has
     config.export_to = ""
     config.data_dir = ""  # "" = $CIR_JAX_DATA, else ~/.cache/cir_jax/data
     # what reads the batches on each host: processes (0 = threads of this one), threads of each of

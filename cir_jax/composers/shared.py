@@ -105,6 +105,7 @@ def write(
             directory / hub.TENSORS,
             metadata={"format": "np", "library_name": hub.LIBRARY},
         )
+        (directory / hub.TENSORS).chmod(0o644)  # written for its owner alone
     content = {
         "library_name": hub.LIBRARY,
         "format": hub.FORMAT,

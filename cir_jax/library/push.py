@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cir_jax.errors import ConfigError, WeightsError
+from cir_jax.errors import CirError, ConfigError, WeightsError
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd, HfApi
@@ -190,13 +190,17 @@ def _explained(name: str) -> Iterator[None]:
     login = "a token that may write: `hf auth login`, or HF_TOKEN in the environment"
     try:
         yield
+    except CirError:
+        raise
     except errors.LocalTokenNotFoundError as error:
         raise ConfigError(
             f"{name}: nobody is logged in to {constants.ENDPOINT}. Give {login}."
         ) from error
-    except errors.HfHubHTTPError as error:
-        status = getattr(error.response, "status_code", 0)
-        said = _said(error)
+    except errors.OfflineModeIsEnabled as error:
+        raise ConfigError(f"{name}: HF_HUB_OFFLINE is set, so nothing is sent.") from error
+    except Exception as error:
+        # earlier versions raise the client's own error of a status
+        status, said = getattr(getattr(error, "response", None), "status_code", 0), _said(error)
         if status == 401:
             raise ConfigError(
                 f"{name}: the hub does not take the token ({said}). Give {login}."
@@ -206,22 +210,19 @@ def _explained(name: str) -> Iterator[None]:
                 f"{name}: not yours to write, or the token may only read ({said}). Take a name of "
                 f"your own or of your organisation, and {login}."
             ) from error
-        raise WeightsError(f"{name}: the hub refuses it ({said}).") from error
-    except errors.OfflineModeIsEnabled as error:
-        raise ConfigError(f"{name}: HF_HUB_OFFLINE is set, so nothing is sent.") from error
-    except Exception as error:
         if isinstance(error, ValueError) and "README.md" in str(error):
-            raise ConfigError(f"{name}: the hub refuses the card ({_said(error)}).") from error
+            raise ConfigError(f"{name}: the hub refuses the card ({said}).") from error
+        if isinstance(error, errors.HfHubHTTPError):
+            raise WeightsError(f"{name}: the hub refuses it ({said}).") from error
         if isinstance(error, OSError) or hub.is_of_network(error):
             raise WeightsError(
-                f"{name}: {constants.ENDPOINT} was not reached ({faults.cause(error)}). Nothing is "
-                "changed there; do the same again."
+                f"{name}: {constants.ENDPOINT} was not reached ({faults.cause(error)}). Do the "
+                "same again."
             ) from error
         raise
 
 
 def _said(error: Any) -> str:
     """The hub's own words, without addresses and ids of requests."""
-    return str(getattr(error, "server_message", "") or str(error).strip().splitlines()[-1]).strip(
-        "."
-    )
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return str(getattr(error, "server_message", "") or lines[-1]).strip(".")

@@ -173,7 +173,7 @@ def fetch(hub_id: str, name: str, revision: str | None = None) -> Path:
     except errors.RepositoryNotFoundError as error:
         raise WeightsError(
             f"{hub_id}: no such directory here, and no such repository on {constants.ENDPOINT}. "
-            f"Correct the name; what is private is seen {login} alone."
+            f"Correct the name; a private one is seen only {login}."
         ) from error
     except errors.LocalEntryNotFoundError as error:
         flag = f" --revision {revision}" if revision else ""

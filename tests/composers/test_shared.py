@@ -101,6 +101,7 @@ def test_it_answers_alike_from_another_directory(name, tiny, tmp_path, monkeypat
     assert {path.suffix for path in files} <= {".json", ".safetensors", ".md", ".txt"}
     assert all(str(tmp_path).encode() not in path.read_bytes() for path in files.values())
     assert (there / "model.safetensors").is_file() == bool(params)
+    assert {path.stat().st_mode & 0o777 for path in files.values()} == {0o644}
     card = ModelCard.load(there / "README.md")
     assert card.data.library_name == "cir_jax" and card.data.pipeline_tag
     assert {"composed-image-retrieval", name} <= set(card.data.tags)

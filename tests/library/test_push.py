@@ -210,7 +210,7 @@ def test_what_cannot_be_loaded_says_so(hub, shared, push, tmp_path, monkeypatch)
     hub.private.add("you/secret")
     for name, message in (
         ("me/nothing", "me/nothing: no such directory here, and no such repository on http://127"),
-        ("you/secret", "what is private is seen with HF_TOKEN set, or after `hf auth login`"),
+        ("you/secret", "a private one is seen only with HF_TOKEN set, or after `hf auth login`"),
         ("me/clip", "the config of a 'clip', expected a composer of cir_jax"),
         ("me/empty", "me/empty: has no config.json, so it is no composer of cir_jax"),
         ("me/part", "has no backbone/toy/model.safetensors, so it is no composer of cir_jax, or"),
