@@ -136,7 +136,7 @@ def table(report: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--photos", default="120000,1000000")
+    parser.add_argument("--photos", default="120000,1000000,2000000")
     parser.add_argument("--dim", type=int, default=512)
     parser.add_argument("--queries", type=int, default=50)
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "ladder.json")

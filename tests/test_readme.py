@@ -301,6 +301,20 @@ def test_speeds_are_the_committed_measurements():
     words = " ".join(table.split())
     assert f"takes {gains(alone['queries'])} times as long at 2 / 5 / 10 steps" in words
     assert f"go {gains(alone['products'])} times as fast" in words
+    rows = recorded("compodiff")["steps"]["measured"]
+    for name in ("mAP@10", "ms_per_query"):
+        row = " | ".join(f"{row[name]:.1f}" for row in rows)
+        assert f"| {name.replace('_', ' ')} | {row} |" in table
+    assert max(rows, key=lambda row: row["mAP@10"])["steps"] == 2  # "two steps are the best"
+    one, data, fsdp = (
+        recorded("compodiff")["training"]["measured"][name]
+        for name in ("one device", "two, data", "two, fsdp")
+    )
+    assert f"takes {one['seconds_per_step']:.1f} s on one device" in words
+    share = f"{100 * one['share_of_matrix_rate']:.0f} %"
+    assert f"{one['samples_per_second']:.0f} samples/s, {share} of the rate" in words
+    split = f"{fsdp['samples_per_second']:.0f} with the parameters split"
+    assert f"do {data['samples_per_second']:.0f}, and {split}" in words
     joint = [recorded("joint")["methods"][name]["speedup"] for name in ("rtd", "tat", "combiner")]
     assert (
         "RTD / TAT / Combiner, captions of 8 to 18 words | {:.1f} / {:.1f} / {:.1f} |".format(
