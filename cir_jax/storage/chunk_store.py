@@ -6,7 +6,6 @@ these directories may be deleted at any time. Chunks appear whole or not at all.
 
 import hashlib
 import json
-import secrets
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,10 +13,10 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from tqdm import tqdm
 
 from cir_jax.errors import CheckpointError
+from cir_jax.storage import disks
 from cir_jax.storage.atomic import write_atomically
 from cir_jax.storage.places import CACHE_VARIABLE
 from cir_jax.storage.stored_rows import StoredRows, chunk_name, header
@@ -39,8 +38,7 @@ class ChunkStore:
         self.description = {**description, "rows": rows, "chunk_rows": self.chunk_rows}
         text = json.dumps(self.description, sort_keys=True)
         self.directory = Path(cache_dir) / _digest(text.encode())
-        alone = jax.process_count() == 1
-        self.writes = alone or not _sees_process_0(self.directory) or jax.process_index() == 0
+        self.writes = not disks.sees_process_0(self.directory) or jax.process_index() == 0
 
     def load(self) -> np.ndarray | None:
         """float32[rows stored so far, dim]; None when there are none."""
@@ -53,7 +51,7 @@ class ChunkStore:
 
     def done(self) -> int:
         """Rows stored so far, of the unbroken sequence of chunks that all processes see."""
-        return min(_of_all(self._done()))
+        return min(disks.of_all(self._done()))
 
     def _done(self) -> int:
         meta = self.directory / "meta.json"
@@ -134,23 +132,3 @@ class ChunkStore:
 
 def _digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()[:24]
-
-
-def _of_all(number: int) -> list[int]:
-    """What each process says."""
-    if jax.process_count() == 1:
-        return [number]
-    return multihost_utils.process_allgather(np.asarray(number, np.int32)).tolist()
-
-
-def _sees_process_0(directory: Path) -> bool:
-    """Whether what process 0 writes to its directory of this name is here, too."""
-    file = directory / "process_0"
-    token = secrets.randbelow(1 << 31)
-    if jax.process_index() == 0:
-        write_atomically(file, lambda stream: stream.write(str(token).encode()))
-    token = int(multihost_utils.broadcast_one_to_all(np.asarray(token, np.int32)))
-    try:
-        return file.read_text() == str(token)
-    except (OSError, ValueError):
-        return False
