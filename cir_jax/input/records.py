@@ -73,7 +73,7 @@ class Records:
                 index = (index + 1) % len(self)
 
     def _read(self, index: int) -> dict[str, Any]:
-        record = self._parse(index)
+        record = self.parsed(index)
         for field, column in self.columns.items():
             record[field] = column[index]
             if np.isnan(record[field]).any():  # what inversion gives where it cannot
@@ -105,7 +105,7 @@ class Records:
                         record[field] = self.transform(image)
         return record
 
-    def _parse(self, index: int) -> dict[str, Any]:
+    def parsed(self, index: int) -> dict[str, Any]:
         """The record as it is stored, without images that nobody decodes."""
         if index in self._parsed:
             return dict(self._parsed[index])

@@ -6,7 +6,6 @@ would read all images again for their captions, so these are written apart once:
 """
 
 import hashlib
-import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -27,8 +26,6 @@ from cir_jax.storage.record_shards import RecordShards, shard_name
 
 SHARD_ROWS = 16_384
 PREFIX = "records"
-PATIENCE = 120.0
-"""Seconds until what one process wrote is seen by all."""
 
 
 class WithoutImages(Sequence):
@@ -77,9 +74,7 @@ class WithoutImages(Sequence):
             for number in mine:
                 self._write(number, pool)
                 bar.update(SHARD_ROWS)
-        deadline = time.monotonic() + PATIENCE
-        while (left := max(disks.of_all(len(self._missing())))) and time.monotonic() < deadline:
-            time.sleep(0.2)
+        left = disks.until(lambda: max(disks.of_all(len(self._missing()))), lambda left: not left)
         if left:
             raise CheckpointError(
                 f"{self._shards.directory}: {left} files of records are not seen by all processes. "

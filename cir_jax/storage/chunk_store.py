@@ -6,7 +6,6 @@ these directories may be deleted at any time. Chunks appear whole or not at all.
 
 import hashlib
 import json
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,8 +21,6 @@ from cir_jax.storage.places import CACHE_VARIABLE
 from cir_jax.storage.stored_rows import StoredRows, chunk_name, header
 
 CHUNK_ROWS = 8192
-PATIENCE = 120.0
-"""Seconds until what one process wrote is seen by all."""
 
 
 class ChunkStore:
@@ -40,14 +37,16 @@ class ChunkStore:
         self.directory = Path(cache_dir) / _digest(text.encode())
         self.writes = not disks.sees_process_0(self.directory) or jax.process_index() == 0
 
-    def load(self) -> np.ndarray | None:
-        """float32[rows stored so far, dim]; None when there are none."""
+    def load(self, whole: Callable[[np.ndarray], bool] = lambda rows: True) -> np.ndarray | None:
+        """float32[rows stored so far, dim]; None when there are none, or when they are not `whole`
+        on some process."""
         done = self.done()
         if not done:
             return None
         count = -(-done // self.chunk_rows)
         chunks = [np.load(self.file(i), allow_pickle=False) for i in range(count)]
-        return np.concatenate([chunk.astype(np.float32, copy=False) for chunk in chunks])
+        rows = np.concatenate([chunk.astype(np.float32, copy=False) for chunk in chunks])
+        return rows if min(disks.of_all(int(whole(rows)))) else None
 
     def done(self) -> int:
         """Rows stored so far, of the unbroken sequence of chunks that all processes see."""
@@ -71,15 +70,13 @@ class ChunkStore:
                 return start
         return self.rows
 
-    def stored(self, seconds: float = PATIENCE) -> StoredRows:
+    def stored(self) -> StoredRows:
         """The rows, all of which are stored, to be read one by one.
 
-        Raises CheckpointError when a process does not see them within `seconds`: disks that are
-        shared may take a while.
+        Raises CheckpointError when a process does not see them within `disks.PATIENCE`: disks that
+        are shared may take a while.
         """
-        deadline = time.monotonic() + seconds
-        while (done := self.done()) < self.rows and time.monotonic() < deadline:
-            time.sleep(0.2)
+        done = disks.until(self.done, lambda done: done == self.rows)
         if done < self.rows:
             raise CheckpointError(
                 f"{self.directory}: {done} of {self.rows} rows of features are seen by all "
@@ -106,9 +103,7 @@ class ChunkStore:
     ) -> np.ndarray:
         """float32[rows, dim]: what is stored, if it is `whole`, and compute(start, stop) for the
         rest, `size` rows or fewer at a time; stored in turn."""
-        stored = self.load()
-        if stored is not None and not whole(stored):
-            stored = None
+        stored = self.load(whole)
         parts = [] if stored is None else [stored]
         done = 0 if stored is None else len(stored)
         with tqdm(

@@ -1,13 +1,35 @@
 """Which processes see one disk, and what each of them finds there."""
 
 import secrets
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
 from cir_jax.storage.atomic import write_atomically
+
+PATIENCE = 120
+"""Seconds until what one process wrote is seen by all."""
+EVERY = 0.25
+"""Seconds between looks."""
+
+_Found = TypeVar("_Found")
+
+
+def until(look: Callable[[], _Found], fine: Callable[[_Found], bool]) -> _Found:
+    """What is found when it is fine, or else in the end. All processes find the same, and look as
+    often as each other."""
+    found = look()
+    for _ in range(int(PATIENCE / EVERY)):
+        if fine(found):
+            break
+        time.sleep(EVERY)
+        found = look()
+    return found
 
 
 def of_all(number: int) -> list[int]:

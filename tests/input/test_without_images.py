@@ -97,7 +97,7 @@ def test_damage_is_named(tmp_path):
 
 def test_processes_share_the_work_where_they_share_the_disk(tmp_path, monkeypatch):
     monkeypatch.setattr(without_images, "SHARD_ROWS", 4)
-    monkeypatch.setattr(without_images, "PATIENCE", 0)
+    monkeypatch.setattr(disks, "PATIENCE", 0)
     monkeypatch.setattr(without_images.jax, "process_count", lambda: 2)
     monkeypatch.setattr(without_images.jax, "process_index", lambda: 1)
     monkeypatch.setattr(disks, "of_all", lambda number: [0, number])
