@@ -98,7 +98,7 @@ def members(source: Records, objects: Objects) -> dict[str, np.ndarray]:
     """Class -> records whose first caption names it. Raises DataError when there are none."""
     found: dict[str, list[int]] = {name: [] for name in objects.classes}
     for i in tqdm(range(len(source)), desc="classes of objects", delay=5):
-        for name in objects.named(_caption(source.table[i])):
+        for name in objects.named(_caption(source.parsed(i))):
             found[name].append(i)
     kept = {name: np.asarray(rows, np.int32) for name, rows in found.items() if rows}
     if not kept:

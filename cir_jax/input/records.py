@@ -40,6 +40,7 @@ class Records:
     reduced: JPEGs are decoded at a half, a quarter or an eighth of their size, where the transform
         enlarges nothing of that: faster, other pixels. Never with `masks.FIELD`, whose noise is of
         the image as it is stored.
+    light: the records without their images, for a table that is too large to be kept.
     """
 
     table: Table
@@ -50,6 +51,7 @@ class Records:
     max_corrupt: int = 16
     max_megapixels: float = dataclasses.field(default_factory=images.max_megapixels)
     reduced: bool = False
+    light: Sequence[Mapping[str, Any]] | None = None
 
     def __post_init__(self) -> None:
         self.corrupt: set[int] = set()
@@ -71,7 +73,7 @@ class Records:
                 index = (index + 1) % len(self)
 
     def _read(self, index: int) -> dict[str, Any]:
-        record = self._parse(index)
+        record = self.parsed(index)
         for field, column in self.columns.items():
             record[field] = column[index]
             if np.isnan(record[field]).any():  # what inversion gives where it cannot
@@ -103,11 +105,11 @@ class Records:
                         record[field] = self.transform(image)
         return record
 
-    def _parse(self, index: int) -> dict[str, Any]:
+    def parsed(self, index: int) -> dict[str, Any]:
         """The record as it is stored, without images that nobody decodes."""
         if index in self._parsed:
             return dict(self._parsed[index])
-        record = dict(self.table[index])
+        record = dict((self.table if self.light is None else self.light)[index])
         if all(field in self.features for field in self.images):
             record = {name: x for name, x in record.items() if name not in self.images}
             if len(self._parsed) < KEPT:

@@ -79,6 +79,13 @@ class Table:
         return len(self._source)
 
     def __getitem__(self, index: SupportsIndex) -> dict[str, Any]:
+        record = self.stored(index)
+        if "image" in record:
+            record["image"] = links.followed(record["image"], f"{self!r}, record {int(index)}")
+        return record
+
+    def stored(self, index: SupportsIndex) -> dict[str, Any]:
+        """The record as the table holds it: an image may be a link to its file."""
         try:
             record = self._source[index]
         except Exception as error:  # array_record and protobuf raise many types
@@ -86,8 +93,6 @@ class Table:
                 f"{self!r}, record {int(index)}: unreadable ({type(error).__name__}: {error}). "
                 f"Delete {self.data_dir / self.dataset / self.table} and prepare it again."
             ) from error
-        if "image" in record:
-            record["image"] = links.followed(record["image"], f"{self!r}, record {int(index)}")
         return record
 
     def mark(self) -> dict[str, Any]:

@@ -317,9 +317,8 @@ def _embed(
     store, parts = None, []
     if cache_dir is not None:
         store = _store(encoder, source, field, transform, cache_dir, skip_unreadable)
-        stored = store.load()
-        if stored is not None and finite.stored_whole(stored, skip_unreadable):
-            parts = [stored]
+        stored = store.load(lambda rows: finite.stored_whole(rows, skip_unreadable))
+        parts = [] if stored is None else [stored]
     done = sum(map(len, parts))
     pieces = _pieces(encoder, source, field, transform, skip_unreadable, done, **options)
     parts += list(pieces if store is None else _written(pieces, store, done))

@@ -6,25 +6,21 @@ these directories may be deleted at any time. Chunks appear whole or not at all.
 
 import hashlib
 import json
-import secrets
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from tqdm import tqdm
 
 from cir_jax.errors import CheckpointError
+from cir_jax.storage import disks
 from cir_jax.storage.atomic import write_atomically
 from cir_jax.storage.places import CACHE_VARIABLE
 from cir_jax.storage.stored_rows import StoredRows, chunk_name, header
 
 CHUNK_ROWS = 8192
-PATIENCE = 120.0
-"""Seconds until what one process wrote is seen by all."""
 
 
 class ChunkStore:
@@ -39,21 +35,22 @@ class ChunkStore:
         self.description = {**description, "rows": rows, "chunk_rows": self.chunk_rows}
         text = json.dumps(self.description, sort_keys=True)
         self.directory = Path(cache_dir) / _digest(text.encode())
-        alone = jax.process_count() == 1
-        self.writes = alone or not _sees_process_0(self.directory) or jax.process_index() == 0
+        self.writes = not disks.sees_process_0(self.directory) or jax.process_index() == 0
 
-    def load(self) -> np.ndarray | None:
-        """float32[rows stored so far, dim]; None when there are none."""
+    def load(self, whole: Callable[[np.ndarray], bool] = lambda rows: True) -> np.ndarray | None:
+        """float32[rows stored so far, dim]; None when there are none, or when they are not `whole`
+        on some process."""
         done = self.done()
         if not done:
             return None
         count = -(-done // self.chunk_rows)
         chunks = [np.load(self.file(i), allow_pickle=False) for i in range(count)]
-        return np.concatenate([chunk.astype(np.float32, copy=False) for chunk in chunks])
+        rows = np.concatenate([chunk.astype(np.float32, copy=False) for chunk in chunks])
+        return rows if min(disks.of_all(int(whole(rows)))) else None
 
     def done(self) -> int:
         """Rows stored so far, of the unbroken sequence of chunks that all processes see."""
-        return min(_of_all(self._done()))
+        return min(disks.of_all(self._done()))
 
     def _done(self) -> int:
         meta = self.directory / "meta.json"
@@ -73,15 +70,13 @@ class ChunkStore:
                 return start
         return self.rows
 
-    def stored(self, seconds: float = PATIENCE) -> StoredRows:
+    def stored(self) -> StoredRows:
         """The rows, all of which are stored, to be read one by one.
 
-        Raises CheckpointError when a process does not see them within `seconds`: disks that are
-        shared may take a while.
+        Raises CheckpointError when a process does not see them within `disks.PATIENCE`: disks that
+        are shared may take a while.
         """
-        deadline = time.monotonic() + seconds
-        while (done := self.done()) < self.rows and time.monotonic() < deadline:
-            time.sleep(0.2)
+        done = disks.until(self.done, lambda done: done == self.rows)
         if done < self.rows:
             raise CheckpointError(
                 f"{self.directory}: {done} of {self.rows} rows of features are seen by all "
@@ -108,9 +103,7 @@ class ChunkStore:
     ) -> np.ndarray:
         """float32[rows, dim]: what is stored, if it is `whole`, and compute(start, stop) for the
         rest, `size` rows or fewer at a time; stored in turn."""
-        stored = self.load()
-        if stored is not None and not whole(stored):
-            stored = None
+        stored = self.load(whole)
         parts = [] if stored is None else [stored]
         done = 0 if stored is None else len(stored)
         with tqdm(
@@ -134,23 +127,3 @@ class ChunkStore:
 
 def _digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()[:24]
-
-
-def _of_all(number: int) -> list[int]:
-    """What each process says."""
-    if jax.process_count() == 1:
-        return [number]
-    return multihost_utils.process_allgather(np.asarray(number, np.int32)).tolist()
-
-
-def _sees_process_0(directory: Path) -> bool:
-    """Whether what process 0 writes to its directory of this name is here, too."""
-    file = directory / "process_0"
-    token = secrets.randbelow(1 << 31)
-    if jax.process_index() == 0:
-        write_atomically(file, lambda stream: stream.write(str(token).encode()))
-    token = int(multihost_utils.broadcast_one_to_all(np.asarray(token, np.int32)))
-    try:
-        return file.read_text() == str(token)
-    except (OSError, ValueError):
-        return False

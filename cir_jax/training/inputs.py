@@ -15,6 +15,7 @@ from cir_jax.input import crops, identity, keywords, masks, objects, records, te
 from cir_jax.input.pipeline import Part, Pipeline, Source
 from cir_jax.input.reading import Reading
 from cir_jax.input.tables import Table
+from cir_jax.input.without_images import WithoutImages
 from cir_jax.models.backbone import Backbone
 from cir_jax.retrieval.features import stored_features, stored_tokens
 from cir_jax.storage.places import default_cache_dir
@@ -200,10 +201,17 @@ def make_pipeline(
             transform = crops.Whole((_crop(experiment, data), transform))
         if example.uncropped:
             transform = dataclasses.replace(transform, crop=transform.resize)
-        # not in configs of earlier versions
-        reduced = data.get("reduced_jpeg", False)
+        light = None
+        if features and not shapes_only and len(table) > records.KEPT:
+            light = WithoutImages(table, example.fields, default_cache_dir())
         source = records.Records(
-            table, example.fields, transform, features, columns, reduced=reduced
+            table,
+            example.fields,
+            transform,
+            features,
+            columns,
+            reduced=data.get("reduced_jpeg", False),  # not in configs of earlier versions
+            light=light,
         )
         items = example.items(experiment, source) if example.items else source
         parts.append(Part(table_name, items, example.make(experiment, data, items), weight))

@@ -9,11 +9,8 @@ would have written, because the randomness of an image comes from its record num
 Several processes invert together, over the mesh; process 0 alone writes, to the shared workdir.
 """
 
-import collections
-import contextlib
 import functools
 import json
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -39,6 +36,7 @@ from cir_jax.sharding.together import Together
 from cir_jax.storage import faults
 from cir_jax.storage.atomic import appearing, write_atomically
 from cir_jax.storage.places import default_cache_dir
+from cir_jax.storage.record_shards import RecordShards, shard_name
 from cir_jax.training.differences import differing_fields
 from cir_jax.weights import finite, oti_tokens
 from cir_jax.weights.fingerprint import fingerprint
@@ -47,9 +45,8 @@ IDENTITY = "identity.json"
 SCRATCH = ".words"
 """Beginning of the names of shards that are being written."""
 
-OPEN = 64
-"""Shards whose readers are kept."""
-
+PREFIX = "words"
+REMEDY = "Delete it and run the stage again: it makes this shard and those behind it anew."
 SHARD_ROWS = 1024
 """Images per shard, rounded up to whole batches: what a kill can cost."""
 
@@ -226,14 +223,21 @@ class Store:
 
         Raises CheckpointError naming a shard that is cut off or not of this shape.
         """
+        from array_record.python.array_record_module import ArrayRecordReader
+
         records: list[bytes] = []
-        for index in range(-(-self.stored_rows() // self.shard_rows)):
-            with self.reading(index) as (reader, rows):
+        for start in range(0, self.stored_rows(), self.shard_rows):
+            file = self._file(start // self.shard_rows)
+            try:
+                reader = ArrayRecordReader(str(file))
                 found = reader.read_all()
-                sizes = {len(record) for record in found}
-                if len(found) != rows or sizes != {self.record_bytes}:
-                    raise ValueError(f"{len(found)} records of {sorted(sizes)} bytes")
-            reader.close()
+                reader.close()
+            except Exception as error:  # the library raises many types
+                raise self._damaged(file, str(error)) from error
+            expected = min(self.shard_rows, self.rows - start)
+            sizes = {len(record) for record in found}
+            if len(found) != expected or sizes != {self.record_bytes}:
+                raise self._damaged(file, f"{len(found)} records of {sorted(sizes)} bytes")
             records += found
         flat = np.frombuffer(b"".join(records), "<f4").reshape(-1, self.width + self.concepts)
         concepts = np.ascontiguousarray(flat[:, self.width :]).view("<i4")
@@ -243,26 +247,11 @@ class Store:
     def record_bytes(self) -> int:
         return 4 * (self.width + self.concepts)
 
-    @contextlib.contextmanager
-    def reading(self, index: int, reader: Any = None) -> Iterator[tuple[Any, int]]:
-        """The reader of shard `index`, opened if there is none, and the rows it should have.
-
-        Raises CheckpointError naming the shard for whatever goes wrong with it.
-        """
-        from array_record.python.array_record_module import ArrayRecordReader
-
-        file = self._file(index)
-        try:
-            reader = ArrayRecordReader(str(file)) if reader is None else reader
-            yield reader, min(self.shard_rows, self.rows - index * self.shard_rows)
-        except Exception as error:  # the library raises many types
-            raise CheckpointError(
-                f"{file}: damaged ({error}). Delete it and run the stage again: it makes this "
-                "shard and those behind it anew."
-            ) from error
+    def _damaged(self, file: Path, what: str) -> CheckpointError:
+        return CheckpointError(f"{file}: damaged ({what}). {REMEDY}")
 
     def _file(self, index: int) -> Path:
-        return self.directory / f"words_{index:05d}.array_record"
+        return self.directory / shard_name(PREFIX, index)
 
 
 class Words(Sequence):
@@ -272,34 +261,20 @@ class Words(Sequence):
     """
 
     def __init__(self, store: Store):
-        self.store = store
-        self._readers = collections.OrderedDict[int, Any]()
-        self._lock = threading.Lock()
+        self._store = store
+        place = (store.directory, PREFIX, store.rows, store.shard_rows)
+        self._shards = RecordShards(*place, REMEDY)
 
     def __len__(self) -> int:
-        return self.store.rows
+        return len(self._shards)
 
     def __getitem__(self, index: Any) -> np.ndarray:
         """One word. Raises CheckpointError naming a shard that is gone, cut off or damaged."""
-        if not 0 <= index < len(self):
-            raise IndexError(f"word {index} of {len(self)}")
-        number, row = divmod(int(index), self.store.shard_rows)
-        with self._lock:
-            reader = self._readers.get(number)
-        with self.store.reading(number, reader) as (reader, rows):
-            (record,) = reader.read([row])
-            if reader.num_records() != rows or len(record) != self.store.record_bytes:
-                size = f"{len(record)} bytes of a record"
-                raise ValueError(f"{reader.num_records()} records, {size}")
-        with self._lock:
-            self._readers[number] = reader
-            self._readers.move_to_end(number)
-            while len(self._readers) > OPEN:  # closed when nobody reads it any more
-                self._readers.popitem(last=False)
-        return np.frombuffer(record[: 4 * self.store.width], "<f4").astype(np.float32)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Words, (self.store,)
+        record = self._shards[index]
+        if len(record) != self._store.record_bytes:
+            number = int(index) // self._store.shard_rows
+            raise self._shards.damaged(number, f"a record of {len(record)} bytes")
+        return np.frombuffer(record[: 4 * self._store.width], "<f4").astype(np.float32)
 
 
 def read_identity(directory: Path) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from cir_jax.input.pipeline import Part, Pipeline
 from cir_jax.input.reading import Reading
 from cir_jax.input.records import CaptionPairs, Records
 from cir_jax.retrieval import features
-from cir_jax.storage import chunk_store, stored_rows
+from cir_jax.storage import chunk_store, disks, record_shards, stored_rows
 from cir_jax.storage.chunk_store import ChunkStore
 from cir_jax.training import inversion
 from tests import tiny as factory
@@ -174,17 +174,15 @@ def test_damage_is_named_when_it_is_read(tmp_path, damage):
 
 
 def test_whoever_does_not_see_the_disk_of_process_0_writes_for_itself(tmp_path, monkeypatch):
-    monkeypatch.setattr(chunk_store.jax, "process_count", lambda: 2)
+    monkeypatch.setattr(disks.jax, "process_count", lambda: 2)
     said = {}
-    monkeypatch.setattr(
-        chunk_store.multihost_utils, "process_allgather", lambda x: np.stack([x, x])
-    )
+    monkeypatch.setattr(disks.multihost_utils, "process_allgather", lambda x: np.stack([x, x]))
 
     def store(index, cache_dir):
         def broadcast(token):
             return said.setdefault("token", token) if index == 0 else said["token"]
 
-        monkeypatch.setattr(chunk_store.multihost_utils, "broadcast_one_to_all", broadcast)
+        monkeypatch.setattr(disks.multihost_utils, "broadcast_one_to_all", broadcast)
         monkeypatch.setattr(chunk_store.jax, "process_index", lambda: index)
         return ChunkStore(cache_dir, {"features": "x"}, 4)
 
@@ -203,12 +201,12 @@ def test_all_wait_for_whom_the_rows_reach_late(tmp_path, monkeypatch):
     store = ChunkStore(tmp_path, {}, 4)
     store.write(0, np.ones((4, 2), np.float32))
     sees = iter([0, 0, 4])
-    monkeypatch.setattr(chunk_store, "_of_all", lambda mine: [mine, next(sees)])
-    monkeypatch.setattr(chunk_store.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(disks, "of_all", lambda mine: [mine, next(sees)])
+    monkeypatch.setattr(disks.time, "sleep", lambda seconds: None)
     assert len(store.stored()) == 4
-    monkeypatch.setattr(chunk_store, "_of_all", lambda mine: [mine, 0])
+    monkeypatch.setattr(disks, "of_all", lambda mine: [mine, 0])
     with pytest.raises(CheckpointError, match="0 of 4 rows of features are seen by all processes"):
-        store.stored(seconds=0)
+        store.stored()
 
 
 def test_stored_words_are_not_held(tmp_path, monkeypatch):
@@ -228,7 +226,7 @@ def test_stored_words_are_not_held(tmp_path, monkeypatch):
             np.testing.assert_array_equal(words[index], rows[index % 1024, :DIM].astype(np.float32))
 
     assert hold(monkeypatch, read)[1] < 5e6
-    assert len(words._readers) <= inversion.OPEN and len(pickle.dumps(words)) < 1000
+    assert len(words._shards._readers) <= record_shards.OPEN and len(pickle.dumps(words)) < 1000
     np.testing.assert_array_equal(pickle.loads(pickle.dumps(words))[7], words[7])
     made._file(5).unlink()
     made._file(5).write_bytes(b"0" * 70_000)
