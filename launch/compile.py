@@ -58,7 +58,7 @@ def main() -> None:
             print(ahead.describe(reports[-1], memory), flush=True)
     if JSON.value:
         about = {
-            "command": " ".join(common.command()),
+            "command": " ".join(f for f in common.command() if not f.startswith("--json")),
             "topology": TOPOLOGY.value,
             "slices": SLICES.value,
             "devices": len(devices),

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from cir_jax.errors import DataError
+from cir_jax.models.layers import run
 from cir_jax.models.transformer import ACTIVATIONS, Embed, TowerConfig
 from cir_jax.sharding.constraints import split_rows
 
@@ -143,7 +144,8 @@ class Bert(nn.Module):
         positions = self.position_embedding[None, :length].astype(self.dtype)
         x = self.embedding_norm(embeddings.astype(self.dtype) + positions)
         mask = None if attention_mask is None else attention_mask.astype(bool)[:, None, None]
-        x = split_rows(x)
-        for layer in self.layers:
-            x = split_rows(layer(x, mask, visual_tokens))
-        return x
+
+        def step(layer: nn.Module, x: jax.Array) -> jax.Array:
+            return split_rows(layer(x, mask, visual_tokens))
+
+        return run(self.layers, step, split_rows(x))

@@ -13,7 +13,8 @@ its norms to 1e-3 in half precision instead).
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -22,6 +23,7 @@ import numpy as np
 from flax import linen as nn
 from flax.linen.dtypes import promote_dtype
 
+from cir_jax.models.layers import run
 from cir_jax.sharding.constraints import split_rows
 
 
@@ -345,21 +347,29 @@ class Denoiser(nn.Module):
         zeros = none. Any of them may have one row for all. visible: bool[rows, length], which
         positions of the text are conditions; None = all.
         """
-        text = self.text_tokens(text)
-        image = image.astype(self.dtype)[:, None]
+        parts = self.parts(text, image, mask)
+        if self.config.conditioning == "cross_attention":
+            return [self.keys_values(layer, parts, visible) for layer in self.layers]
+        rows = max(part.shape[0] for part in parts)
+        parts = (jnp.broadcast_to(p, (rows, *p.shape[1:])) for p in parts)
+        return [jnp.concatenate(list(parts), axis=1)]
+
+    def parts(self, text: TextStates, image: jax.Array, mask: jax.Array) -> tuple[jax.Array, ...]:
+        """The tokens of each condition, float[rows or 1, length, embed_dim]."""
         # rows flattened; a mask of zeros is a token too: what the biases make of it
         mask = self.mask_embedding(mask.reshape(mask.shape[0], 1, -1))
-        if self.config.conditioning == "cross_attention":
-            projected = [layer.keys_values(text, image, mask) for layer in self.layers]
-            if visible is None:
-                return projected
-            # the null key stands before the text, image and mask behind it
-            seen = jnp.pad(visible, ((0, 0), (1, 2)), constant_values=True)
-            seen = jnp.broadcast_to(seen, projected[0][0].shape[:2])
-            return [(*keys_values, seen) for keys_values in projected]
-        rows = max(part.shape[0] for part in (text, image, mask))
-        parts = (jnp.broadcast_to(p, (rows, *p.shape[1:])) for p in (text, image, mask))
-        return [jnp.concatenate(list(parts), axis=1)]
+        return self.text_tokens(text), image.astype(self.dtype)[:, None], mask
+
+    def keys_values(
+        self, layer: "Layer", parts: tuple[jax.Array, ...], visible: jax.Array | None
+    ) -> KeysValues:
+        """Of one layer."""
+        projected = layer.keys_values(*parts)
+        if visible is None:
+            return projected
+        # the null key stands before the text, image and mask behind it
+        seen = jnp.pad(visible, ((0, 0), (1, 2)), constant_values=True)
+        return (*projected, jnp.broadcast_to(seen, projected[0].shape[:2]))
 
     def text_tokens(self, text: TextStates) -> jax.Array:
         """Hidden states -> float[rows, length, embed_dim]: the second encoder's behind the first's,
@@ -376,23 +386,31 @@ class Denoiser(nn.Module):
         x: float[rows, samples, embed_dim], noisy; time: int32[rows, samples], or with size 1 where
         it is the same for all; conditions: from `condition`, with as many rows.
         """
+
+        def through(tokens: jax.Array) -> jax.Array:
+            bias = self.position_bias()
+            return run(self.layers, lambda layer, x, own: layer(x, bias, own), tokens, conditions)
+
+        if self.config.conditioning == "tokens":
+            through = functools.partial(self._behind, before=conditions[0])
+        return self._clean(x, time, through)
+
+    def _behind(self, tokens: jax.Array, before: jax.Array) -> jax.Array:
+        """float[rows, samples, 2, width] behind the tokens of the conditions, in one sequence."""
+        shape = (*tokens.shape[:2], *before.shape[1:])
+        before = jnp.broadcast_to(before[:, None], shape)
+        tokens = split_rows(jnp.concatenate([before, tokens[:, :, ::-1]], axis=-2))
+        bias = self.position_bias(tokens.shape[-2])
+        return run(self.layers, lambda layer, x: layer(x, bias), tokens)[:, :, ::-1]
+
+    def _clean(
+        self, x: jax.Array, time: jax.Array, through: Callable[[jax.Array], jax.Array]
+    ) -> jax.Array:
         dim = x.shape[-1]
         x = split_rows(x)
         time = jnp.broadcast_to(self.embed_time(time), x.shape)
         tokens = split_rows(jnp.stack([x.astype(self.dtype), time], axis=-2))
-        if self.config.conditioning == "tokens":
-            (before,) = conditions
-            shape = (*x.shape[:2], *before.shape[1:])
-            before = jnp.broadcast_to(before[:, None], shape)
-            tokens = split_rows(jnp.concatenate([before, tokens[:, :, ::-1]], axis=-2))
-            bias = self.position_bias(tokens.shape[-2])
-            for layer in self.layers:
-                tokens = layer(tokens, bias)
-            tokens = tokens[:, :, ::-1]
-        else:
-            bias = self.position_bias()
-            for layer, keys_values in zip(self.layers, conditions, strict=True):
-                tokens = layer(tokens, bias, keys_values)
+        tokens = through(tokens)
         clean = tokens[:, :, 0].astype(jnp.float32)
         clean = self.final_norm(stabilised(clean))
         clean = split_rows(self.out(split_rows(clean)))
@@ -416,4 +434,11 @@ class Denoiser(nn.Module):
         mask: jax.Array,
         visible: jax.Array | None = None,
     ) -> jax.Array:
-        return self.denoise(x, time, self.condition(text, image, mask, visible))
+        if self.config.conditioning == "tokens":
+            return self.denoise(x, time, self.condition(text, image, mask, visible))
+        parts, bias = self.parts(text, image, mask), self.position_bias()
+
+        def step(layer: Layer, x: jax.Array) -> jax.Array:
+            return layer(x, bias, self.keys_values(layer, parts, visible))
+
+        return self._clean(x, time, lambda tokens: run(self.layers, step, tokens))

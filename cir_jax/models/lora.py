@@ -36,6 +36,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from cir_jax.errors import ConfigError, WeightsError
 from cir_jax.models.chunks import whole
+from cir_jax.models.layers import scanned
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,8 +154,9 @@ def attached(
         a, b = (part.astype(y.dtype) for part in adapted[path])
         return y + scale * ((x.astype(y.dtype) @ a) @ b)
 
-    # a chunk of the batch would be a call with the masks of the others
-    with nn.intercept_methods(add), whole():
+    # a chunk of the batch would be a call with the masks of the others, and a loop's layers have no
+    # paths of their own
+    with nn.intercept_methods(add), whole(), scanned(False):
         yield
     if adapted and not found:
         raise WeightsError(

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cir_jax.errors import WeightsError, unknown
+from cir_jax.models.layers import run
 from cir_jax.models.transformer import (
     ACTIVATIONS,
     Embed,
@@ -183,8 +184,7 @@ class T5Encoder(nn.Module):
         bias = self.relative_bias[buckets].transpose(2, 0, 1)[None].astype(self.dtype)
         mask = None if attention_mask is None else attention_mask.astype(bool)[:, None, None]
         x = split_rows(embeddings.astype(self.dtype))
-        for layer in self.layers:
-            x = split_rows(layer(x, bias, mask))
+        x = run(self.layers, lambda layer, x: split_rows(layer(x, bias, mask)), x)
         return self.final_norm(x)
 
     def __call__(self, token_ids: jax.Array, attention_mask: jax.Array | None = None) -> jax.Array:

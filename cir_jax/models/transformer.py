@@ -16,6 +16,7 @@ import numpy as np
 
 from cir_jax.errors import DataError, WeightsError, unknown
 from cir_jax.models.attention import attend
+from cir_jax.models.layers import run
 from cir_jax.sharding.constraints import gathered, split_rows
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -181,9 +182,7 @@ def run_blocks(
     at: jax.Array | None = None,
 ) -> jax.Array:
     """float[batch, length, width] -> the same, or [batch, 1, width] of the positions `at`."""
-    x = split_rows(x)
-    for layer in layers[:-1]:
-        x = split_rows(layer(x, mask))
+    x = run(layers[:-1], lambda layer, x: split_rows(layer(x, mask)), split_rows(x))
     return split_rows(layers[-1](x, mask, at))
 
 

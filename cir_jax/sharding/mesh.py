@@ -24,43 +24,49 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
     divide data.
     """
     devices = list(jax.devices() if devices is None else devices)
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    shape = mesh_shape(sizes, len(devices), slices)
+    types = (AxisType.Auto,) * len(AXES)  # the compiler propagates shardings
+    if slices == 1:
+        return jax.make_mesh(shape, AXES, types, devices=devices)
+    inside = (shape[0] // slices, *shape[1:])
+    arranged = mesh_utils.create_hybrid_device_mesh(
+        inside, (slices, *(1 for _ in shape[1:])), devices
+    )
+    return Mesh(arranged, AXES, axis_types=types)
+
+
+def mesh_shape(sizes: Mapping[str, int], count: int, slices: int = 1) -> tuple[int, ...]:
+    """Sizes of `AXES` over `count` devices in so many slices; MeshError as `make_mesh`."""
     shape = [int(sizes.get(axis, 1)) for axis in AXES]
     given = ", ".join(f"{axis}={size}" for axis, size in zip(AXES, shape, strict=True))
     known = int(np.prod([size for size in shape if size != -1]))
     if shape.count(-1) > 1 or any(size == 0 or size < -1 for size in shape):
         raise MeshError(f"mesh ({given}): sizes are positive, at most one is -1 (the rest).")
     if shape.count(-1):
-        if len(devices) % known:
+        if count % known:
             raise MeshError(
-                f"mesh ({given}): {len(devices)} devices are not divisible by {known}. "
+                f"mesh ({given}): {count} devices are not divisible by {known}. "
                 "Change --config.mesh.* so that they are."
             )
-        shape[shape.index(-1)] = len(devices) // known
+        shape[shape.index(-1)] = count // known
     total = int(np.prod(shape))
-    if total > len(devices):
+    if total > count:
         raise MeshError(
-            f"mesh ({given}) needs {total} devices, there are {len(devices)}. "
+            f"mesh ({given}) needs {total} devices, there are {count}. "
             "Lower --config.mesh.*, or use -1 for one axis."
         )
-    if total < len(devices):
+    if total < count:
         raise MeshError(
-            f"mesh ({given}) uses {total} of {len(devices)} devices. Use -1 for one axis, "
+            f"mesh ({given}) uses {total} of {count} devices. Use -1 for one axis, "
             "or hide the other devices."
         )
-    types = (AxisType.Auto,) * len(AXES)  # the compiler propagates shardings
-    slices = len({getattr(device, "slice_index", 0) for device in devices})
-    if slices == 1:
-        return jax.make_mesh(tuple(shape), AXES, types, devices=devices)
     if shape[0] % slices:
         raise MeshError(
             f"mesh ({given}): {slices} slices lie along data, which is {shape[0]} here: their "
             f"network is for gradients alone. Make --config.mesh.data a multiple of {slices}."
         )
-    inside = (shape[0] // slices, *shape[1:])
-    arranged = mesh_utils.create_hybrid_device_mesh(
-        inside, (slices, *(1 for _ in shape[1:])), devices
-    )
-    return Mesh(arranged, AXES, axis_types=types)
+    return tuple(shape)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -87,6 +93,11 @@ def check_batch(mesh: Mesh, batch_size: int, field: str) -> None:
             f"mesh {dict(mesh.shape)}: the tensor axis spans several processes, which would have "
             "to read the same rows. Lower --config.mesh.tensor to the devices of one process."
         )
+    check_rows(batch_size, shards, processes, field)
+
+
+def check_rows(batch_size: int, shards: int, processes: int, field: str) -> None:
+    """Raises MeshError unless the rows divide over data x fsdp and the processes."""
     if batch_size % shards or batch_size % processes:
         raise MeshError(
             f"{field}={batch_size} is not divisible by data x fsdp = {shards} "

@@ -6,6 +6,7 @@ devices of this machine, for tests of the same path.
 
 import contextlib
 import importlib.metadata
+import math
 import os
 import re
 from collections.abc import Iterator
@@ -32,6 +33,20 @@ _NO_MACHINE = {
 def memory_gib(topology: str) -> float | None:
     """Of each device; None for virtual ones, which share this machine's."""
     return CHIPS.get(_split(topology)[0])
+
+
+PER_HOST = 4
+"""Chips of a host of a slice that has several."""
+
+
+def count(topology: str) -> tuple[int, int]:
+    """Chips and hosts of a slice of a TPU's topology. Raises ConfigError for one that is none."""
+    chips = math.prod(map(int, _split(topology)[1].split("x")))
+    if chips % PER_HOST:
+        raise ConfigError(
+            f"{topology} has {chips} chips: hosts of a slice have {PER_HOST} of them each."
+        )
+    return chips, chips // PER_HOST
 
 
 def compiler(topology: str) -> str:

@@ -36,8 +36,9 @@ LARGEST = 8
 class Report:
     """What one step of a stage takes, or one batch of a stage that inverts images.
 
-    trained, frozen: parameters. seconds, cpu_seconds: to compile. peak, arguments: bytes on each
-    device, at most and of what a step is given. flops: of products, on all devices, as asked.
+    trained, frozen: parameters, of the frozen ones those that it reads. seconds, cpu_seconds: to
+    compile. peak, arguments: bytes on each device, at most and of what a step is given. flops: of
+    products, on all devices, as asked.
     compiled_flops: of all, on each device, as the compiler counts, which counts a loop once.
     collectives: see `hlo.Traffic`. largest: bytes, type and shape, and what of, of the largest
     arrays of a device.
@@ -82,15 +83,15 @@ def compile_stage(experiment: Experiment, name: str, memory_gib: float | None = 
     """
     recipe = experiment.config.stage[name]
     if recipe.kind == "inversion":
-        params, frozen = {}, experiment.frozen
+        given = ({}, experiment.frozen)
         traced = inversion.trace(of_stage(experiment, name, shapes_only=True), name)
     else:
         trainer = make_trainer(experiment, name, None, shapes_only=True)
         traced = trainer.step.trace(
             trainer.abstract_state(), trainer.frozen, trainer.abstract_batch()
         )
-        params, frozen = trainer.abstract.params, trainer.frozen
-    asked = flops.of_products(traced.jaxpr)
+        given = (trainer.abstract, trainer.frozen)
+    asked, trained, frozen = flops.of_products(traced.jaxpr), *_parameters(traced, *given)
     start = time.perf_counter(), time.process_time()
     try:
         compiled = traced.lower().compile()
@@ -104,8 +105,8 @@ def compile_stage(experiment: Experiment, name: str, memory_gib: float | None = 
         stage=name,
         mesh=dict(experiment.mesh.shape),
         batch_size=recipe.batch_size,
-        trained=_count(params),
-        frozen=_count(frozen),
+        trained=trained,
+        frozen=frozen,
         seconds=seconds,
         cpu_seconds=cpu_seconds,
         peak=memory.peak_memory_in_bytes,
@@ -154,13 +155,22 @@ def too_big(experiment: Experiment, name: str, said: str, memory_gib: float | No
     )
 
 
-def _count(tree: Any) -> int:
-    """Values in it, of floating point."""
-    return sum(
-        math.prod(leaf.shape)
-        for leaf in jax.tree.leaves(tree)
-        if jnp.issubdtype(leaf.dtype, jnp.floating)
+def _parameters(traced: jax.stages.Traced, state: Any, frozen: Any) -> tuple[int, int]:
+    """Values of floating point that are trained, and frozen ones that a program of (state, frozen,
+    ...) reads."""
+    jaxpr = traced.jaxpr.jaxpr
+    read = {id(x) for each in jaxpr.eqns for x in each.invars}
+    first = len(jax.tree.leaves(state))
+    leaves = jax.tree.leaves(frozen)
+    given = zip(leaves, jaxpr.invars[first : first + len(leaves)], strict=True)
+    return (
+        sum(map(_values, jax.tree.leaves(getattr(state, "params", {})))),
+        sum(_values(leaf) for leaf, x in given if id(x) in read),
     )
+
+
+def _values(leaf: Any) -> int:
+    return math.prod(leaf.shape) if jnp.issubdtype(leaf.dtype, jnp.floating) else 0
 
 
 def describe(report: Report, memory_gib: float | None = None) -> str:

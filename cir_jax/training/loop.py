@@ -57,7 +57,7 @@ class Stage:
     """What a training stage is, resolved from the config: everything in steps.
 
     microbatches: parts a batch is encoded in, to save memory (same gradients). only: paths of the
-    parameters that the optimizer trains.
+    parameters that the optimizer trains. scan: equal layers are a loop (`models.layers`).
     """
 
     name: str
@@ -67,6 +67,7 @@ class Stage:
     ema: float = 0.0
     microbatches: int = 1
     only: str = ".*"
+    scan: bool = False
     log_every: int = 50
     checkpoint_every: int = 500
     keep: int = 2
@@ -112,6 +113,7 @@ class Trainer:
             ema_decay=self.stage.ema,
             microbatches=self.stage.microbatches,
             only=self.stage.only,
+            scan=self.stage.scan,
         )
 
     def _init(self, initial: Any, frozen: Any) -> TrainState:

@@ -103,6 +103,7 @@ def make_trainer(
         ema=recipe.ema,
         microbatches=recipe.microbatches,
         only=recipe.optimizer.get("only", ".*"),  # not in configs of earlier versions
+        scan=config.get("scan", False),
         log_every=config.log_every,
         checkpoint_every=every,
         keep=config.checkpoint.keep,

@@ -10,7 +10,7 @@ import optax
 from jax.sharding import Mesh
 
 from cir_jax.composers.base import Composer
-from cir_jax.models import chunks
+from cir_jax.models import chunks, layers
 from cir_jax.sharding import constraints, placement
 from cir_jax.sharding import mesh as meshes
 from cir_jax.sharding.together import Together
@@ -47,17 +47,18 @@ def train_step(
     ema_decay: float,
     microbatches: int,
     only: str = ".*",
+    scan: bool = False,
 ) -> tuple[TrainState, Metrics]:
     """One update on the global batch. Randomness depends on the step only: resumed runs repeat.
 
-    only: paths of the parameters that `optimizer` trains.
+    only: paths of the parameters that `optimizer` trains. scan: equal layers are a loop.
     """
     rng = jax.random.fold_in(state.rng, state.step)
 
     def loss_of(params: Any) -> tuple[jax.Array, Metrics]:
         return composer.loss(optimizers.held(params, only), frozen, batch, rng, microbatches)
 
-    with chunks.whole(), constraints.rows_over(mesh):
+    with chunks.whole(), layers.scanned(scan), constraints.rows_over(mesh):
         (loss, metrics), grads = jax.value_and_grad(loss_of, has_aux=True)(state.params)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params, metrics = composer.settled(optax.apply_updates(state.params, updates), metrics)

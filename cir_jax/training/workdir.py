@@ -24,6 +24,7 @@ FREE_FIELDS = (
     "mesh",
     "frozen",
     "remat",
+    "scan",
     "evaluation",
     "log_every",
     "checkpoint.every",

@@ -37,13 +37,17 @@ def test_a_step_is_compiled_without_weights_and_data(monkeypatch):
     assert leaves and all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves)
     report = ahead.compile_stage(experiment, "contrastive")
     assert report.mesh == {"data": 2, "fsdp": 2, "tensor": 1} and report.batch_size == 32
-    stored, params = weights.load_architecture(experiment.config.backbone), report.frozen
+    stored = weights.load_architecture(experiment.config.backbone)
     shapes = jax.eval_shape(stored.init, jax.random.key(0))
-    assert params == sum(np.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
+    text, whole = (
+        sum(np.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
+        for tree in (shapes["text"], shapes)
+    )
+    # features stand for the images, so that the image tower is not read
+    assert text < report.frozen < text + 0.1 * whole < whole and report.trained > 0
     # products are most of what the compiler counts
     assert report.flops == pytest.approx(4 * report.compiled_flops, rel=0.3)
-    # of what is frozen, split over fsdp, the text tower is gathered: features stand for the images
-    text = sum(np.prod(leaf.shape) for leaf in jax.tree.leaves(shapes["text"]))
+    # what is frozen is split over fsdp, and gathered
     assert 2 * text < report.collectives["all-gather"].bytes < 2 * 4 * text
     assert report.arguments < report.peak and report.largest[0][0] >= report.largest[-1][0]
     said = ahead.describe(report, memory_gib=16)
