@@ -13,7 +13,7 @@ single target first; empty where the labels are not public), `candidates`, `cate
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -348,12 +348,7 @@ def is_lost(question: Question, there: Mapping[str, Any], references: Mapping[st
 
 def remarks(raw: Raw) -> list[str]:
     """What is odd in the annotations and the names of the files, and yet no error."""
-    found = []
-    if renamed := [picture for picture in raw.pictures if picture.renamed]:
-        example = f"such as {renamed[0].path.name} of image {renamed[0].name}"
-        found.append(
-            f"{len(renamed):,} image(s) have files of another case, suffix or prefix, {example}"
-        )
+    found = renamings(raw.pictures)
     for question in raw.questions:
         odd = list(question.remarks)
         if not raw.references and question.reference in question.targets:
@@ -362,6 +357,15 @@ def remarks(raw: Raw) -> list[str]:
             odd.append(f"{empty} of its {len(question.texts)} caption(s) are empty")
         found += [f"{question.where}: {one}" for one in odd]
     return found
+
+
+def renamings(pictures: Iterable[Picture]) -> list[str]:
+    """A remark on those whose files are called otherwise than the authors say, if there are any."""
+    renamed = [picture for picture in pictures if picture.renamed]
+    if not renamed:
+        return []
+    example = f"such as {renamed[0].path.name} of image {renamed[0].name}"
+    return [f"{len(renamed):,} image(s) have files of another case, suffix or prefix, {example}"]
 
 
 def damaged(raw: Raw, problem_of: Mapping[Path, str | None]) -> list[dict[str, Any]]:

@@ -3,6 +3,7 @@
 All three come from the JSON files of the package of ECCV Caption (arXiv 2204.03359).
 """
 
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,16 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from cir_jax.errors import DataError
-from data.benchmark import POSITIONS, TEXT, TEXTS, AbsentError, absent
+from data.benchmark import (
+    POSITIONS,
+    TEXT,
+    TEXTS,
+    AbsentError,
+    Picture,
+    absent,
+    located,
+    renamings,
+)
 from data.source import (
     Options,
     Report,
@@ -19,7 +29,6 @@ from data.source import (
     Split,
     Survey,
     field,
-    first_file,
     image_problems,
     read_images,
     read_json,
@@ -80,7 +89,8 @@ cs.stanford.edu/people/karpathy/deepimagesent), relevance from github.com/naver-
         except AbsentError as reason:
             return Survey({}, {}, {SPLIT: str(reason)})
         images = list(dict.fromkeys(image for _, image, _ in captions))
-        paths = {image: _path(source, image) for image in images}
+        pictures = {image: _picture(source, image) for image in images}
+        paths = {image: picture.path for image, picture in pictures.items()}
         label = f"looking at the images of {cls.name}/{SPLIT}"
         found = image_problems(list(paths.values()), options.decode == "survey", label)
         problem = dict(zip(images, found, strict=True))
@@ -95,7 +105,7 @@ cs.stanford.edu/people/karpathy/deepimagesent), relevance from github.com/naver-
             for i, (caption, image, text) in enumerate(usable)
         ]
         splits = {
-            "gallery": _gallery([paths[image] for image in kept], options.decode == "build"),
+            "gallery": _gallery([pictures[image] for image in kept], options.decode == "build"),
             "captions": _listed(texts),
         }
         ids = {"i2t": position, "t2i": {c[0]: i for i, c in enumerate(usable)}}
@@ -114,6 +124,7 @@ cs.stanford.edu/people/karpathy/deepimagesent), relevance from github.com/naver-
             {"gallery": 5000, "captions": 25000},
             {"gallery": len(images) - len(kept), "captions": len(captions) - len(usable)},
             problems,
+            renamings(pictures.values()),
         )
         tables_ = {table: {SPLIT: split} for table, split in splits.items()}
         return Survey(tables_ if usable else {}, {SPLIT: report}, skipped)
@@ -189,18 +200,22 @@ def _first_five(captions: Sequence[Caption]) -> list[Caption]:
     return kept
 
 
-def _path(source: Path, image: int) -> Path:
+def _picture(source: Path, image: int) -> Picture:
     names = (f"val2014/COCO_val2014_{image:012d}.jpg", f"val2017/{image:012d}.jpg",
              f"train2017/{image:012d}.jpg")  # fmt: skip
-    return first_file(*(source / name for name in names))
+    paths = [source / name for name in names]
+    picture = located(str(image), paths[0].stem, paths)
+    called = next(path.stem for path in paths if path.parent == picture.path.parent)
+    return dataclasses.replace(picture, name=called)  # as the folder that has it says
 
 
-def _gallery(paths: Sequence[Path], decode: bool) -> Split:
+def _gallery(pictures: Sequence[Picture], decode: bool) -> Split:
     def records(start: int) -> Iterator[dict[str, Any]]:
-        for i, image in enumerate(read_images(paths[start:], decode), start):
-            yield {"id": i, "name": paths[i].stem, "image": image, "categories": []}
+        rest = (picture.path for picture in pictures[start:])
+        for i, image in enumerate(read_images(rest, decode), start):
+            yield {"id": i, "name": pictures[i].name, "image": image, "categories": []}
 
-    return Split(records, stamp(*paths), len(paths))
+    return Split(records, stamp(*(picture.path for picture in pictures)), len(pictures))
 
 
 def _listed(records: Sequence[dict[str, Any]]) -> Split:

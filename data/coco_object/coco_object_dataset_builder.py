@@ -16,7 +16,7 @@ from PIL import Image
 
 from cir_jax.errors import DataError
 from cir_jax.input.images import decode as decode_image
-from data.benchmark import POSITIONS, TEXT, TEXTS, Picture, absent
+from data.benchmark import POSITIONS, TEXT, TEXTS, Picture, absent, located, renamings
 from data.source import (
     Options,
     Report,
@@ -92,7 +92,7 @@ COCO 2017 from cocodataset.org: "2017 Val images" and "2017 Train/Val annotation
         annotations = read_json(file, dict)
         chosen = choose(annotations, file)
         pictures = [
-            Picture(name, name, source / "val2017" / f"{name}.jpg")
+            located(name, name, [source / "val2017" / f"{name}.jpg"])
             for name in (f"{instance.image_id:012d}" for instance in chosen)
         ]
         paths = [picture.path for picture in pictures]
@@ -118,6 +118,7 @@ COCO 2017 from cocodataset.org: "2017 Val images" and "2017 Train/Val annotation
                 for path, problem in zip(paths, problems, strict=True)
                 if problem
             ],
+            renamings(pictures),
         )
         splits = {table: {SPLIT: split} for table, split in _tables(kept, options).items()}
         return Survey(splits if kept else {}, {SPLIT: report})

@@ -51,6 +51,42 @@ def test_other_names_are_used_and_told(tmp_path):
     assert {r["name"]: r["image"] for r in found}[b"120"] == as_usual
 
 
+@pytest.mark.parametrize(
+    ("dataset", "folder", "names", "split"),
+    [
+        (
+            "coco_object",
+            "val2017",
+            ["{}.JPEG", "COCO_val2017_{}.PNG", "{}.Jpg"],
+            "val",
+        ),
+        ("coco_captions", "val2014", ["COCO_val2014_{}.jpeg", "{}.PNG", "{}.jpg"], "test"),
+    ],
+)
+def test_coco_by_other_names_is_told_and_makes_the_same_tables(
+    dataset, folder, names, split, tmp_path
+):
+    if dataset == "coco_object":
+        pytest.importorskip("pycocotools")
+    build.prepare(dataset, None, tmp_path / "usual", source=dummy(dataset), allow_partial=True)
+    source = copy(dataset, tmp_path)
+    files = sorted((source / folder).iterdir())[: len(names)]
+    examples = []
+    for file, name in zip(files, names, strict=True):
+        new = file.rename(file.with_name(name.format(file.stem[-12:])))
+        examples.append(f"such as {new.name} of image {file.stem}")
+    report = build.survey(dataset, source).reports[split]
+    assert not report.problems and not any(report.lost.values())
+    (remark,) = report.remarks
+    told, _, example = remark.partition(", such")
+    assert told == f"{len(names)} image(s) have files of another case, suffix or prefix"
+    assert f"such{example}" in examples
+    build.prepare(dataset, None, tmp_path / "d", source=source, allow_partial=True)
+    for table in build.tables_of(dataset):
+        usual, found = (rows(tmp_path / d, dataset, table, split) for d in ("usual", "d"))
+        assert repr(found) == repr(usual)
+
+
 def test_odd_annotations_are_told_and_are_no_errors(tmp_path):
     source = copy("circo", tmp_path)
 
