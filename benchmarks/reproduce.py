@@ -4,11 +4,11 @@
     python benchmarks/reproduce.py --paper=searle          # runs what can be run
     python benchmarks/reproduce.py --paper=slerp --weights=weights/ --data_dir=data/
 
-Papers: searle, slerp (with TAT), rtd, isa, compodiff; of their ablations those of SEARLE, TAT and
-ISA's encoders. Weights lie in --weights under their published names (`SEARLE_ViT-B32.pt`,
-`openai/clip-vit-base-patch32`), or in the hub's cache; benchmarks are prepared as for
-launch/eval.py. What the authors have not released is trained by the command that is shown, seed by
-seed in --workdir/train, and then evaluated like the rest.
+Papers: searle, slerp (with TAT), rtd, isa, compodiff, table by table, with their ablations and what
+they quote; what is left out, and why, is said behind them. Weights lie in --weights under their
+published names (`SEARLE_ViT-B32.pt`, `openai/clip-vit-base-patch32`), or in the hub's cache;
+benchmarks are prepared as for launch/eval.py. What the authors have not released is trained by the
+command that is shown, seed by seed in --workdir/train, and then evaluated like the rest.
 
 Each run is kept in --workdir with its results.json, and made again only if its config, weights or
 data have changed. Of test splits without public labels it writes the file for the server; put the
@@ -48,7 +48,7 @@ class Places:
 
     def train(self, recipe: Recipe, seed: int) -> Path:
         """The workdir of a training run."""
-        return self.workdir / "train" / f"{recipe.slug}-{seed}"
+        return self.workdir / "train" / f"{recipe.training.slug}-{seed}"
 
     def run(self, recipe: Recipe, row: Row, seed: int) -> Path:
         """The folder of an evaluation."""
@@ -118,8 +118,9 @@ def lines(paper: str, places: Places, seeds: Sequence[int]) -> list[Line]:
         if recipe.trained:
             here = tuple(seed for seed in seeds if _is_trained(places.train(recipe, seed)))
             if not here:
-                training = _training(recipe, places, seeds[0])
-                what = f"{recipe.config}, {row.variant}" if row.variant else recipe.config
+                training = _training(recipe.training, places, seeds[0])
+                variant = "" if recipe.asked else row.variant
+                what = f"{recipe.config}, {variant}" if variant else recipe.config
                 missing.append(f"training {what}: {training}")
         protocol = benchmarks.find(row.benchmark).protocol.id
         found.append(Line(row, recipe, protocol, tuple(missing), here if not missing else ()))
@@ -163,7 +164,7 @@ def _training(recipe: Recipe, places: Places, seed: int, *more: str) -> str:
     method, _, preset = recipe.config.partition(":")
     if here := places.located(config.backbone):
         changes["backbone"] = here
-    begins, where = recipes.begins_with(recipe), ""
+    begins, where = recipe.begins, ""
     if begins in recipes.ORIGINS:
         changes["init_from"] = f"official:{places.located(begins) or begins}"
         where = f", from {begins} ({recipes.ORIGINS[begins]})"
@@ -171,10 +172,11 @@ def _training(recipe: Recipe, places: Places, seed: int, *more: str) -> str:
         run = Recipe(begins)
         changes["init_from"] = places.train(run, seed) / _config(run).stages[-1]
         where = f", from a run of {begins}"
+    files = dict(recipe.beside)
     for stage in config.stages:
         if config.stage[stage].composer.get("phrases") == recipes.PHRASES:
-            phrases = places.located(recipes.PHRASES) or recipes.PHRASES
-            changes[f"stage.{stage}.composer.phrases"] = phrases
+            files[f"stage.{stage}.composer.phrases"] = recipes.PHRASES
+    changes |= {field: places.located(name) or name for field, name in files.items()}
     words = [f"python launch/main.py --config=experiments/{method}.py:{preset}"]
     words += [f"--config.{name}={_shell(value)}" for name, value in changes.items()]
     words += [
@@ -199,7 +201,7 @@ def _config(recipe: Recipe) -> Any:
     from cir_jax.loading import read_experiment
 
     config = read_experiment(recipe.config)
-    config.update_from_flattened_dict(dict(recipe.changes))
+    config.update_from_flattened_dict(dict((*recipe.changes, *recipe.asked)))
     return config
 
 
@@ -212,6 +214,7 @@ def configured(line: Line, places: Places, seed: int) -> Any:
     config = _config(line.recipe)
     if line.recipe.trained:
         config = ConfigDict(workdirs.read_config(places.train(line.recipe, seed)))
+        config.update_from_flattened_dict(dict(line.recipe.asked))
     else:
         config.backbone = places.located(config.backbone)
         if line.recipe.official:
@@ -316,7 +319,7 @@ def reproduce(paper: str, places: Places, seeds: Sequence[int], output: Path) ->
         for seed in line.seeds
     }
     if not todo:
-        print(listing(listed))
+        print(listing(paper, listed))
         print("\nnothing of it can be run yet: get the above first", file=sys.stderr)
         return False
     failed: dict[str, str] = {}
@@ -363,7 +366,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     try:
         if args.list:
-            print(listing(lines(args.paper, places, seeds)))
+            print(listing(args.paper, lines(args.paper, places, seeds)))
             return 0
         return 0 if reproduce(args.paper, places, seeds, args.output) else 1
     except CirError as error:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
+import itertools
 import json
 import math
 import statistics
@@ -11,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from benchmarks import reproduce_recipes as recipes
 from cir_jax.errors import DataError
+from cir_jax.evaluation import published
 from cir_jax.evaluation.published import Row
 
 if TYPE_CHECKING:
@@ -67,27 +70,43 @@ def found(line: Line, places: Places) -> list[Found]:
     return out
 
 
-def listing(listed: Sequence[Line]) -> str:
-    """What there is of a paper, for people."""
+def listing(paper: str, listed: Sequence[Line]) -> str:
+    """What there is of a paper, for people: table by table, then what is missing."""
     out: list[str] = []
-    where = None
-    for line in listed:
-        if where != (here := (line.row.benchmark, line.row.split)):
-            where = here
-            out += ["", f"{here[0]} {here[1]}, protocol {line.protocol}"]
-        numbers = "  ".join(f"{name} {value:.2f}" for name, value in line.row.metrics.items())
-        names = dict.fromkeys(one.partition(": ")[0] for one in line.missing)
-        short = "here" if not line.missing else f"needs {'; '.join(names)}"
-        source = line.row.source.partition(",")[2]
-        mark = f" ({source.strip()})" if source else ""
-        out += [f"  {line.row.method}, {line.row.backbone}{mark}: {numbers}", f"      {short}"]
-    missing = dict.fromkeys(one for line in listed for one in line.missing)
+    for place, group in itertools.groupby(listed, _place):
+        lines = list(group)
+        out += ["", f"{place}, protocol {lines[0].protocol}: {_cells(lines)}"]
+        for line in lines:
+            numbers = "  ".join(f"{name} {value:.2f}" for name, value in line.row.metrics.items())
+            mark = f" ({line.row.note})" if line.row.note else ""
+            names = dict.fromkeys(one.partition(": ")[0] for one in line.missing)
+            short = "here" if not line.missing else f"needs {'; '.join(names)}"
+            out += [f"  {_named(line.row)}, {line.row.backbone}{mark}: {numbers}", f"      {short}"]
     cells = sum(len(line.row.metrics) for line in listed)
     ready = sum(len(line.row.metrics) for line in listed if not line.missing)
+    wanted = collections.Counter(
+        one for line in listed for one in line.missing for _ in line.row.metrics
+    )
+    if wanted:
+        out += ["", "to get:", *(f"  {one} [{count} cells]" for one, count in wanted.items())]
+    if left_out := published.read(paper).left_out:
+        out += ["", "left out of the paper's tables:", *(f"  {one}" for one in left_out)]
     out += ["", f"{cells} cells in {len(listed)} rows; {ready} can be run with what is here"]
-    if missing:
-        out += ["", "to get:", *(f"  {one}" for one in missing)]
     return "\n".join(out).lstrip("\n")
+
+
+def _place(line: Line) -> str:
+    """Where the paper prints a row, and of which benchmark and split it is."""
+    number = line.row.table
+    several = "," in number or " to " in number
+    table = f"Table{'s' * several} {number}: " if number else ""
+    return f"{table}{line.row.benchmark} {line.row.split}"
+
+
+def _cells(lines: Sequence[Line]) -> str:
+    every = sum(len(line.row.metrics) for line in lines)
+    missing = sum(len(line.row.metrics) for line in lines if line.missing)
+    return f"{every} cells, {every - missing} can be run" if missing else f"{every} cells, all here"
 
 
 def _named(row: Row) -> str:
@@ -116,19 +135,20 @@ def document(paper: str, listed: Sequence[Line], places: Places, failed: Mapping
     if any(one.partial for _, runs in done for one in runs):
         out += ["", "**PARTIAL DATA: these numbers are not comparable.**"]
     unlike: list[tuple[Row, list[str], str]] = []
-    where = None
+    where = ""
     for line, runs in done:
         row = line.row
-        if where != (here := (row.benchmark, row.split)):
+        if where != (here := _place(line)):
             where = here
-            out += ["", f"## {here[0]} {here[1]}", "", f"Protocol `{line.protocol}`.", ""]
+            out += ["", f"## {here}", "", f"Protocol `{line.protocol}`.", ""]
             out += [
                 "| method | backbone | metric | paper | ours | difference | seeds | weights | "
                 "setting |",
                 "|---|---|---|---|---|---|---|---|---|",
             ]
         for name, paper_value in row.metrics.items():
-            values = [one.metrics[name] for one in runs if name in one.metrics]
+            measured = [published.value(one.metrics, name) for one in runs]
+            values = [value for value in measured if value is not None]
             if not values:
                 continue
             mean = statistics.fmean(values)

@@ -17,6 +17,7 @@ authors or of a run of yours, only RTD is trained:
 METHOD_vit_b32 and METHOD_vit_l14 (pic2word, searle, lincir) and lincir_vit_h14, lincir_vit_g14 are
 the paper's recipe on triplets in a prepared dataset (`launch/prepare.py --dataset=text_triplets`).
 --config.composer.tuned=fcs|front|middle|last|interleaved are the variants of Table 8,
+--config.composer.noise_type=gaussian|uniform with --config.composer.noise=1 those of D.1,
 --config.composer.negatives=128 compares as the released code on devices of 128 rows. What was
 tuned, with its words, needs no training:
 
@@ -73,6 +74,7 @@ def get_config(preset: str = "shapes") -> ConfigDict:
         "rtd",
         tuned="full",  # full | fcs | front | middle | last | interleaved
         noise=0.0,  # 0.5 as released; chosen on val, where it hardly matters
+        noise_type="scaled",  # | gaussian | uniform
         temperature=0.07,
         hard_negatives=True,
         negatives=0,  # rows compared with each other; 0 = all of the batch

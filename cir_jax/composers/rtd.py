@@ -10,8 +10,9 @@ are encoded as before. No image is read in training.
 
 The pairs ("a photo of $", r) are the hard negatives of the paper's "refined batch"; it prints
 (T_r, T_r), the released code (jaeseokbyun/RTD) has these. Its NT-Xent is over the 4 x batch rows of
-both sides, those of the same side among the negatives, and the mean of them. Where the numbers are
-not the release's:
+both sides, those of the same side among the negatives, and the mean of them. `noise_type` says what
+u n is: the above ("scaled"), or of Tables D.1 and D.2 n alone ("gaussian") or Unif(-1, 1)
+("uniform"), there with s = 1. Where the numbers are not the release's:
 * Negatives are all rows of the global batch; the release's are those of one device
   (`negatives=128`: of so many consecutive triplets).
 * It trains each device's own copy, without exchange of gradients, and saves the first one's. Here
@@ -55,6 +56,7 @@ PART = "CLIPTextModelWithProjection"
 WITH_WORD = ".word"
 """What is put before the suffix of that file's name for X's own file, where both are written."""
 
+NOISES = ("scaled", "gaussian", "uniform")
 TUNED = ("full", "fcs", "front", "middle", "last", "interleaved")
 
 
@@ -92,11 +94,12 @@ class Rtd(Composer):
         word: Mapping[str, Any],
         tuned: str = "full",
         noise: float = 0.5,
+        noise_type: str = "scaled",
         temperature: float = 0.07,
         hard_negatives: bool = True,
         negatives: int = 0,
     ):
-        """word: X's name and settings. tuned: see above. noise: the factor s.
+        """word: X's name and settings. tuned, noise_type: see above. noise: the factor s.
 
         hard_negatives: the pairs of "a photo of $" and the reference caption. negatives: rows of
         the batch that are compared with each other; 0 = all.
@@ -114,12 +117,15 @@ class Rtd(Composer):
             )
         self.word.every = True  # as released, around all three
         check_weight("noise", noise)
+        if noise_type not in NOISES:
+            raise ConfigError(unknown("noise_type of rtd:", noise_type, NOISES))
         if not temperature > 0:
             raise ConfigError(f"temperature={temperature}: expected more than 0")
         if negatives < 0:
             raise ConfigError(f"negatives={negatives}: expected a number of rows, or 0 = all")
         self.pattern = tuned_pattern(tuned, backbone.config.text.num_hidden_layers)
-        self.noise, self.temperature = float(noise), float(temperature)
+        self.noise, self.noise_type = float(noise), noise_type
+        self.temperature = float(temperature)
         self.hard_negatives, self.negatives = hard_negatives, negatives
         self.template = self.word.template
         self.named_ids = backbone.tokenizer([self.word.prompt("")])
@@ -185,7 +191,12 @@ class Rtd(Composer):
 
     def draw(self, rng: jax.Array) -> jax.Array:
         """Noise of one row, float32[dim], before its factor."""
-        return text_noise(*jax.random.split(rng), self.backbone.dim)
+        share, normal = jax.random.split(rng)
+        if self.noise_type == "gaussian":
+            return jax.random.normal(normal, (self.backbone.dim,))
+        if self.noise_type == "uniform":
+            return jax.random.uniform(share, (self.backbone.dim,), minval=-1.0)
+        return text_noise(share, normal, self.backbone.dim)
 
     def objective(self, params: Params, rows: Params) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Raises ConfigError when the batch is no multiple of `negatives`."""

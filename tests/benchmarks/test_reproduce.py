@@ -1,5 +1,6 @@
 """The papers' tables, recomputed on small weights under the published names and dummy data."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -37,11 +38,13 @@ def arguments(here: Path, tmp_path: Path, *more: str) -> list[str]:
 
 @pytest.mark.parametrize("paper", reproduce.PAPERS)
 def test_every_row_has_a_recipe_whose_config_exists(paper):
-    rows = published.of_paper(paper)
-    assert len(rows) >= 30
+    rows, configs = published.of_paper(paper), {}
+    assert len(rows) >= 60
     for row in rows:
         recipe = recipes.recipe(row)
-        config = reproduce._config(recipe)
+        if recipe not in configs:
+            configs[recipe] = reproduce._config(recipe)
+        config = configs[recipe]
         # the method of the row is what is evaluated; RTD is around it
         names = (config.composer.name, recipe.config.partition(":")[2].partition("_")[0])
         assert row.method in names, (row, recipe)
@@ -53,51 +56,96 @@ def test_every_row_has_a_recipe_whose_config_exists(paper):
         assert bool(tuned) == (bool(recipe.made) or recipe.config.startswith("rtd:"))
         if recipe.trained:
             assert recipe.config.partition(":")[0] in recipes.CORPORA
+        plain = recipes.recipe(dataclasses.replace(row, variant=""))
+        if row.variant and row.variant != "noise 0.5":  # an ablation is another run
+            runs = [(reproduce._config(one).to_json_best_effort(), one.corpus, one.made_with)
+                    for one in (plain, recipe)]  # fmt: skip
+            assert runs[0] != runs[1], row
+        if recipe.made:
+            assert reproduce._config(recipe.maker).composer.name == recipe.made.partition(":")[0]
+        if recipe.begins and recipe.begins not in recipes.ORIGINS:
+            assert reproduce._config(recipes.Recipe(recipe.begins)).stages
         for name in (*recipe.official, *(name for _, name in recipe.beside)):
-            assert name in recipes.ORIGINS
+            assert name in (*recipes.ORIGINS, recipes.EDITOR)
+    # no two ways to a number share a folder
+    assert len({recipe.slug for recipe in configs}) == len(configs)
     with pytest.raises(KeyError):
         recipes.recipe(published.rows("circo:magiclens", "test", ["magiclens"])[0])
+    with pytest.raises(KeyError, match="otherwise"):
+        recipes.recipe(dataclasses.replace(rows[0], method="isa", backbone="blip_b, symmetric",
+                                           variant="otherwise"))  # fmt: skip
+
+
+def found(paper, method, backbone, **said):
+    """The recipes of a paper's rows, and their configs."""
+    rows = [
+        row
+        for row in published.of_paper(paper)
+        if (row.method, row.backbone) == (method, backbone)
+        and all(getattr(row, name) == value for name, value in said.items())
+    ]
+    made = {recipes.recipe(row) for row in rows}
+    assert made
+    return [(recipe, reproduce._config(recipe)) for recipe in made]
+
+
+def only(paper, method, backbone, **said):
+    ((recipe, config),) = found(paper, method, backbone, **said)
+    return recipe, config
 
 
 def test_alpha_preprocessing_and_stages_are_the_papers():
-    of = {(row.benchmark, row.source, row.method, row.backbone): reproduce._config(
-        recipes.recipe(row)) for paper in reproduce.PAPERS for row in published.of_paper(paper)
-    }  # fmt: skip
-    assert of["cirr", "slerp", "slerp", "clip_l14"].composer.alpha == 0.9
-    assert of["circo", "slerp", "slerp", "clip_l14"].composer.alpha == 0.8
-    assert of["circo", "searle", "text_only", "clip_b32"].preprocessing == "targetpad"
-    assert of["circo", "slerp", "text_only", "clip_b32"].preprocessing == ""
+    assert only("slerp", "slerp", "clip_l14", benchmark="cirr")[1].composer.alpha == 0.9
+    assert only("slerp", "slerp", "clip_l14", benchmark="circo")[1].composer.alpha == 0.8
+    assert only("searle", "text_only", "clip_b32")[1].preprocessing == "targetpad"
+    slerps = found("slerp", "text_only", "clip_b32")
+    assert all(config.preprocessing == "" for _, config in slerps)
     one, both = (
-        of["coco_captions", f"compodiff, {stages}, sampling unstated", "compodiff", "clip_l14"]
+        only("compodiff", "compodiff", "clip_l14", variant="",
+             source=f"compodiff, {stages}, sampling unstated")
         for stages in ("stage 1", "stage 1+2")
-    )
-    assert one.stages == ("stage1",) and both.stages == ("stage1", "stage2")
-    assert of["circo", "rtd", "lincir", "clip_bigg+rtd"].name == "rtd"
-    ablated = of["cirr", "searle, Table 7: no regulariser", "searle_oti", "clip_b32"]
+    )  # fmt: skip
+    assert one[1].stages == ("stage1",) and both[1].stages == ("stage1", "stage2")
+    assert one[0].training == both[0]  # one run is asked for both
+    assert only("rtd", "lincir", "clip_bigg+rtd")[1].name == "rtd"
+    _, ablated = only("searle", "searle_oti", "clip_b32", variant="no regulariser", table="7")
     assert ablated.composer.regulariser == "none"
-    images = of["cirr", "searle, Table 9: on FashionIQ", "searle", "clip_l14"].stage
+    images = only("searle", "searle", "clip_l14", variant="on FashionIQ", table="9")[1].stage
     for stage in ("oti", "distil"):
         data = images[stage].data
         assert (data.dataset, data.split, data.tables.gallery) == ("fashioniq", "train", 1.0)
 
 
-def test_an_ablation_has_weights_of_its_own():
-    made = {
-        row.source: recipes.recipe(row)
-        for row in published.of_paper("slerp")
-        if "Table 4" in row.source or row.backbone == "clip_l14+tat" and row.benchmark == "circo"
-    }
-    assert len({dict(recipe.changes)["backbone"] for recipe in made.values()}) == len(made) == 7
-    assert len({recipe.maker.slug for recipe in made.values()}) == 7
-    slugs: dict[tuple, set] = {}
-    for row in published.of_paper("searle"):
-        if recipes.recipe(row).trained:
-            key = (row.method, row.variant, row.backbone)
-            slugs.setdefault(key, set()).add(recipes.recipe(row).slug)
-    # the supervised ones are trained on the benchmark itself
-    assert all(len(found) == 1 for key, found in slugs.items() if key[0] != "combiner")
-    together = [slug for found in slugs.values() for slug in found]
-    assert len(set(together)) == len(together)
+def test_ablations_of_rtd_isa_and_compodiff():
+    tuned = "clip_l14+rtd"
+    recipe, config = only("rtd", "lincir", tuned, variant="uniform noise", benchmark="circo")
+    assert (config.composer.noise_type, config.composer.noise) == ("uniform", 1.0)
+    assert recipe.begins == "lincir_large.pt"
+    assert only("rtd", "lincir", tuned, variant="last")[1].composer.tuned == "last"
+    assert "templates" in only("rtd", "lincir", tuned, variant="templates")[0].corpus
+    same = only("rtd", "searle", tuned, variant="noise 0.5")[0]
+    assert same == only("rtd", "searle", tuned, variant="", benchmark="circo")[0]
+    _, config = only("isa", "isa", "blip_b, EfficientNet-B2", variant="no self-attention")
+    assert (config.composer.self_attention, config.composer.cross_attention) == (False, True)
+    recipe, config = only("isa", "isa", "blip_b, EfficientViT-M2", variant="GCD + LLM TR")
+    assert config.composer.local_weight == 0 and config.composer.phrase_weight == 1
+    assert dict(recipe.beside) == {"composer.phrases": recipes.PHRASES}
+    steps, config = only("compodiff", "compodiff", "clip_l14", variant="5 steps")
+    plain, _ = only("compodiff", "compodiff", "clip_l14", variant="", benchmark="genecis")
+    assert config.composer.steps == 5 and steps.training == plain and steps.slug != plain.slug
+    recipe, config = only("compodiff", "compodiff", "clip_bigg", variant="fine-tuned")
+    assert (recipe.begins, config.stages) == ("compodiff:vit_g14", ("finetune",))
+    assert recipe.corpus == "the train split of CIRR"
+    assert config.backbone == read_experiment("compodiff:vit_g14").backbone
+    recipe, config = only("compodiff", "combiner", "clip_rn50", variant="fine-tuned",
+                          benchmark="cirr")  # fmt: skip
+    assert config.stage.fuse.data.dataset == "cirr_train" and recipe.begins == "combiner:rn50"
+    recipe, config = only("compodiff", "combiner", "clip_rn50x4+clip4cir supervised",
+                          benchmark="cirr")  # fmt: skip
+    assert recipe.made == "clip4cir:rn50x4" and config.backbone == "clip4cir-rn50x4-cirr_train"
+    assert reproduce._config(recipe.maker).stage.tune.data.dataset == "cirr_train"
+    recipe, config = only("slerp", "combiner", "clip_b32+tat supervised", benchmark="cirr")
+    assert (recipe.made, config.backbone) == ("tat:vit_b32", "tat-vit_b32")
 
 
 def test_with_nothing_here_it_says_what_to_get(tmp_path, capsys, monkeypatch):
@@ -105,8 +153,8 @@ def test_with_nothing_here_it_says_what_to_get(tmp_path, capsys, monkeypatch):
     status = reproduce.main(arguments(tmp_path, tmp_path))
     said = capsys.readouterr()
     assert status == 1 and "nothing of it can be run yet" in said.err
-    assert "335 cells in 66 rows; 0 can be run" in said.out
-    assert "circo val, protocol circo(gallery=all" in said.out
+    assert "381 cells in 77 rows; 0 can be run" in said.out
+    assert "Table 10: circo val, protocol circo(gallery=all" in said.out
     for line in (
         "benchmark circo val: data/circo/README.md; python launch/prepare.py --dataset=circo",
         f"{CLIP}: hf download {CLIP} --local-dir {tmp_path / 'weights' / CLIP}",
@@ -132,6 +180,7 @@ def test_what_is_here_is_run_once_and_written(here, tmp_path, capsys, monkeypatc
         row
         for row in published.of_paper("searle")
         if (row.benchmark, row.backbone) == ("circo", "clip_b32")
+        and row.table != "11"
         and (row.method, row.split) in wanted
     ]
     monkeypatch.setattr(published, "of_paper", lambda paper: rows)
@@ -225,11 +274,16 @@ def test_a_training_run_is_found_by_its_checkpoints(tmp_path, monkeypatch):
     places = reproduce.Places(tmp_path, tmp_path, tmp_path)
     lines = [one for one in reproduce.lines("isa", places, [0, 1]) if one.row.method == "isa"]
     assert not any(one.seeds for one in lines)
-    assert "--workdir=" in lines[0].missing[0] and "model_base.pth/here" in lines[0].missing[0]
-    workdir = places.train(lines[0].recipe, 1)
+    first = next(one for one in lines if one.recipe.slug == "isa_paper")
+    assert "--workdir=" in first.missing[0] and "model_base.pth/here" in first.missing[0]
+    workdir = places.train(first.recipe, 1)
     (workdir / "distil" / "checkpoints" / "300").mkdir(parents=True)
     lines = [one for one in reproduce.lines("isa", places, [0, 1]) if one.row.method == "isa"]
-    assert {one.seeds for one in lines if one.recipe.config == "isa:paper"} == {(1,)}
+    assert {one.seeds for one in lines if one.recipe == first.recipe} == {(1,)}
+    assert not any(one.seeds for one in lines if one.recipe != first.recipe)
+    (phrases,) = {one.missing[0] for one in lines if one.row.variant == "GCD + LLM TR"
+                  and one.recipe.config == "isa:paper"}  # fmt: skip
+    assert "--config.composer.phrases=concept_to_phrases.pkl/here" in phrases
     rtd = [one for one in reproduce.lines("rtd", places, [0]) if one.missing]
     wanted = {one.recipe.config: one.missing[0] for one in rtd}
     assert "init_from=official:SEARLE_ViT-B32.pt/here" in wanted["rtd:searle_vit_b32"]

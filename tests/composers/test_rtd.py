@@ -128,6 +128,16 @@ def test_noise_is_of_each_row_and_scaled(made, tiny):
         assert (np.abs(rows[0] - rows[2]).max() > 1e-3) == differs
 
 
+def test_types_of_noise_have_their_spread(made):
+    keys = jax.random.split(jax.random.key(1), 500)
+    for name, deviation in (("scaled", 3**-0.5), ("gaussian", 1.0), ("uniform", 3**-0.5)):
+        composer = Rtd(made[0].backbone, WORD, noise_type=name)
+        drawn = np.asarray(jax.vmap(composer.draw)(keys))
+        assert drawn.shape == (500, composer.backbone.dim)
+        np.testing.assert_allclose(drawn.std(), deviation, rtol=0.05)
+        assert abs(drawn.mean()) < 0.05 and (np.abs(drawn).max() <= 1) == (name == "uniform")
+
+
 def test_variants_learn_the_shares_of_table_8():
     """Of L/14's text encoder; which parameters, by the names of the original."""
     config = ClipConfig(
@@ -255,6 +265,7 @@ def test_mistakes_are_named(tiny):
         ({"word": WORD, "tuned": "half"}, "half"),
         ({"word": WORD, "tuned": "middle"}, "is three layers; this text encoder has 2"),
         ({"word": WORD, "noise": -1.0}, "noise=-1.0: expected 0 or more"),
+        ({"word": WORD, "noise_type": "normal"}, "noise_type of rtd: 'normal'.*gaussian"),
         ({"word": WORD, "temperature": 0.0}, "temperature=0.0: expected more than 0"),
         ({"word": WORD, "negatives": -1}, "negatives=-1"),
     ):
