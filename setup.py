@@ -96,6 +96,7 @@ setup(
     packages=find_namespace_packages(include=["cir_jax", "cir_jax.*"]),
     package_data={
         "cir_jax.evaluation.page": ["page.*"],
+        "cir_jax.evaluation.published": ["*.txt"],
         "cir_jax.library.annotate": ["page/*"],
         "cir_jax.library.serve": ["page/*"],
     },

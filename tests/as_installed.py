@@ -52,8 +52,10 @@ def main() -> None:
     from cir_jax.composers.phrases import Phrases
 
     Phrases.read(stage.phrases, search.composer.backbone, stage.top_k)
+    from cir_jax.evaluation import published
     from cir_jax.evaluation.page import page
 
+    assert published.rows("circo", "test", ["slerp"])
     assert "function histogram(" in page("a run", []) and "--hit:" in page("a run", [])
     for name in ("page.html", "page.js", "mask.js", "server.js", "page.css", "icon.svg"):
         assert (installed / "library" / "serve" / "page" / name).is_file(), name
