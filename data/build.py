@@ -46,7 +46,7 @@ from cir_jax.storage.atomic import write_atomically
 from cir_jax.storage.places import default_data_dir
 from data import apart, progress, shards
 from data.claims import building, is_built
-from data.source import MAX_LISTED, Options, SourceBuilder, Split, Survey
+from data.source import MAX_LISTED, Options, SourceBuilder, Split, Survey, parallel
 
 DATASETS = {  # name: module and class of its TFDS builder, whose configs are the tables
     "shapes": ("data.shapes.shapes_dataset_builder", "Shapes"),
@@ -466,17 +466,26 @@ def _check_split(
     except Exception as error:  # whatever the reader makes of a missing or damaged file
         yield f"{label}: cannot be opened: {error}"
         return
-    seen: set[int] = set()
-    for i in progress(range(count), count, label):
+
+    def look(i: int) -> tuple[int | None, str]:
+        """The id of record i, and what is wrong with it."""
+        number = None
         try:
             record = source[i]
             number = int(record["id"])
-            if number in seen or (number != i and not own_ids):
-                yield f"{label} record {i}: has the id {number}"
-            seen.add(number)
             for field in IMAGE_FIELDS:
                 image = links.followed(record.get(field), f"{label} record {i}")
                 if isinstance(image, bytes):
                     images.decode(image, field)
         except Exception as error:  # as above; PIL raises a dozen types for bad files
-            yield f"{label} record {i}: {error}"
+            return number, str(error)
+        return number, ""
+
+    seen: set[int] = set()
+    for i, (number, problem) in enumerate(progress(parallel(look, range(count)), count, label)):
+        if number is not None:
+            if number in seen or (number != i and not own_ids):
+                yield f"{label} record {i}: has the id {number}"
+            seen.add(number)
+        if problem:
+            yield f"{label} record {i}: {problem}"

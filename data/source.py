@@ -23,7 +23,6 @@ import dataclasses
 import hashlib
 import itertools
 import json
-import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -32,7 +31,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from cir_jax.errors import DataError
-from cir_jax.input import images
+from cir_jax.input import images, reading
 from data import progress
 
 MAX_LISTED = 10  # problems shown of each kind; all are counted
@@ -351,17 +350,37 @@ def check_image(data: bytes) -> None:
 
 
 def parallel(function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
-    """Like `map`, some items ahead; PIL and file reads release Python's lock."""
-    workers, items = os.cpu_count() or 1, iter(items)
+    """Like `map`, some 16 items per worker ahead; PIL and file reads release Python's lock.
+
+    One thread per core that this process may use. What `items` raises comes, as from `map`, after
+    the results before it.
+    """
+    workers, items, failed = reading.cores(), iter(items), None
     with concurrent.futures.ThreadPoolExecutor(workers) as pool:
         waiting: collections.deque = collections.deque()
         try:
-            while batch := list(itertools.islice(items, 8)):  # fewer handovers
+            while failed is None:
+                batch, failed = _some(items)
+                if not batch:
+                    break
                 waiting.append(pool.submit(lambda batch: [function(x) for x in batch], batch))
                 if len(waiting) > 2 * workers:
                     yield from waiting.popleft().result()
             while waiting:
                 yield from waiting.popleft().result()
+            if failed is not None:
+                raise failed
         finally:
             for future in waiting:
                 future.cancel()
+
+
+def _some(items: Iterator[Any]) -> tuple[list[Any], Exception | None]:
+    """The next few items (fewer handovers than one by one), and what was raised behind them."""
+    batch: list[Any] = []
+    try:
+        for item in itertools.islice(items, 8):
+            batch.append(item)
+    except Exception as error:
+        return batch, error
+    return batch, None

@@ -25,6 +25,7 @@ from data.source import (
     Survey,
     field,
     image_problems,
+    parallel,
     read_images,
     read_json,
     stamp,
@@ -184,9 +185,9 @@ def _tables(kept: Sequence[tuple[Instance, Picture]], options: Options) -> dict[
 
     def records(start: int, cut: bool) -> Iterator[dict[str, Any]]:
         images = read_images((picture.path for picture in pictures[start:]), decode)
+        if cut:
+            images = parallel(_object_of, zip(images, kept[start:], strict=True))
         for i, image in enumerate(images, start):
-            if cut:
-                image = object_only(image, kept[i][0], str(pictures[i].path))
             yield {"id": i, "name": pictures[i].name, "image": image, "categories": []}
 
     objects = stamp(files, *(list(instance) for instance, _ in kept))
@@ -195,6 +196,11 @@ def _tables(kept: Sequence[tuple[Instance, Picture]], options: Options) -> dict[
         "gallery": Split(lambda start: records(start, False), files, len(kept)),
         "references": Split(lambda start: records(start, True), objects, len(kept)),
     }
+
+
+def _object_of(item: tuple[bytes, tuple[Instance, Picture]]) -> bytes:
+    image, (instance, picture) = item
+    return object_only(image, instance, str(picture.path))
 
 
 def _query(i: int, instance: Instance) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from cir_jax.input import images
 from cir_jax.input.tables import Table
 from data import benchmark, build, shards
 from data.build import Options
-from data.source import Report, image_problems, read_images
+from data.source import Report, image_problems, parallel, read_images
 
 ROOT = Path(__file__).resolve().parents[2]
 DUMMY = {name: ROOT / "data" / name / "dummy" for name in ("circo", "cirr", "fashioniq")}
@@ -372,6 +372,18 @@ def test_images_in_order_and_in_parallel(tmp_path):
     assert problems[17] == "is missing" and problems.count(None) == 299
     with pytest.raises(DataError, match="/17: not a readable"):
         list(read_images(paths, False))
+
+
+def test_in_parallel_what_comes_before_an_error_is_not_lost():
+    def items():
+        yield from range(11)
+        raise DataError("the list ends here")
+
+    found = []
+    with pytest.raises(DataError, match="the list ends here"):
+        for value in parallel(lambda x: 2 * x, items()):
+            found.append(value)
+    assert found == [2 * i for i in range(11)]
 
 
 def test_report_is_complete_only_if_all_is_there():
