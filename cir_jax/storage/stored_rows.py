@@ -82,7 +82,8 @@ class StoredRows(Sequence):
         path = self.directory / chunk_name(number)
         size = self.files.dtype.itemsize * math.prod(self.shape[1:])
         try:
-            data = os.pread(self._file(number, path).fileno(), size, self.files.first + row * size)
+            file = self._file(number, path)  # held: it closes with whoever has it last
+            data = os.pread(file.fileno(), size, self.files.first + row * size)
         except OSError as error:
             raise self._damaged(path, error.strerror or str(error)) from error
         if len(data) != size:
@@ -101,7 +102,7 @@ class StoredRows(Sequence):
                 return self._open[number]
         file = path.open("rb", buffering=0)
         with self._lock:
-            self._open[number] = file
+            file = self._open.setdefault(number, file)  # another thread may have been faster
             while len(self._open) > OPEN:
                 self._open.popitem(last=False)
         return file

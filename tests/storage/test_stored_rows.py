@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -91,6 +92,37 @@ def test_a_corpus_is_not_held(tmp_path, monkeypatch, tiny):
     # nor do worker processes get it
     small, large = (len(pickle.dumps(pipeline(store).parts[0].source)) for store in found.values())
     assert large < 16384 and abs(large - small) < 16
+
+
+def test_a_file_that_is_let_go_is_read_to_the_end(tmp_path, monkeypatch):
+    """As when another thread opens it, too, or many others, between the opening and the reading."""
+    values = np.random.default_rng(0).normal(size=(8, 4)).astype(np.float32)
+    store = ChunkStore(tmp_path, {"features": "few"}, 8)
+    store.write(0, values)
+    rows, read = store.stored(), os.pread
+
+    def after_others(*args):
+        rows._open.clear()
+        return read(*args)
+
+    monkeypatch.setattr(os, "pread", after_others)
+    for i in range(8):
+        np.testing.assert_array_equal(rows[i], values[i])
+
+
+def test_many_threads_read_the_same_rows(tmp_path, monkeypatch):
+    monkeypatch.setattr(chunk_store, "CHUNK_ROWS", 2)
+    monkeypatch.setattr(stored_rows, "OPEN", 3)
+    values = np.arange(40, dtype=np.float32).reshape(20, 2)
+    store = ChunkStore(tmp_path, {"features": "few"}, 20)
+    for start in range(0, 20, 2):
+        store.write(start // 2, values[start : start + 2])
+    rows = store.stored()
+    order = np.random.default_rng(0).integers(0, 20, 4000)
+    with ThreadPoolExecutor(8) as pool:
+        found = np.stack(list(pool.map(rows.__getitem__, order)))
+    np.testing.assert_array_equal(found, values[order])
+    assert len(rows._open) <= 3
 
 
 def test_workers_read_what_threads_read(tmp_path, tiny):
