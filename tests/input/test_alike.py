@@ -34,8 +34,8 @@ def test_two_processes_cut_texts_alike(tmp_path):
         longest = [-(-max(lengths) // 4) * 4 for lengths in alike.LENGTHS]
         assert together == again == [[2, length] for length in longest]
         assert alone != together
-        # what was said does not pile up: the last batches of both passes at the most
-        assert kept <= 2 * 2 * 3
+        if not number:  # what was said does not pile up: the last batches of both passes at the
+            assert kept <= 2 * 2 * 3  # most (process 0 deletes it, when it comes to it)
 
 
 class Store:
