@@ -11,7 +11,7 @@ from pathlib import Path
 
 import jax
 
-from cir_jax.errors import DataError
+from cir_jax.errors import CirError, DataError
 from cir_jax.sharding import joining
 from cir_jax.training import loop
 from launch import ending
@@ -42,7 +42,7 @@ def main():
     except loop.Preempted as stop:
         say(stop)
         sys.exit(128 + stop.signal)
-    except DataError as error:  # as launch/common.py
+    except CirError as error:  # as launch/common.py
         raise ending.Failed(str(error)) from error
     ending.phase("waiting", "all is kept")
     say("trained")

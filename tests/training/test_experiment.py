@@ -5,7 +5,6 @@ import errno
 import json
 import os
 import pickle
-import subprocess
 
 import jax
 import jax.numpy as jnp
@@ -427,18 +426,6 @@ def test_records_carry_the_limit_of_pixels_to_other_processes(caplog):
     np.testing.assert_array_equal(source[2]["image"], source[3]["image"])
     assert "field 'image' has 40 x 40 pixels, 0.0016 megapixels; the limit is 0.001" in caplog.text
     assert Records(table, ("image",), ImageTransform(16, 16))[2]["id"] == 2
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system with 256 KiB of room."""
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(tmp_path)], capture_output=True
-    )
-    if mounted.returncode:
-        pytest.skip("needs the right to mount a small file system")
-    yield tmp_path
-    subprocess.run(["umount", "-l", str(tmp_path)], check=True)
 
 
 def test_full_disk_is_named(stand_in, small_disk):

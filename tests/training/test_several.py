@@ -113,3 +113,18 @@ def test_what_one_process_finds_wrong_ends_both_with_its_words(
     texts = both.said()
     assert f"(process {number})" in texts[1 - number] and "Traceback" not in texts[1 - number]
     assert ("Traceback" in texts[number]) == (what == "bug")
+
+
+def test_a_full_disk_ends_both_and_keeps_what_was_saved(small_disk, tmp_path_factory):
+    both = Two(small_disk / "run", tmp_path_factory.mktemp("two") / "logs")
+    both.until("step 99$")
+    began = time.monotonic()
+    assert both.end() == [2, 2], both.said()
+    assert time.monotonic() - began < 10
+    for text in both.said():
+        last = text.splitlines()[-2:]  # before it, tensorstore may tell of what it gave up
+        assert "checkpoint could not be written: No space left on device" in "".join(last), text
+        assert "Check failure" not in text
+    checkpoints = small_disk / "run" / "checkpoints"
+    (kept,) = (int(path.name) for path in checkpoints.iterdir() if path.name.isdigit())
+    assert kept < 100 and digests.damage(checkpoints / str(kept)) == []
