@@ -1,6 +1,5 @@
 """Flags of the binaries, and errors shown as one message instead of a traceback."""
 
-import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -157,7 +156,7 @@ def _is_shared(value: str) -> bool:
     path = Path(value).expanduser()
     if path.suffix == ".py" or path.parent.name == "experiments":
         return False
-    return path.is_dir() or re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", value) is not None
+    return path.is_dir() or places.is_hub_id(value)
 
 
 def _configs(argv: list[str]) -> list[tuple[int, str]]:

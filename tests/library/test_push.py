@@ -245,8 +245,13 @@ def test_search_with_a_shared_composer(hub, shared, push, tmp_path, monkeypatch,
     (tmp_path / "photos").mkdir()
     Image.fromarray(PIXELS).save(tmp_path / "photos" / "a.png")
     monkeypatch.chdir(tmp_path)
-    assert cli.main(["search", "photos", "--method", "me/mine", "--text", "red", "--paths"]) == 0
-    assert capsys.readouterr().out == "photos/a.png\n"
+    search = ["search", "photos", "--method", "me/mine", "--text", "red", "--paths"]
+    assert cli.main(search) == 0
+    out, err = capsys.readouterr()
+    assert out == "photos/a.png\n"
+    said = "me/mine is not here yet: it comes from the Hugging Face hub, once (1 MB).\n"
+    assert err.startswith(said)
+    assert loading.to_fetch("me/mine") == {}
 
 
 def test_a_config_of_the_binaries(hub, shared, push):
