@@ -1,5 +1,6 @@
 """Flags of the binaries, and errors shown as one message instead of a traceback."""
 
+import logging
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -100,6 +101,8 @@ def _guarded(main: Callable[[], None], needs_config: bool) -> None:
     from cir_jax.training.loop import Preempted
 
     absl_logging.set_verbosity(absl_logging.WARNING)
+    # it prints its warnings itself, and absl's root logger would, too
+    logging.getLogger("huggingface_hub").propagate = False
     if needs_config and CONFIG.value is None:
         raise ConfigError("--config is missing: --config=experiments/NAME.py[:PRESET].")
     try:

@@ -8,6 +8,7 @@ Results alone go to stdout, all else to stderr. Exit status: 0 found, 1 nothing,
 import argparse
 import contextlib
 import json
+import logging
 import os
 import signal
 import socket
@@ -40,6 +41,8 @@ FOUND, NOTHING, ERROR = 0, 1, 2
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit status."""
     args = _parser().parse_args(argv)
+    # it prints its warnings itself, and Orbax's import makes the root logger print them, too
+    logging.getLogger("huggingface_hub").propagate = False
     try:
         status = args.run(args)
         sys.stdout.flush()

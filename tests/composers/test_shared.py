@@ -36,6 +36,9 @@ SMALL = {
     "artemis": {"embed_dim": 0, "train_backbone": True},
 }
 
+ASKED = ("slerp", "searle", "searle_oti", "rtd", "artemis")
+"""Others get these with other settings, or a tokenizer of its own."""
+
 
 def save_backbone(folder, name, tiny):
     """A random CLIP that lies here alone; of ARTEMIS encoders with a vocabulary of their own."""
@@ -89,12 +92,13 @@ def answer(composer, params, frozen):
 
 @pytest.mark.parametrize("name", SMALL)
 def test_it_answers_alike_from_another_directory(name, tiny, tmp_path, monkeypatch):
+    """Asked itself, unless it has the same settings: then parameters are all that could differ."""
     here, there = tmp_path / "here", tmp_path / "there"
     here.mkdir()
     experiment, params = made(name, here, tiny, monkeypatch)
     experiment = experiments.for_evaluation(experiment)
     sharing.write(experiment, None, tmp_path / "shared")
-    asked = answer(experiment.composer, params, experiment.frozen)
+    asked = name in ASKED and answer(experiment.composer, params, experiment.frozen)
     monkeypatch.undo()
     shutil.rmtree(here)
     (tmp_path / "shared").rename(there)
@@ -105,8 +109,11 @@ def test_it_answers_alike_from_another_directory(name, tiny, tmp_path, monkeypat
         if name == "searle" and "phrases" in ours:
             ours = {key: tree for key, tree in ours.items() if key != "phrases"}
         jax.tree.map(np.testing.assert_array_equal, ours, theirs)
-    again = answer(search.composer, *jax.device_get((search.params, search.frozen)))
-    np.testing.assert_array_equal(again, asked)
+    if name in ASKED:
+        again = answer(search.composer, *jax.device_get((search.params, search.frozen)))
+        np.testing.assert_array_equal(again, asked)
+    else:
+        assert search.composer.settings == experiment.composer.settings
     files = {path.relative_to(there): path for path in there.rglob("*") if path.is_file()}
     assert {path.suffix for path in files} <= {".json", ".safetensors", ".md", ".txt"}
     assert all(str(tmp_path).encode() not in path.read_bytes() for path in files.values())
@@ -184,9 +191,10 @@ def results_of(experiment, folder, **changes):
 def test_the_card_has_the_numbers_that_belong_to_it(slerp, tmp_path, capsys):
     experiment, target = slerp
     (target / "old").mkdir()
-    sharing.write(experiment, results_of(experiment, tmp_path / "run"), target)
+    (tmp_path / "link").symlink_to(target)
+    sharing.write(experiment, results_of(experiment, tmp_path / "run"), tmp_path / "link")
     assert not (target / "old").exists()  # all is replaced
-    assert {path.name for path in tmp_path.iterdir()} == {"run", "shared"}
+    assert {path.name for path in tmp_path.iterdir()} == {"run", "shared", "link"}
     card = ModelCard.load(target / "README.md")
     (found,) = card.data.eval_results
     assert (found.task_type, found.dataset_type) == ("composed-image-retrieval", "shapes/circo")
