@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from safetensors import SafetensorError
 
 from cir_jax.composers import shared
 from cir_jax.composers.base import Composer
@@ -54,7 +55,7 @@ def write(experiment: Experiment, workdir: Path | None, target: Path) -> None:
             results = _results(experiment.composer, about["trained"], workdir)
             digests.add(scratch)
             (scratch / hub.CARD).write_text(card.text(about, results), encoding="utf-8")
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise DataError(
             f"{target}: cannot be written ({faults.cause(error)}). Make room, or choose another "
             "directory."

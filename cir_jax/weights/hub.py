@@ -102,6 +102,11 @@ def read(directory: Path) -> dict[str, Any]:
 
 
 def _check_config(values: Mapping[str, Any], what: str) -> None:
+    if isinstance(values.get("composer"), Mapping):
+        raise WeightsError(
+            f"{what}: of a workdir of launch/main.py, which is given as --workdir, with the --config "
+            "that it was begun with. Others get a composer that --config.export_to=hub:DIR writes."
+        )
     if values.get("library_name") != LIBRARY:
         kind = values.get("model_type") or values.get("library_name")
         is_kind = f"the config of a {kind!r}" if kind else "another library's"

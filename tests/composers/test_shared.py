@@ -1,6 +1,8 @@
 """A composer as others get it: the same numbers from another directory, and nothing of this one."""
 
+import errno
 import json
+import os
 import shutil
 
 import jax
@@ -8,6 +10,7 @@ import numpy as np
 import pytest
 from huggingface_hub import ModelCard
 from ml_collections import ConfigDict
+from safetensors import SafetensorError
 
 import cir_jax
 from cir_jax import experiment as experiments
@@ -342,6 +345,30 @@ def test_a_workdir_without_a_checkpoint_is_not_shared(tmp_path):
     config = loading.read_experiment("lincir:smoke")
     with pytest.raises(CheckpointError, match="no checkpoint of smp. Train first"):
         sharing.write(experiments.setup(config), tmp_path / "run", tmp_path / "shared")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_workdir_is_told_from_a_composer(tmp_path):
+    config = loading.read_experiment("lincir:smoke")
+    (tmp_path / "config.json").write_text(config.to_json_best_effort())
+    with pytest.raises(WeightsError, match="of a workdir of launch/main.py, .* given as --workdir"):
+        loading.read_shared(tmp_path)
+
+
+FULL = os.strerror(errno.ENOSPC)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [OSError(errno.ENOSPC, FULL), SafetensorError(f"Error while serializing: I/O error: {FULL}")],
+)
+def test_there_is_no_room(written, tmp_path, monkeypatch, error):
+    def full(*_):
+        raise error
+
+    monkeypatch.setattr(shared, "write", full)
+    with pytest.raises(DataError, match=f"new: cannot be written .{FULL}.. Make room, or"):
+        sharing.write(written[0], None, tmp_path / "new")
     assert not list(tmp_path.iterdir())
 
 
