@@ -104,8 +104,8 @@ def read(directory: Path) -> dict[str, Any]:
 def _check_config(values: Mapping[str, Any], what: str) -> None:
     if isinstance(values.get("composer"), Mapping):
         raise WeightsError(
-            f"{what}: of a workdir of launch/main.py, which is given as --workdir, with the --config "
-            "that it was begun with. Others get a composer that --config.export_to=hub:DIR writes."
+            f"{what}: of a workdir of launch/main.py, which is given as --workdir, with the "
+            "--config that it was begun with. --config.export_to=hub:DIR writes a composer of it."
         )
     if values.get("library_name") != LIBRARY:
         kind = values.get("model_type") or values.get("library_name")
