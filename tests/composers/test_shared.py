@@ -320,6 +320,11 @@ def test_what_is_of_a_machine_is_as_a_new_experiment_has_it():
     assert {name: found[name] for name in shared.HERE} == shared.HERE
 
 
+def test_a_backbone_that_is_not_read_back_as_it_was_is_refused(tiny, tmp_path):
+    with pytest.raises(WeightsError, match=r"backbone tiny@0: written and read again it is toy@"):
+        shared._write_backbone(tmp_path / "toy", *tiny)
+
+
 def test_half_of_a_pair_that_lies_here_is_refused(tmp_path):
     (tmp_path / "toy").mkdir()
     with pytest.raises(WeightsError, match="two models in one.*toy lies here alone"):
