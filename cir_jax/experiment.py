@@ -40,6 +40,7 @@ class Experiment:
     backbone: Backbone
     composer: Composer
     frozen: Any
+    begins_with: Path | None = None  # of config.init_from=hub:NAME, as it was checked
 
     @property
     def data_dir(self) -> Path:
@@ -88,25 +89,37 @@ def setup(
     if config.remat:
         backbone = backbone.with_remat()
     composer = composers.build(name, backbone, **settings)
-    frozen = _frozen(composer, params, shapes_only)
-    if target := shared.given(config.export_to):
-        shared.check(config, Path(target))
-    elif config.export_to:
-        local(config.export_to, "config.export_to")
-    if config.export_to and not target and composer.pretrained_backbone:
-        official.check_known(composer, f"config.export_to={config.export_to!r}")
-        if composer.exports_by_torch(Path(config.export_to)):
-            check_torch(f"config.export_to={config.export_to!r}")
     if begins_with:
         shared.check_backbone(begins_with, backbone)
-    elif official.given(config.init_from):
-        official.check_known(composer, f"config.init_from={config.init_from!r}")
-    elif config.init_from and all(not config.stage[s].after for s in stage_names(config)):
-        raise ConfigError(
-            f"config.init_from={config.init_from!r}: none of the stages "
-            f"{', '.join(stage_names(config))} continues another one."
-        )
-    return Experiment(config, mesh, backbone, composer, placement.place(mesh, frozen, rules))
+    else:
+        _check_init_from(config, composer)
+    _check_export_to(config, composer)
+    frozen = placement.place(mesh, _frozen(composer, params, shapes_only), rules)
+    return Experiment(config, mesh, backbone, composer, frozen, begins_with)
+
+
+def _check_init_from(config: ml_collections.ConfigDict, composer: Composer) -> None:
+    """Raises ConfigError for official:PATH of a method that has no such, and for a workdir that no
+    stage continues."""
+    field = f"config.init_from={config.init_from!r}"
+    names = stage_names(config)
+    if official.given(config.init_from):
+        official.check_known(composer, field)
+    elif config.init_from and not any(config.stage[name].after for name in names):
+        raise ConfigError(f"{field}: none of the stages {', '.join(names)} continues another one.")
+
+
+def _check_export_to(config: ml_collections.ConfigDict, composer: Composer) -> None:
+    """Raises ConfigError or WeightsError for what cannot be written there, before it is trained."""
+    field = f"config.export_to={config.export_to!r}"
+    if target := shared.given(config.export_to):
+        shared.check(config, target)
+    elif config.export_to:
+        path = local(config.export_to, "config.export_to")
+        if composer.pretrained_backbone:
+            official.check_known(composer, field)
+            if composer.exports_by_torch(path):
+                check_torch(field)
 
 
 def frozen_rules(config: ml_collections.ConfigDict) -> placement.Rules:

@@ -19,7 +19,7 @@ from cir_jax.evaluation.runner import trained_params
 from cir_jax.experiment import Experiment
 from cir_jax.retrieval.search import Searcher
 from cir_jax.storage.buckets import is_remote, place
-from cir_jax.storage.places import SHIPPED
+from cir_jax.storage.places import SHIPPED, is_hub_id
 from cir_jax.training import workdir as workdirs
 from cir_jax.weights import files, hub
 
@@ -158,7 +158,19 @@ def is_one_for_others(what: str | Path) -> bool:
     path = Path(what).expanduser()
     if path.exists():
         return hub.is_one(path)
-    return not _is_method(what) and files.is_hub_id(str(what))
+    return not _is_method(what) and is_hub_id(str(what))
+
+
+def to_fetch(what: str | Path, backbone: str | Path | None = None) -> dict[str, str]:
+    """Name -> how much of it comes from the hub, "605 MB", before `load` has it: of this backbone,
+    and of a composer as others get it and its own. Raises as `weights.hub.located`."""
+    names, sizes = [str(backbone)] if backbone else [], {}
+    if is_one_for_others(what):
+        sizes[str(what)], about = hub.to_fetch(what)
+        if not names and not about["backbone"].get("included"):
+            names = str(about["experiment"].get("backbone", "")).split("+")
+    sizes |= {name: files.to_fetch(name) for name in names}
+    return {name: size for name, size in sizes.items() if size}
 
 
 def read_shared(what: str | Path, revision: str | None = None) -> ConfigDict:

@@ -1,6 +1,6 @@
 """Flags of the binaries, and errors shown as one message instead of a traceback."""
 
-import re
+import logging
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -101,6 +101,8 @@ def _guarded(main: Callable[[], None], needs_config: bool) -> None:
     from cir_jax.training.loop import Preempted
 
     absl_logging.set_verbosity(absl_logging.WARNING)
+    # it prints its warnings itself, and absl's root logger would, too
+    logging.getLogger("huggingface_hub").propagate = False
     if needs_config and CONFIG.value is None:
         raise ConfigError("--config is missing: --config=experiments/NAME.py[:PRESET].")
     try:
@@ -157,7 +159,7 @@ def _is_shared(value: str) -> bool:
     path = Path(value).expanduser()
     if path.suffix == ".py" or path.parent.name == "experiments":
         return False
-    return path.is_dir() or re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", value) is not None
+    return path.is_dir() or places.is_hub_id(value)
 
 
 def _configs(argv: list[str]) -> list[tuple[int, str]]:

@@ -26,7 +26,8 @@ LARGE = ".safetensors"
 
 
 class Hub:
-    """What is on it. repos: name -> branch -> commits, the newest last: (id, {path: bytes})."""
+    """What is on it. repos: name -> branch -> commits, the newest last: (id, {path: bytes}).
+    warns: of each request, by its number, which a client prints."""
 
     def __init__(self) -> None:
         self.repos: dict[str, dict[str, list[tuple[str, dict[str, bytes]]]]] = {}
@@ -34,6 +35,7 @@ class Hub:
         self.gated: set[str] = set()
         self.large: dict[str, bytes] = {}
         self.asked: list[str] = []
+        self.warns = False
         self.url = ""
 
     def put(self, name: str, files: dict[str, bytes], branch: str = "main") -> str:
@@ -60,7 +62,7 @@ def running() -> Iterator[Hub]:
     handler = type("Handler", (_Handler,), {"hub": hub})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     hub.url = f"http://127.0.0.1:{server.server_port}"
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
     thread.start()
     try:
         yield hub
@@ -129,7 +131,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _send(self, content: bytes, status: int = 200, **headers: str) -> None:
         self.send_response(status)
-        for name, value in ({"Content_Length": str(len(content))} | headers).items():
+        number = len(self.hub.asked)
+        also = {"X_HF_Warning": f"{number}; warning {number}."} if self.hub.warns else {}
+        for name, value in ({"Content_Length": str(len(content))} | also | headers).items():
             self.send_header(name.replace("_", "-"), value)
         self.end_headers()
         if self.command != "HEAD":

@@ -25,6 +25,7 @@ from cir_jax.composers.base import Composer
 from cir_jax.errors import ConfigError, WeightsError
 from cir_jax.models.backbone import Backbone
 from cir_jax.storage.buckets import local
+from cir_jax.storage.places import is_hub_id
 from cir_jax.weights import convert, files, hub
 
 FLAG = "hub:"
@@ -33,13 +34,15 @@ HERE = {
     "data_dir": "",
     "export_to": "",
     "init_from": "",
-    "workers": 0,
-    "mesh": {"data": -1},
+    "workers": -1,
+    "threads": 0,
+    "prefetch": 0,
+    "mesh": {"data": -1, "fsdp": 1, "tensor": 1},
     "frozen": "split",
     "image_size": 0,
 }
-"""Fields of a config that are of a machine and not of a composer, as others get them; an included
-backbone has its size already."""
+"""Fields of a config that are of a machine and not of a composer, as others get them: as a new
+experiment has them. An included backbone has its size already."""
 
 
 def given(value: str) -> str:
@@ -54,7 +57,7 @@ def given(value: str) -> str:
     return name
 
 
-def check(config: ml_collections.ConfigDict, target: Path | None = None) -> None:
+def check(config: ml_collections.ConfigDict, target: str | Path) -> None:
     """Raises ConfigError or WeightsError when the composer of a config cannot be given to others,
     or `target` holds something else than one."""
     settings = config.composer.to_dict()
@@ -65,14 +68,13 @@ def check(config: ml_collections.ConfigDict, target: Path | None = None) -> None
         )
     composers.for_others(settings)
     weights.hub_ids(config.backbone)
-    if target is not None:
-        target = local(target, "config.export_to")
-        free = not target.exists() or (target.is_dir() and not any(target.iterdir()))
-        if not free and not (target.is_dir() and hub.is_one(target)):
-            raise ConfigError(
-                f"{target}: there is something else than a composer of cir_jax. Choose another "
-                "directory: all that is in it would be replaced."
-            )
+    target = local(target, "config.export_to")
+    free = not target.exists() or (target.is_dir() and not any(target.iterdir()))
+    if not free and not (target.is_dir() and hub.is_one(target)):
+        raise ConfigError(
+            f"{target}: there is something else than a composer of cir_jax. Choose another "
+            "directory: all that is in it would be replaced."
+        )
 
 
 def write(
@@ -86,9 +88,9 @@ def write(
     """Writes all but the card and the digests into `directory`, which is empty.
 
     params: trained, {} of a training-free method. backbone_params: before any tuning; both on the
-    host. made: what is known of how it was made, for people. Raises as `check`.
+    host. made: what is known of how it was made, for people. Raises as `weights.hub_ids`, and for a
+    backbone that others would not get as it is.
     """
-    check(config)
     backbone, name = composer.backbone, config.composer.name
     about: dict[str, Any] = {"weights_id": backbone.weights_id, "included": ""}
     if not weights.hub_ids(config.backbone):
@@ -105,7 +107,6 @@ def write(
             directory / hub.TENSORS,
             metadata={"format": "np", "library_name": hub.LIBRARY},
         )
-        (directory / hub.TENSORS).chmod(0o644)  # written for its owner alone
     content = {
         "library_name": hub.LIBRARY,
         "format": hub.FORMAT,
@@ -167,7 +168,8 @@ def read_config(directory: Path) -> dict[str, Any]:
         raise WeightsError(f"{directory / hub.CONFIG}: its experiment names no composer.")
     if included := about["backbone"].get("included"):
         values["backbone"] = str(directory / hub.BACKBONE / included)
-    elif not _are_hub_ids(str(values.get("backbone", ""))):
+    # by their form: what a stranger's config names is not looked for on this machine
+    elif not all(map(is_hub_id, str(values.get("backbone", "")).split("+"))):
         raise WeightsError(
             f"{directory / hub.CONFIG}: backbone {values.get('backbone')!r} is neither included "
             "nor a hub id. Ask who made it."
@@ -176,11 +178,6 @@ def read_config(directory: Path) -> dict[str, Any]:
     places = {key: str(folder / name) if name else "" for key, name in about["files"].items()}
     values["composer"] = settings | places
     return values | {"init_from": f"{FLAG}{directory}"}
-
-
-def _are_hub_ids(name: str) -> bool:
-    """By their form: what a stranger's config names is not looked for on this machine."""
-    return all(re.fullmatch(r"[\w.-]+/[\w.-]+", part) for part in name.split("+"))
 
 
 def check_backbone(directory: Path, backbone: Backbone) -> None:

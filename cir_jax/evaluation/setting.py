@@ -55,15 +55,23 @@ def of(
         "data": benchmark.data,
         "protocol": protocol.id,
         **shown,
+        **of_composer(composer),
+        "trained": "",
+        "seed": seed,
+        "ties": TIES,
+        **({"asked": identity} if identity else {}),
+    }
+
+
+def of_composer(composer: Composer) -> dict[str, Any]:
+    """The part of a setting that belongs to the composer, whatever it is evaluated on."""
+    backbone = composer.backbone
+    return {
         "preprocessing": repr(backbone.image_transform),
         "dtype": backbone.dtype.name,
         "weights_id": backbone.weights_id,
         "method": dict(composer.settings) or {"name": type(composer).__name__},
         "beside": dict(composer.contents()),
-        "trained": "",
-        "seed": seed,
-        "ties": TIES,
-        **({"asked": identity} if identity else {}),
     }
 
 

@@ -1,23 +1,22 @@
 """From what was trained to the directory that others get: weights, config, card, digests."""
 
-import contextlib
 import hashlib
 import json
-import shutil
 import subprocess
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
+from safetensors import SafetensorError
 
 from cir_jax.composers import shared
+from cir_jax.composers.base import Composer
 from cir_jax.errors import DataError
-from cir_jax.evaluation import card, report, runner
+from cir_jax.evaluation import card, report, runner, setting
 from cir_jax.experiment import Experiment, for_evaluation
 from cir_jax.sharding.placement import to_host
 from cir_jax.storage import digests, faults
+from cir_jax.storage.atomic import new_directory
 from cir_jax.storage.places import SHIPPED
 from cir_jax.weights import hub
 
@@ -48,34 +47,39 @@ def write(experiment: Experiment, workdir: Path | None, target: Path) -> None:
     )
     if jax.process_index() != 0:
         return
-    with _replacing(target) as scratch:
-        made = _made(config, trained)
-        shared.write(scratch, config, experiment.composer, params, backbone, made)
-        about = hub.read(scratch)
-        results: list[dict[str, Any]] = []
-        if workdir is not None:
-            composer = experiment.composer
-            setting = {
-                "method": json.loads(json.dumps(dict(composer.settings))),
-                "trained": about["trained"],
-                "weights_id": composer.backbone.weights_id,
-                "preprocessing": repr(composer.backbone.image_transform),
-                "dtype": composer.backbone.dtype.name,
-            }
-            results, others = card.own_results(workdir / "results.json", setting)
-            if others:
-                print(
-                    f"{workdir / 'results.json'}: {others} of its results are of other weights or "
-                    "settings, or of incomplete data, so the card is without them. Evaluate again "
-                    "for its numbers."
-                )
-        digests.add(scratch)
-        (scratch / hub.CARD).write_text(card.text(about, results), encoding="utf-8")
+    try:
+        with new_directory(target, whole=True) as scratch:
+            made = _made(experiment, trained)
+            shared.write(scratch, config, experiment.composer, params, backbone, made)
+            about = hub.read(scratch)
+            results = _results(experiment.composer, about["trained"], workdir)
+            digests.add(scratch)
+            (scratch / hub.CARD).write_text(card.text(about, results), encoding="utf-8")
+    except (OSError, SafetensorError) as error:
+        raise DataError(
+            f"{target}: cannot be written ({faults.cause(error)}). Make room, or choose another "
+            "directory."
+        ) from error
 
 
-def _made(config: Any, trained: runner.Trained) -> dict[str, Any]:
+def _results(composer: Composer, trained: str, workdir: Path | None) -> list[dict[str, Any]]:
+    """Those of the workdir that are of this composer; how many are not is printed."""
+    if workdir is None:
+        return []
+    own = setting.of_composer(composer) | {"trained": trained}
+    file = workdir / "results.json"
+    results, others = card.own_results(file, json.loads(json.dumps(own)))
+    if others:
+        print(
+            f"{file}: {others} of its results are of other weights or settings, or of incomplete "
+            "data, so the card is without them. Evaluate again for its numbers."
+        )
+    return results
+
+
+def _made(experiment: Experiment, trained: runner.Trained) -> dict[str, Any]:
     """What is known of how it was made, without names of this machine's folders."""
-    position = trained.position
+    config, position = experiment.config, trained.position
     made: dict[str, Any] = {
         "cir_jax": report.version("cir_jax"),
         "preset": config.get("preset", ""),
@@ -91,7 +95,9 @@ def _made(config: Any, trained: runner.Trained) -> dict[str, Any]:
             }
             for name, contents in position.get("tables", {}).items()
         }
-    if config.init_from:
+    if experiment.begins_with and (cached := hub.of_cache(experiment.begins_with)):
+        made["init_from"] = " at ".join(cached)
+    elif config.init_from:
         made["init_from"] = config.init_from.replace("\\", "/").rpartition("/")[2]
     return made
 
@@ -115,24 +121,3 @@ def _commit() -> str:
         return git("rev-parse", "--short=12", "HEAD") + "+" * bool(changed)
     except (OSError, subprocess.CalledProcessError):
         return ""
-
-
-@contextlib.contextmanager
-def _replacing(target: Path) -> Iterator[Path]:
-    """An empty directory that takes the place of `target` at the end, or vanishes on an error."""
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-        try:
-            yield scratch
-            scratch.chmod(0o755)
-            if target.exists():
-                shutil.rmtree(target)
-            scratch.rename(target)
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
-    except OSError as error:
-        raise DataError(
-            f"{target}: cannot be written ({faults.cause(error)}). Make room, or choose another "
-            "directory."
-        ) from error

@@ -8,6 +8,7 @@ Results alone go to stdout, all else to stderr. Exit status: 0 found, 1 nothing,
 import argparse
 import contextlib
 import json
+import logging
 import os
 import signal
 import socket
@@ -23,7 +24,7 @@ from cir_jax.library import push as pushing
 from cir_jax.library.annotate import command as annotating
 from cir_jax.library.serve import command as serving
 from cir_jax.storage import faults
-from cir_jax.storage.places import SHIPPED, default_compiled_dir
+from cir_jax.storage.places import SHIPPED, default_compiled_dir, is_hub_id
 
 if TYPE_CHECKING:
     from cir_jax.library.indexes.ladder import Checked
@@ -40,6 +41,8 @@ FOUND, NOTHING, ERROR = 0, 1, 2
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit status."""
     args = _parser().parse_args(argv)
+    # it prints its warnings itself, and Orbax's import makes the root logger print them, too
+    logging.getLogger("huggingface_hub").propagate = False
     try:
         status = args.run(args)
         sys.stdout.flush()
@@ -261,7 +264,6 @@ def _load(args: argparse.Namespace, method: str, weights: str | None) -> "Search
 
     check_name(args.index)
     backbone = _backbone(args, method)
-    _say_what_is_fetched(backbone)
     import jax
 
     from cir_jax import loading
@@ -269,6 +271,8 @@ def _load(args: argparse.Namespace, method: str, weights: str | None) -> "Search
     if not jax.config.jax_compilation_cache_dir:  # $JAX_COMPILATION_CACHE_DIR
         jax.config.update("jax_compilation_cache_dir", str(default_compiled_dir()))
     try:
+        for name, size in loading.to_fetch(method, backbone).items():
+            _say(f"{name} is not here yet: it comes from the Hugging Face hub, once ({size}).")
         with contextlib.redirect_stdout(sys.stderr):  # which weights, and how far they are trained
             return loading.load(method, backbone=backbone, weights=weights)
     except WeightsError as error:
@@ -286,19 +290,10 @@ def _backbone(args: argparse.Namespace, method: str) -> str | None:
     """None = as the preset, the workdir or the shared composer says."""
     if args.backbone or args.demo:
         return args.backbone or DEMO["backbone"]
-    from cir_jax.weights.files import is_hub_id
-
     folder = Path(method).expanduser()
     trained = (folder / "config.json").is_file() or (is_hub_id(method) and not folder.exists())
     own = trained or ":" in method or method.endswith(".py")
     return None if own else BACKBONE
-
-
-def _say_what_is_fetched(name: str | None) -> None:
-    from cir_jax.weights import files
-
-    if name and (size := files.to_fetch(name)):
-        _say(f"{name} is not here yet: it comes from the Hugging Face hub, once ({size}).")
 
 
 def _freshen(library: "Library", max_megapixels: float | None) -> None:

@@ -14,7 +14,6 @@ from cir_jax.errors import CirError, ConfigError, WeightsError
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd, HfApi
-    from huggingface_hub.hf_api import ModelInfo
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -40,17 +39,16 @@ def push(args: argparse.Namespace) -> str:
 
     _check_name(args.name)
     api = HfApi(library_name="cir_jax")
-    there = None
     if not args.dry_run:  # before minutes of work
         with _explained(args.name):
             api.whoami()
-            there = _there(api, args)
+            new = _is_new(api, args)
     with _directory(args) as directory:
         operations = _files(directory, args)
         if args.dry_run:
             return _plan(args, operations)
         with _explained(args.name):
-            return _send(api, args, operations, there)
+            return _send(api, args, operations, new)
 
 
 def _check_name(name: str) -> None:
@@ -65,8 +63,9 @@ def _check_name(name: str) -> None:
         raise ConfigError(f"{name!r}: give ORG/NAME, your name or your organisation's before it.")
 
 
-def _there(api: "HfApi", args: argparse.Namespace) -> "ModelInfo | None":
-    """The repository of that name, None where there is none that can be seen."""
+def _is_new(api: "HfApi", args: argparse.Namespace) -> bool:
+    """Whether there is no repository of that name, or none that can be seen. Raises ConfigError for
+    one that is not to be written to, WeightsError when that cannot be found out."""
     from huggingface_hub.errors import RepositoryNotFoundError
 
     from cir_jax.weights import hub
@@ -74,21 +73,26 @@ def _there(api: "HfApi", args: argparse.Namespace) -> "ModelInfo | None":
     try:
         found = api.model_info(args.name)
     except RepositoryNotFoundError:
-        return None
+        return True
     if args.private and not found.private:
         raise ConfigError(
             f"{args.name} is there and public, so --private would hide nothing. Change that in its "
             "settings on the hub, or choose another name."
         )
-    if {file.rfilename for file in found.siblings or []} - {".gitattributes", hub.CARD}:
-        try:
-            hub.read(hub.fetch(args.name, hub.CONFIG).parent)
-        except WeightsError as error:
-            raise ConfigError(
-                f"{args.name} holds something else than a composer of cir_jax, or one of a newer "
-                f"version ({error}) Choose another name."
-            ) from error
-    return found
+    names = {file.rfilename for file in found.siblings or []} - {".gitattributes", hub.CARD}
+    if not names:
+        return False
+    other = f"{args.name} holds something else than a composer of cir_jax"
+    if hub.CONFIG not in names:
+        raise ConfigError(f"{other}: there is no {hub.CONFIG}. Choose another name.")
+    directory = hub.fetch(args.name, hub.CONFIG).parent
+    try:
+        hub.read(directory)
+    except WeightsError as error:
+        raise ConfigError(
+            f"{other}, or one of a newer version ({error}) Choose another name."
+        ) from error
+    return False
 
 
 @contextlib.contextmanager
@@ -154,13 +158,13 @@ def _send(
     api: "HfApi",
     args: argparse.Namespace,
     operations: "list[CommitOperationAdd]",
-    there: "ModelInfo | None",
+    new: bool,
 ) -> str:
     from huggingface_hub import CommitOperationDelete, constants
 
     from cir_jax.weights import hub
 
-    if there is None:
+    if new:
         api.create_repo(args.name, private=args.private or None)
     branch = args.revision
     if branch:

@@ -20,7 +20,6 @@ import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
-from urllib.parse import quote
 
 import numpy as np
 
@@ -30,9 +29,6 @@ from cir_jax.storage import databases
 from cir_jax.storage.databases import transaction
 from cir_jax.storage.locks import locked
 from cir_jax.storage.places import LIBRARY_VARIABLE
-
-PATIENCE = 30.0
-"""Seconds that a transaction waits for another process's."""
 
 ROWS = 2048
 """Vectors that are read at once."""
@@ -121,22 +117,17 @@ class Store:
         elif not (os.access(self.path, os.W_OK) and os.access(self.path.parent, os.W_OK)):
             self.reads_only = f"{self.path} cannot be written"
             return self._opened_to_read()
-        db = self._connect(f"file:{quote(str(self.path))}")
+        db = databases.connect(self.path)
         db.execute("PRAGMA synchronous = NORMAL")  # whole after a power cut, if a batch behind
         return self._checked(db, databases.prepare(db, KIND))
 
     def _opened_to_read(self) -> sqlite3.Connection:
         try:
-            db = self._connect(f"file:{quote(str(self.path))}?mode=ro")
+            db = databases.connect(self.path, "mode=ro")
             db.execute("SELECT count(*) FROM sqlite_master").fetchone()
         except sqlite3.OperationalError:  # no room for the files beside it: then nobody writes
-            db = self._connect(f"file:{quote(str(self.path))}?immutable=1")
+            db = databases.connect(self.path, "immutable=1")
         return self._checked(db, databases.version_of(db, KIND))
-
-    def _connect(self, uri: str) -> sqlite3.Connection:
-        return sqlite3.connect(
-            uri, uri=True, timeout=PATIENCE, isolation_level=None, check_same_thread=False
-        )
 
     def _checked(self, db: sqlite3.Connection, version: int) -> sqlite3.Connection:
         if version == KIND.version:
@@ -165,7 +156,7 @@ class Store:
             if "full" in said:
                 todo = "Free some space; what was indexed so far is kept."
             elif "locked" in said or "busy" in said:
-                todo = f"Another process has been writing for {PATIENCE:g} s. Try again."
+                todo = f"Another process has been writing for {databases.PATIENCE:g} s. Try again."
             elif "readonly" in said or "unable to open" in said or "disk I/O" in said:
                 todo = "Look after the disk, or give another --store."
             else:

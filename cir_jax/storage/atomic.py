@@ -61,16 +61,25 @@ def appearing(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def new_directory(path: Path) -> Iterator[Path]:
-    """A scratch directory that takes the place of `path` at the end, or vanishes on an error."""
+def new_directory(path: Path, whole: bool = False) -> Iterator[Path]:
+    """A scratch directory that takes the place of `path` at the end, or vanishes on an error.
+
+    whole: of all that is in `path`; else other people's files in it stay. Raises OSError.
+    """
+    path = path.resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
         yield scratch
         os.chmod(scratch, 0o755)
-        for file in scratch.iterdir():  # some writers make files that only their owner may read
-            os.chmod(file, 0o644)
-        if path.exists():  # other people's files in it stay
+        for file in scratch.rglob("*"):  # some writers make files that only their owner may read
+            os.chmod(file, 0o755 if file.is_dir() else 0o644)
+        if whole and path.exists():  # never half of the old: it would be no longer known as ours
+            before = scratch.with_name(f"{scratch.name}.before")
+            os.replace(path, before)
+            os.replace(scratch, path)
+            shutil.rmtree(before, ignore_errors=True)
+        elif path.exists():
             for file in scratch.iterdir():
                 os.replace(file, path / file.name)
             scratch.rmdir()

@@ -4,7 +4,12 @@ import contextlib
 import sqlite3
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import quote
+
+PATIENCE = 30.0
+"""Seconds that a transaction waits for another process's."""
 
 
 class Kind(NamedTuple):
@@ -17,11 +22,20 @@ class Kind(NamedTuple):
     page: int = 4096
 
 
+def connect(path: Path, how: str = "") -> sqlite3.Connection:
+    """A connection that `prepare` and `transaction` take, of any thread. how: to open the file, as
+    SQLite's URIs say it, "mode=ro". Raises sqlite3.Error."""
+    return sqlite3.connect(
+        f"file:{quote(str(path))}?{how}",
+        uri=True, timeout=PATIENCE, isolation_level=None, check_same_thread=False,
+    )  # fmt: skip
+
+
 def prepare(db: sqlite3.Connection, kind: Kind) -> int:
     """Makes the tables of an empty database. The version found, 0 = it is of another program; what
     is not of this kind and version is not touched.
 
-    db: with `isolation_level` None. Raises sqlite3.Error.
+    db: as `connect` gives it. Raises sqlite3.Error.
     """
     if _is_empty(db):
         db.execute(f"PRAGMA page_size = {kind.page}")
@@ -67,7 +81,7 @@ def _is_empty(db: sqlite3.Connection) -> bool:
 def transaction(db: sqlite3.Connection) -> Iterator[sqlite3.Connection]:
     """What is done in it is done whole or not at all; waits until no other process writes.
 
-    db: with `isolation_level` None. Raises sqlite3.Error.
+    db: as `connect` gives it. Raises sqlite3.Error.
     """
     db.execute("BEGIN IMMEDIATE")
     try:

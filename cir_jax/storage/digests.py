@@ -68,11 +68,11 @@ def damage(
     return found
 
 
-def listed(directory: Path) -> list[str] | None:
-    """Names of the files that have a digest; None without digests. Raises ValueError when the
-    digests themselves are damaged."""
+def listed(directory: Path) -> dict[str, int] | None:
+    """Name -> bytes of the files that have a digest; None without digests. Raises ValueError when
+    the digests themselves are damaged."""
     stored = _stored(directory)
-    return None if stored is None else list(stored)
+    return None if stored is None else {name: size for name, (size, _) in stored.items()}
 
 
 def _names(directory: Path) -> list[str]:

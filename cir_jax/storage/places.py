@@ -1,6 +1,7 @@
 """Where files lie: cache, prepared data, and what comes with the library."""
 
 import os
+import re
 from pathlib import Path
 
 from cir_jax.storage.buckets import local, place
@@ -48,6 +49,11 @@ def default_library_dir() -> Path:
         if value
         else Path.home() / ".cache" / "cir_jax" / "libraries"
     )
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name has the form of a repository's on the Hugging Face hub, ORG/NAME."""
+    return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) is not None
 
 
 def places(name_or_path: str | Path) -> tuple[Path, Path]:

@@ -19,7 +19,6 @@ from cir_jax.training.checkpoints import load_scored
 from cir_jax.training.inputs import make_pipeline
 from cir_jax.training.loop import Stage, Trainer, check_weights, describe
 from cir_jax.training.scores import Scorer
-from cir_jax.weights import hub
 
 
 def train(
@@ -138,8 +137,8 @@ def given_params(experiment: Experiment) -> Any:
 
     The first training stage starts from them.
     """
-    if name := shared.given(experiment.config.init_from):
-        params = shared.load(experiment.composer, hub.located(name))
+    if experiment.begins_with:
+        params = shared.load(experiment.composer, experiment.begins_with)
         return placement.place(experiment.mesh, params)
     paths = official.given(experiment.config.init_from)
     if not paths:

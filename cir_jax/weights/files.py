@@ -1,4 +1,4 @@
-"""Where weights come from: directories, files, hub ids; and directories written whole or not."""
+"""Where weights come from: directories, files, hub ids."""
 
 import contextlib
 import dataclasses
@@ -13,7 +13,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from cir_jax.errors import WeightsError
-from cir_jax.storage.places import places
+from cir_jax.storage.places import is_hub_id, places
 from cir_jax.weights import kinds, shards, torch_files
 from cir_jax.weights.convert import flatten
 from cir_jax.weights.torch_files import Lazy
@@ -193,12 +193,12 @@ def to_fetch(name: str) -> str:
         return "of a size that the hub alone knows"
     sizes = {file.rfilename: file.size for file in found if file.size}
     size = next((sizes[file] for file in names if file in sizes), 0)
-    return f"{size / 1e6:,.0f} MB" if size else "of a size that the hub does not say"
+    return megabytes(size) if size else "of a size that the hub does not say"
 
 
-def is_hub_id(name: str) -> bool:
-    """Whether a name has the form of one, ORG/NAME."""
-    return name.count("/") == 1 and not name.startswith((".", "/", "~"))
+def megabytes(size: int) -> str:
+    """Bytes in words, at least 1 MB."""
+    return f"{max(size / 1e6, 1):,.0f} MB"
 
 
 def read_tensors(path: Path) -> Mapping[str, np.ndarray]:

@@ -58,7 +58,7 @@ def located(name_or_path: str | Path, revision: str | None = None) -> Path:
     that says what to do when there is no such repository, nothing can be fetched, or it is of
     another library or a newer version.
     """
-    given = local(name_or_path, "a composer")
+    given = local(name_or_path, "config.init_from")  # others look first
     if not given.is_dir():
         return _download(str(name_or_path), revision)
     if revision is not None:
@@ -71,11 +71,19 @@ def located(name_or_path: str | Path, revision: str | None = None) -> Path:
 
 def _remedy(directory: Path) -> str:
     """How a directory is got again."""
+    if (cached := of_cache(directory)) is None:
+        return "Copy it again"
+    hub_id, commit = cached
+    return f"`hf download {hub_id} --revision {commit} --force-download`"
+
+
+def of_cache(directory: Path) -> tuple[str, str] | None:
+    """Hub id and commit of what was fetched; None = that is another directory."""
     folder = directory.parent.parent.name
     if directory.parent.name != "snapshots" or not folder.startswith("models--"):
-        return "Copy it again"
-    hub_id = folder.removeprefix("models--").replace("--", "/", 1)  # no name of the hub has two
-    return f"`hf download {hub_id} --revision {directory.name} --force-download`"
+        return None
+    # no name of the hub has two
+    return folder.removeprefix("models--").replace("--", "/", 1), directory.name
 
 
 def is_one(directory: Path) -> bool:
@@ -94,6 +102,11 @@ def read(directory: Path) -> dict[str, Any]:
 
 
 def _check_config(values: Mapping[str, Any], what: str) -> None:
+    if isinstance(values.get("composer"), Mapping):
+        raise WeightsError(
+            f"{what}: of a workdir of launch/main.py, which is given as --workdir, with the "
+            "--config that it was begun with. --config.export_to=hub:DIR writes a composer of it."
+        )
     if values.get("library_name") != LIBRARY:
         kind = values.get("model_type") or values.get("library_name")
         is_kind = f"the config of a {kind!r}" if kind else "another library's"
@@ -121,77 +134,104 @@ def _needed(directory: Path) -> list[str]:
     return [*needed, *(f"{FILES}/{name}" for name in values["files"].values())]
 
 
-def _listed(directory: Path) -> list[str]:
-    """Names in its digests. Raises WeightsError for such as lead out of the directory."""
+def _listed(directory: Path) -> dict[str, int]:
+    """Name -> bytes of the files in its digests. Raises WeightsError for names that lead out of the
+    directory."""
     try:
-        names = digests.listed(directory)
+        sizes = digests.listed(directory)
     except ValueError as error:
         raise WeightsError(
             f"{directory / digests.NAME}: damaged ({error}). Get it again."
         ) from error
-    if names is None:
+    if sizes is None:
         raise WeightsError(
             f"{directory}: no {digests.NAME}, so nothing says whether this is all of a composer. "
             "Get the whole directory again."
         )
-    for name in names:
+    for name in sizes:
         path = PurePosixPath(name)
         if path.is_absolute() or ".." in path.parts or "\\" in name or path.drive:
             raise WeightsError(f"{directory / digests.NAME}: {name!r} leads out of the directory.")
-    return names
+    return sizes
+
+
+def to_fetch(name_or_path: str | Path) -> tuple[str, dict[str, Any]]:
+    """How much `located` would fetch, in the words of `files.to_fetch`, and the config.json. What
+    tells it, a few KB, is fetched. Raises as `located`."""
+    given = Path(name_or_path).expanduser()
+    if given.is_dir():
+        return "", read(given)
+    directory = _of_commit(str(name_or_path), None)
+    size = sum(n for name, n in _listed(directory).items() if not (directory / name).is_file())
+    return files.megabytes(size) if size else "", read(directory)
 
 
 def _download(hub_id: str, revision: str | None) -> Path:
     """The repository's files in the cache, all of one commit, whatever is pushed meanwhile."""
-    directory = fetch(hub_id, CONFIG, revision).parent
-    read(directory)
-    fetch(hub_id, digests.NAME, directory.name)  # the commit is what the cache calls it
+    directory = _of_commit(hub_id, revision)
     for name in _listed(directory):
         fetch(hub_id, name, directory.name)
     return directory
 
 
+def _of_commit(hub_id: str, revision: str | None) -> Path:
+    """The directory of a commit in the cache, which is called as the commit is, with the files that
+    say what belongs to it."""
+    directory = fetch(hub_id, CONFIG, revision).parent
+    read(directory)
+    fetch(hub_id, digests.NAME, directory.name)
+    return directory
+
+
 def fetch(hub_id: str, name: str, revision: str | None = None) -> Path:
     """A file of a hub repository, in the cache. Raises WeightsError, see `located`."""
-    from huggingface_hub import constants, errors, hf_hub_download
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(hub_id, name, revision=revision))
+    except Exception as error:
+        if said := _said(error, hub_id, name, revision):
+            raise WeightsError(said) from error
+        raise
+
+
+def _said(error: Exception, hub_id: str, name: str, revision: str | None) -> str:
+    """What kept a file from being fetched, and what to do; "" = a mistake of a program."""
+    from huggingface_hub import constants, errors
 
     at = f" at revision {revision!r}" if revision else ""
     login = "with HF_TOKEN set, or after `hf auth login`"
-    try:
-        return Path(hf_hub_download(hub_id, name, revision=revision))
-    except errors.HFValidationError as error:
-        raise WeightsError(
-            f"{hub_id!r}: neither a directory here nor a name on the hub, ORG/NAME ({error})."
-        ) from error
-    except errors.GatedRepoError as error:
-        raise WeightsError(
-            f"{hub_id}: its owner wants to know who gets it. Ask at "
-            f"{constants.ENDPOINT}/{hub_id}, then do this again {login}."
-        ) from error
-    except errors.RevisionNotFoundError as error:
-        raise WeightsError(f"{hub_id}: there is no revision {revision!r}.") from error
-    except errors.RepositoryNotFoundError as error:
-        raise WeightsError(
-            f"{hub_id}: no such directory here, and no such repository on {constants.ENDPOINT}. "
-            f"Correct the name; a private one is seen only {login}."
-        ) from error
-    except errors.LocalEntryNotFoundError as error:
-        flag = f" --revision {revision}" if revision else ""
-        raise WeightsError(
-            f"{hub_id}{at}: {name} is not here, and the hub was not reached "
-            f"({faults.cause(error)}). Where there is a network: `hf download "
-            f"{hub_id}{flag}`, or with `--local-dir DIR`, and give DIR."
-        ) from error
-    except errors.EntryNotFoundError as error:
-        raise WeightsError(
-            f"{hub_id}{at}: has no {name}, so it is no composer of cir_jax, or not all of one."
-        ) from error
-    except Exception as error:
-        if not (isinstance(error, OSError) or is_of_network(error)):
-            raise
-        raise WeightsError(
-            f"{hub_id}/{name}: download failed ({faults.cause(error)}). Try again."
-        ) from error
+    match error:
+        case errors.HFValidationError():
+            return (
+                f"{hub_id!r}: neither a directory here nor a name on the hub, ORG/NAME ({error})."
+            )
+        case errors.GatedRepoError():
+            return (
+                f"{hub_id}: its owner wants to know who gets it. Ask at "
+                f"{constants.ENDPOINT}/{hub_id}, then do this again {login}."
+            )
+        case errors.RevisionNotFoundError():
+            return f"{hub_id}: there is no revision {revision!r}."
+        case errors.RepositoryNotFoundError():
+            return (
+                f"{hub_id}: no such directory here, and no such repository on "
+                f"{constants.ENDPOINT}. Correct the name; a private one is seen only {login}."
+            )
+        case errors.LocalEntryNotFoundError():
+            flag = f" --revision {revision}" if revision else ""
+            return (
+                f"{hub_id}{at}: {name} is not here, and the hub was not reached "
+                f"({faults.cause(error)}). Where there is a network: `hf download "
+                f"{hub_id}{flag}`, or with `--local-dir DIR`, and give DIR."
+            )
+        case errors.EntryNotFoundError():
+            return (
+                f"{hub_id}{at}: has no {name}, so it is no composer of cir_jax, or not all of one."
+            )
+    if isinstance(error, OSError) or is_of_network(error):
+        return f"{hub_id}/{name}: download failed ({faults.cause(error)}). Try again."
+    return ""
 
 
 def is_of_network(error: BaseException) -> bool:

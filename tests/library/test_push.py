@@ -3,6 +3,7 @@ machine."""
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -13,10 +14,12 @@ from huggingface_hub import ModelCard, constants
 from PIL import Image
 
 import cir_jax
+from cir_jax import experiment as experiments
 from cir_jax import loading, weights
 from cir_jax.errors import ConfigError, WeightsError
-from cir_jax.evaluation import sharing
+from cir_jax.evaluation import runner, sharing
 from cir_jax.library import cli
+from cir_jax.training import stages
 from cir_jax.weights import hub as directories
 from launch import common
 from tests import hub_server
@@ -98,11 +101,10 @@ def test_pushed_again_and_to_a_branch(hub, shared, push, capsys):
     assert len(hub.repos["me/mine"]["next"]) == 2  # the branch, and one commit
     assert set(stale) & set(files_of(hub, "me/mine", "next")) == {"notes.txt"}
     assert push(shared / "image_text", "me/mine", "--revision", "next")[0] == 0
-    names = {
-        revision: type(cir_jax.load("me/mine", revision=revision).composer).__name__
-        for revision in (None, "next", first)
-    }
-    assert names == {None: "Slerp", "next": "ImageText", first: "Slerp"}
+    names = [loading.read_shared("me/mine", x).composer.name for x in (None, "next", first)]
+    assert names == ["slerp", "image_text", "slerp"]
+    loaded = cir_jax.load("me/mine", revision="next")
+    assert type(loaded.composer).__name__ == "ImageText"
     with pytest.raises(WeightsError, match="me/mine: there is no revision 'nxt'"):
         cir_jax.load("me/mine", revision="nxt")
     with pytest.raises(ConfigError, match="of ORG/NAME on the hub, not of slerp"):
@@ -117,7 +119,7 @@ def test_a_method_and_private_ones(hub, shared, push):
     status, out, _ = push("slerp", "me/quiet", "--private", "--backbone", shared / "toy")
     assert status == 0 and "me/quiet" in hub.private
     assert cir_jax.load("me/quiet").composer.backbone.weights_id.startswith("toy@")
-    assert push("slerp", "me/quiet", "--private", "--backbone", shared / "toy")[0] == 0
+    assert push(shared / "slerp", "me/quiet", "--private")[0] == 0
     hub.private.clear()
     status, out, err = push(shared / "slerp", "me/quiet", "--private")
     assert (status, out) == (2, "") and "is there and public, so --private would hide" in err
@@ -145,6 +147,10 @@ def damaged(shared, tmp_path):
     return target
 
 
+def cut_off(*_):
+    raise WeightsError("it was cut off.")
+
+
 @pytest.mark.parametrize(
     ("name", "prepare", "message"),
     [
@@ -159,12 +165,15 @@ def damaged(shared, tmp_path):
         ("me/mine", lambda m: m.setattr(constants, "ENDPOINT", "http://127.0.0.1:9"),
          "http://127.0.0.1:9 was not reached"),
         ("you/theirs", None, "you/theirs: not yours to write"),
-        ("me/clip", None, "me/clip holds something else than a composer of cir_jax"),
+        ("me/clip", None, "holds something else than a composer of cir_jax, or one of a newer"),
+        ("me/data", None, "holds something else than a composer of cir_jax: there is no config"),
+        ("me/clip", lambda m: m.setattr(directories, "fetch", cut_off), "error: it was cut off."),
     ],
 )  # fmt: skip
 def test_what_cannot_be_pushed_says_so(hub, shared, push, monkeypatch, name, prepare, message):
     hub.put("you/theirs", {"README.md": b"mine"})
     hub.put("me/clip", {"config.json": b'{"model_type": "clip"}'})
+    hub.put("me/data", {"train.parquet": b"rows"})
     before = json.dumps({k: len(v["main"]) for k, v in hub.repos.items()})
     if prepare:
         prepare(monkeypatch)
@@ -238,6 +247,22 @@ def test_the_cache_was_damaged(hub, shared, push):
         cir_jax.load("me/mine")
 
 
+def test_what_is_begun_with_is_what_was_checked(hub, shared, push):
+    """Not what was pushed since; and what is made of it says which it was."""
+    assert push(shared / "slerp", "me/mine")[0] == 0
+    commit = hub.at("me/mine")[0]
+    config = loading.read_experiment("slerp:smoke")
+    config.backbone, config.init_from = str(shared / "toy"), "hub:me/mine"
+    experiment = experiments.setup(config)
+    assert push(shared / "image_text", "me/mine")[0] == 0
+    hub.asked.clear()
+    with pytest.raises(WeightsError, match=f"{commit}: a training-free slerp, without parameters"):
+        stages.given_params(experiment)
+    assert hub.asked == []
+    made = sharing._made(experiment, runner.Trained({}))
+    assert made["init_from"] == f"me/mine at {commit}"
+
+
 def test_search_with_a_shared_composer(hub, shared, push, tmp_path, monkeypatch, capsys):
     """`--method ORG/NAME`, with its own backbone; results alone are on stdout."""
     assert push(shared / "slerp", "me/mine")[0] == 0
@@ -245,8 +270,13 @@ def test_search_with_a_shared_composer(hub, shared, push, tmp_path, monkeypatch,
     (tmp_path / "photos").mkdir()
     Image.fromarray(PIXELS).save(tmp_path / "photos" / "a.png")
     monkeypatch.chdir(tmp_path)
-    assert cli.main(["search", "photos", "--method", "me/mine", "--text", "red", "--paths"]) == 0
-    assert capsys.readouterr().out == "photos/a.png\n"
+    search = ["search", "photos", "--method", "me/mine", "--text", "red", "--paths"]
+    assert cli.main(search) == 0
+    out, err = capsys.readouterr()
+    assert out == "photos/a.png\n"
+    said = "me/mine is not here yet: it comes from the Hugging Face hub, once (1 MB).\n"
+    assert err.startswith(said)
+    assert loading.to_fetch("me/mine") == {}
 
 
 def test_a_config_of_the_binaries(hub, shared, push):
@@ -271,20 +301,20 @@ def test_a_config_of_the_binaries(hub, shared, push):
 @pytest.mark.slow
 def test_as_a_user_stands(shared, tmp_path):
     """From another directory, without a terminal, with the real environment variables."""
+    code = """
+import sys, cir_jax
+from cir_jax.library import cli
+assert cli.main(sys.argv[1:]) == 0
+print(cir_jax.load("me/mine").composer.alpha)
+"""
     with hub_server.running() as hub:
+        hub.warns = True
         env = os.environ | hub_server.environment(hub, tmp_path / "cache")
-        env |= {"PYTHONPATH": str(common.ROOT), "JAX_PLATFORMS": "cpu"}
-
-        def run(code, **more):
-            return subprocess.run(
-                [sys.executable, "-c", code], cwd=tmp_path, env=env | more, text=True,
-                capture_output=True, stdin=subprocess.DEVNULL, timeout=300,
-            )  # fmt: skip
-
-        argv = ["push", str(shared / "slerp"), "me/mine"]
-        pushed = run(f"import sys; from cir_jax.library import cli; sys.exit(cli.main({argv}))")
-        assert pushed.returncode == 0, pushed.stderr
-        load = "import cir_jax; print(cir_jax.load('me/mine').composer.alpha)"
-        loaded = run(load)
-        assert loaded.stdout.splitlines()[-1] == "0.8", loaded.stderr
-    assert run(load, HF_HUB_OFFLINE="1").stdout.splitlines()[-1] == "0.8"
+        done = subprocess.run(
+            [sys.executable, "-c", code, "push", str(shared / "slerp"), "me/mine"],
+            env=env | {"PYTHONPATH": str(common.ROOT), "JAX_PLATFORMS": "cpu"}, cwd=tmp_path,
+            text=True, capture_output=True, stdin=subprocess.DEVNULL, timeout=300,
+        )  # fmt: skip
+    assert done.stdout.splitlines()[-1] == "0.8", done.stderr
+    warned = re.findall(r"warning \d+\.", done.stderr)
+    assert len(warned) == len(set(warned)) == len(hub.asked)

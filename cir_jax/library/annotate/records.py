@@ -13,8 +13,6 @@ from cir_jax.storage import databases
 from cir_jax.storage.databases import transaction
 
 FILE = "annotations.sqlite"
-PATIENCE = 30.0
-"""Seconds to wait for another annotator's action."""
 
 _SCHEMA = """
 CREATE TABLE queries (
@@ -92,9 +90,7 @@ class Records:
         self._db.close()
 
     def _open(self) -> sqlite3.Connection:
-        db = sqlite3.connect(
-            self.path, timeout=PATIENCE, isolation_level=None, check_same_thread=False
-        )
+        db = databases.connect(self.path)
         db.execute("PRAGMA synchronous = FULL")  # an action that was taken survives a power cut
         version = databases.prepare(db, KIND)
         if version == KIND.version:
