@@ -17,8 +17,8 @@ from flax import serialization
 from tqdm import tqdm
 
 from cir_jax.errors import CheckpointError, DataError
-from cir_jax.input.reading import cores
 from cir_jax.input.tables import Table
+from cir_jax.sharding.cores import cores
 from cir_jax.storage import disks
 from cir_jax.storage.atomic import appearing
 from cir_jax.storage.places import CACHE_VARIABLE

@@ -7,7 +7,6 @@ rows that its own devices hold.
 
 import collections
 import concurrent.futures
-import os
 from collections.abc import Callable, Generator
 from typing import Any
 
@@ -16,6 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
+from cir_jax.sharding.cores import cores
 from cir_jax.sharding.mesh import batch_sharding, row_shards
 
 AHEAD = 2
@@ -48,7 +48,7 @@ def map_rows(
     """
     size = round_up(mesh, batch_size, n - first)
     rows = _local_rows(mesh, size)
-    workers = min(8, os.cpu_count() or 1)
+    workers = min(8, cores())
     pool = concurrent.futures.ThreadPoolExecutor(workers, thread_name_prefix="load")
     progress = tqdm(
         total=n, initial=first, desc=description, unit=unit, delay=1, smoothing=0.1,
