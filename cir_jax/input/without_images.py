@@ -20,9 +20,8 @@ from cir_jax.errors import CheckpointError, DataError
 from cir_jax.input.tables import Table
 from cir_jax.sharding.cores import cores
 from cir_jax.storage import disks
-from cir_jax.storage.atomic import appearing
 from cir_jax.storage.places import CACHE_VARIABLE
-from cir_jax.storage.record_shards import RecordShards, shard_name
+from cir_jax.storage.record_shards import RecordShards, shard_name, write_shard
 
 SHARD_ROWS = 16_384
 PREFIX = "records"
@@ -82,18 +81,12 @@ class WithoutImages(Sequence):
             )
 
     def _write(self, number: int, pool: ThreadPoolExecutor) -> None:
-        from array_record.python.array_record_module import ArrayRecordWriter
-
         rows = range(number * SHARD_ROWS, min((number + 1) * SHARD_ROWS, len(self)))
         try:
-            with appearing(self._file(number)) as scratch:
-                writer = ArrayRecordWriter(str(scratch), "group_size:1")
-                for record in pool.map(self._record, rows):
-                    writer.write(record)
-                writer.close()
+            write_shard(self._file(number), pool.map(self._record, rows))
         except OSError as error:
             raise DataError(
-                f"{self._file(number)}: cannot be written ({error.strerror or error}). Free some "
+                f"{self._file(number)}: cannot be written ({error}). Free some "
                 f"space, or set ${CACHE_VARIABLE} to a folder on another disk."
             ) from error
 
