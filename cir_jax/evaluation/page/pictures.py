@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from PIL import Image
-from tqdm import tqdm
 
 from cir_jax.evaluation.queries import Benchmark, Query
 from cir_jax.input.images import reading, to_rgb
+from cir_jax.progress import Progress
 from cir_jax.retrieval.features import open_image
 from cir_jax.sharding.cores import cores
 
@@ -56,7 +56,7 @@ class Pictures:
         side, seen, lines = self.side, {}, []
         with concurrent.futures.ThreadPoolExecutor(cores()) as pool:
             made = pool.map(lambda one: picture(*one, side), self._added)
-            bar = tqdm(made, "pictures of the page", len(self._added), unit="image", delay=1)
+            bar = Progress(made, "pictures of the page", len(self._added), unit="image", delay=1)
             for number, data in enumerate(bar):
                 first = seen.setdefault(data, number)
                 lines.append(f"={first}" if first < number else data)
