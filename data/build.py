@@ -41,6 +41,7 @@ from absl import logging
 
 from cir_jax.errors import DataError, unknown
 from cir_jax.input import images, links
+from cir_jax.sharding.cores import cores
 from cir_jax.storage import buckets, faults
 from cir_jax.storage.atomic import write_atomically
 from cir_jax.storage.places import default_data_dir
@@ -172,7 +173,7 @@ def prepare_needed(
         tables = sorted({table for need in needs for table in need.get(dataset, ())})
         missing = [t for t in tables if not is_built(table_dir(dataset, t, data_dir))]
         beside = [t for t in missing if t in getattr(_builder_class(dataset), "APART", ())]
-        if beside and beside != missing and (os.cpu_count() or 1) > 1:
+        if beside and beside != missing and cores() > 1:
             root = table_dir(dataset, beside[0], data_dir).parents[2]
             with apart.building(dataset, beside, root):
                 prepare(dataset, [t for t in missing if t not in beside], data_dir)

@@ -22,9 +22,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import tensorflow_datasets as tfds
-import tqdm
 
 from cir_jax.errors import DataError, unknown
+from cir_jax.progress import Progress
 from data import source as files
 from data.source import MAX_KEPT, MAX_LISTED, Options, Report, SourceBuilder, Split, Survey
 
@@ -133,12 +133,11 @@ def _checked(corpus: Corpus, decode: bool) -> Iterator[tuple[Entry, str]]:
         checked = files.parallel(functools.partial(_check, images=corpus.images), entries)
     else:
         checked = ((entry, entry.problem) for entry in entries)
-    with tqdm.tqdm(
+    with Progress(
         desc="looking at the files",
         total=corpus.total,
         unit=f" {corpus.unit}",
         unit_scale=True,
-        disable=not sys.stderr.isatty(),
     ) as bar:
         for entry, problem in checked:
             bar.update(entry.done - bar.n)

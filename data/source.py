@@ -31,7 +31,8 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from cir_jax.errors import DataError
-from cir_jax.input import images, reading
+from cir_jax.input import images
+from cir_jax.sharding.cores import cores
 from data import progress
 
 MAX_LISTED = 10  # problems shown of each kind; all are counted
@@ -355,7 +356,7 @@ def parallel(function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[A
     One thread per core that this process may use. What `items` raises comes, as from `map`, after
     the results before it.
     """
-    workers, items, failed = reading.cores(), iter(items), None
+    workers, items, failed = cores(), iter(items), None
     with concurrent.futures.ThreadPoolExecutor(workers) as pool:
         waiting: collections.deque = collections.deque()
         try:

@@ -28,7 +28,6 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
 
 from cir_jax.composers.base import normalise
 from cir_jax.composers.losses import cosine_loss
@@ -39,6 +38,7 @@ from cir_jax.errors import ConfigError, DataError
 from cir_jax.input import phrases as files
 from cir_jax.input.text import BUCKET, Tokenizer
 from cir_jax.models.backbone import Backbone
+from cir_jax.progress import Progress
 from cir_jax.storage.places import places
 
 LONG_TAIL = 1e-4
@@ -353,6 +353,8 @@ def _ids(tokenizer: Tokenizer, texts: Sequence[str]) -> np.ndarray:
     out = np.empty((len(texts), tokenizer.context_length), dtype)
     size = 1 << 14
     starts = range(0, len(texts), size)
-    for start in tqdm(starts, desc="tokenising phrases", delay=5, disable=jax.process_index() != 0):
+    for start in Progress(
+        starts, desc="tokenising phrases", delay=5, disable=jax.process_index() != 0
+    ):
         out[start : start + size] = tokenizer(texts[start : start + size], tokenizer.context_length)
     return out

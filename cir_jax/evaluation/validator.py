@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from tqdm import tqdm
 
 from cir_jax.errors import DataError
 from cir_jax.evaluation import protocols
@@ -33,6 +32,7 @@ from cir_jax.evaluation.submissions import (
 )
 from cir_jax.input.identity import source_identity
 from cir_jax.input.tables import Table, is_prepared
+from cir_jax.progress import Progress
 from cir_jax.storage.atomic import write_atomically
 from cir_jax.storage.places import default_cache_dir
 
@@ -229,7 +229,7 @@ def all_names(gallery: Table) -> list[str]:
     try:
         names = json.loads(file.read_text())
     except (OSError, ValueError):
-        rows = tqdm(range(len(gallery)), desc="names of the images", unit="image", delay=1)
+        rows = Progress(range(len(gallery)), desc="names of the images", unit="image", delay=1)
         names = [gallery[i]["name"].decode() for i in rows]
         write_atomically(file, lambda out: out.write(json.dumps(names).encode()))
     return names

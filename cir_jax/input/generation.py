@@ -14,10 +14,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from cir_jax.errors import DataError, WeightsError
 from cir_jax.input.phrases import TEMPLATES, PhraseBook, write
+from cir_jax.progress import Progress
 
 MAX_TOKENS = 35
 TEMPERATURE = 0.5
@@ -49,7 +48,9 @@ def generate(
             if not part.stat().st_size:
                 file.write(json.dumps(head) + "\n")
             total = len(names)
-            for name in tqdm(missing, initial=total - len(missing), total=total, unit="concept"):
+            for name in Progress(
+                missing, initial=total - len(missing), total=total, unit="concept"
+            ):
                 done[name] = sample(name, count, batch_size, seed)
                 file.write(json.dumps([name, done[name]], ensure_ascii=False) + "\n")
                 file.flush()

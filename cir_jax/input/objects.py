@@ -11,11 +11,11 @@ from typing import Any
 
 import grain
 import numpy as np
-from tqdm import tqdm
 
 from cir_jax.errors import DataError
 from cir_jax.input.records import Records
 from cir_jax.input.text import Tokenizer
+from cir_jax.progress import Progress
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -97,7 +97,7 @@ class Objects:
 def members(source: Records, objects: Objects) -> dict[str, np.ndarray]:
     """Class -> records whose first caption names it. Raises DataError when there are none."""
     found: dict[str, list[int]] = {name: [] for name in objects.classes}
-    for i in tqdm(range(len(source)), desc="classes of objects", delay=5):
+    for i in Progress(range(len(source)), desc="classes of objects", delay=5):
         for name in objects.named(_caption(source.parsed(i))):
             found[name].append(i)
     kept = {name: np.asarray(rows, np.int32) for name, rows in found.items() if rows}

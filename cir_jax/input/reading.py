@@ -4,9 +4,9 @@ It moves speed and memory, never a batch.
 """
 
 import dataclasses
-import os
 
 from cir_jax.errors import ConfigError
+from cir_jax.sharding.cores import cores
 
 SATURATED = 8
 """Cores that one process keeps busy with images at the most: PIL decodes beside Python's lock,
@@ -15,13 +15,6 @@ OF_WORKER = 4
 """Threads of a worker: of each eight cores four read, and the others are left to the devices."""
 AHEAD = 8
 """Batches that are read ahead at least."""
-
-
-def cores() -> int:
-    """Of this host, that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,15 +14,14 @@ from typing import Any
 import jax
 import numpy as np
 from flax import serialization
-from tqdm import tqdm
 
 from cir_jax.errors import CheckpointError, DataError
-from cir_jax.input.reading import cores
 from cir_jax.input.tables import Table
+from cir_jax.progress import Progress
+from cir_jax.sharding.cores import cores
 from cir_jax.storage import disks
-from cir_jax.storage.atomic import appearing
 from cir_jax.storage.places import CACHE_VARIABLE
-from cir_jax.storage.record_shards import RecordShards, shard_name
+from cir_jax.storage.record_shards import RecordShards, shard_name, write_shard
 
 SHARD_ROWS = 16_384
 PREFIX = "records"
@@ -57,6 +56,9 @@ class WithoutImages(Sequence):
     def _file(self, number: int) -> Path:
         return self._shards.directory / shard_name(PREFIX, number)
 
+    def _rows(self, number: int) -> range:
+        return range(number * SHARD_ROWS, min((number + 1) * SHARD_ROWS, len(self)))
+
     def _make(self) -> None:
         """What is missing: each process a share of it, or all, where it does not see the disk of
         the first."""
@@ -65,15 +67,17 @@ class WithoutImages(Sequence):
         mine = missing
         if shared and jax.process_count() > 1:
             mine = [i for i in missing if i % jax.process_count() == jax.process_index()]
-        rows = len(mine) * SHARD_ROWS
+        rows = sum(len(self._rows(number)) for number in mine)
         quiet = jax.process_index() != 0
         with (
-            tqdm(total=rows, desc="texts of images", unit="record", delay=2, disable=quiet) as bar,
+            Progress(
+                total=rows, desc="texts of images", unit="record", delay=2, disable=quiet
+            ) as bar,
             ThreadPoolExecutor(min(8, cores())) as pool,
         ):
             for number in mine:
                 self._write(number, pool)
-                bar.update(SHARD_ROWS)
+                bar.update(len(self._rows(number)))
         left = disks.until(lambda: max(disks.of_all(len(self._missing()))), lambda left: not left)
         if left:
             raise CheckpointError(
@@ -82,18 +86,11 @@ class WithoutImages(Sequence):
             )
 
     def _write(self, number: int, pool: ThreadPoolExecutor) -> None:
-        from array_record.python.array_record_module import ArrayRecordWriter
-
-        rows = range(number * SHARD_ROWS, min((number + 1) * SHARD_ROWS, len(self)))
         try:
-            with appearing(self._file(number)) as scratch:
-                writer = ArrayRecordWriter(str(scratch), "group_size:1")
-                for record in pool.map(self._record, rows):
-                    writer.write(record)
-                writer.close()
+            write_shard(self._file(number), pool.map(self._record, self._rows(number)))
         except OSError as error:
             raise DataError(
-                f"{self._file(number)}: cannot be written ({error.strerror or error}). Free some "
+                f"{self._file(number)}: cannot be written ({error}). Free some "
                 f"space, or set ${CACHE_VARIABLE} to a folder on another disk."
             ) from error
 

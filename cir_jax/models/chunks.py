@@ -11,7 +11,6 @@ again for each chunk.
 
 import contextlib
 import contextvars
-import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -19,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from cir_jax.sharding.constraints import target
+from cir_jax.sharding.cores import cores
 
 CACHE_PER_CORE = 5 * 2**20
 """Bytes: 1 MiB of each core and 4 of those it shares, as in AMD's EPYC; Intel's Xeons have 4."""
@@ -46,8 +46,7 @@ def activation_bytes(tokens: int, hidden: int) -> int:
 
 def chunk_size(batch: int, row_bytes: int) -> int:
     """Rows to compute at a time; `batch` where there would be less than two chunks."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    limit = max(1, CACHE_PER_CORE * (cores or 1) // row_bytes)
+    limit = max(1, CACHE_PER_CORE * cores() // row_bytes)
     if batch < 2 * limit:
         return batch
 

@@ -22,6 +22,7 @@ from cir_jax.weights.fingerprint import fingerprint
 
 PLAIN = ("encode_image", "backbone image features, un-normalised")
 """A method of the backbone, and what its rows are called where they are stored."""
+TOKENS = ("visual_tokens", "backbone visual tokens")
 
 
 class Encoder(NamedTuple):

@@ -102,34 +102,26 @@ def stored_features(
     mesh: Mesh,
     cache_dir: Path,
     batch_size: int = 256,
+    tokens: bool = False,
 ) -> StoredRows:
-    """The backbone's image features, un-normalised, of all records, computed once and stored. Rows
-    are read when they are asked for: training takes a few of millions at a time.
+    """The backbone's image features, un-normalised, of all records, float32[n, dim], computed once
+    and stored. Rows are read when they are asked for: training takes a few of millions at a time.
 
     Rows of NaN for images that do not decode; see `image_features`.
+    tokens: those of a ViT's last layer instead, float32[n, tokens, width]: 605 kB of an image for
+        BLIP's ViT-B/16 at 224.
     """
-    encoder = encoders.of_backbone(backbone, params, mesh)
-    options = dict(mesh=mesh, batch_size=batch_size, skip_unreadable=True)
-    return _stored(encoder, source, field, cache_dir=cache_dir, **options)
-
-
-def stored_tokens(
-    backbone: Backbone,
-    params: Params,
-    source: Records,
-    field: str = "image",
-    *,
-    mesh: Mesh,
-    cache_dir: Path,
-    batch_size: int = 256,
-) -> StoredRows:
-    """The tokens of a ViT's last layer, float32[n, tokens, width], as `stored_features`: 605 kB of
-    an image for BLIP's ViT-B/16 at 224."""
-    what = ("visual_tokens", "backbone visual tokens")
+    what = encoders.TOKENS if tokens else encoders.PLAIN
     encoder = encoders.of_backbone(backbone, params, mesh, what)
-    options = dict(mesh=mesh, batch_size=batch_size, skip_unreadable=True)
-    rows = _stored(encoder, source, field, cache_dir=cache_dir, **options)
-    return rows.of_shape(backbone.visual_shape)
+    images_are = (encoder, source, field, backbone.image_transform)
+    store = _store(*images_are, cache_dir, skip_unreadable=True)
+    done = store.done()
+    options = dict(first=done, mesh=mesh, batch_size=batch_size)
+    pieces = _pieces(*images_are, skip_unreadable=True, **options)
+    for _ in _written(pieces, store, done):
+        pass  # no more than a chunk is held
+    rows = store.stored()
+    return rows.of_shape(backbone.visual_shape) if tokens else rows
 
 
 def uses_backbone_gallery(composer: Composer) -> bool:
@@ -325,19 +317,6 @@ def _embed(
     features = np.concatenate(parts)
     assert len(features) == len(source), (len(features), len(source))
     return features
-
-
-def _stored(
-    encoder: Encoder, source: Records, field: str, *, cache_dir: Path, **options: Any
-) -> StoredRows:
-    """As `_embed`, of which no more than a chunk is held."""
-    transform = encoder.backbone.image_transform
-    store = _store(encoder, source, field, transform, cache_dir, options["skip_unreadable"])
-    done = store.done()
-    pieces = _pieces(encoder, source, field, transform, first=done, **options)
-    for _ in _written(pieces, store, done):
-        pass
-    return store.stored()
 
 
 def _store(

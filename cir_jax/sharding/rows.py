@@ -7,15 +7,15 @@ rows that its own devices hold.
 
 import collections
 import concurrent.futures
-import os
 from collections.abc import Callable, Generator
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from tqdm import tqdm
 
+from cir_jax.progress import Progress
+from cir_jax.sharding.cores import cores
 from cir_jax.sharding.mesh import batch_sharding, row_shards
 
 AHEAD = 2
@@ -48,9 +48,9 @@ def map_rows(
     """
     size = round_up(mesh, batch_size, n - first)
     rows = _local_rows(mesh, size)
-    workers = min(8, os.cpu_count() or 1)
+    workers = min(8, cores())
     pool = concurrent.futures.ThreadPoolExecutor(workers, thread_name_prefix="load")
-    progress = tqdm(
+    progress = Progress(
         total=n, initial=first, desc=description, unit=unit, delay=1, smoothing=0.1,
         disable=not description or jax.process_index() != 0,
     )  # fmt: skip

@@ -23,8 +23,6 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
     try:
         with appearing(path) as scratch, scratch.open("wb") as file:
             write(file)
-            file.flush()
-            os.fsync(file.fileno())  # the name must not outlive a power cut without content
     except OSError as error:
         raise DataError(
             f"{path}: cannot be written ({error.strerror or error}). Free some space or choose "
@@ -53,6 +51,8 @@ def appearing(path: Path) -> Iterator[Path]:
             upload(scratch, path)
             scratch.unlink()
         else:
+            with scratch.open("rb") as file:
+                os.fsync(file.fileno())  # the name must not outlive a power cut without content
             os.chmod(scratch, 0o644)
             os.replace(scratch, path)
     except BaseException:

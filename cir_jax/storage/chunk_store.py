@@ -12,9 +12,9 @@ from typing import Any
 
 import jax
 import numpy as np
-from tqdm import tqdm
 
 from cir_jax.errors import CheckpointError
+from cir_jax.progress import Progress
 from cir_jax.storage import disks
 from cir_jax.storage.atomic import write_atomically
 from cir_jax.storage.places import CACHE_VARIABLE
@@ -106,7 +106,7 @@ class ChunkStore:
         stored = self.load(whole)
         parts = [] if stored is None else [stored]
         done = 0 if stored is None else len(stored)
-        with tqdm(
+        with Progress(
             total=self.rows, initial=done, desc=description, unit="text", delay=2,
             disable=jax.process_index() != 0,
         ) as progress:  # fmt: skip

@@ -1,19 +1,37 @@
 """Records in shards of ArrayRecord, one of which is read when it is asked for."""
 
-import collections
-import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from cir_jax.errors import CheckpointError
-
-OPEN = 64
-"""Shards whose readers are kept."""
+from cir_jax.storage import faults
+from cir_jax.storage.atomic import appearing
+from cir_jax.storage.kept_open import KeptOpen
 
 
 def shard_name(prefix: str, index: int) -> str:
     return f"{prefix}_{index:05d}.array_record"
+
+
+def write_shard(file: Path, records: Iterable[bytes]) -> None:
+    """The whole shard or none, for reading record by record.
+
+    Raises OSError, with the system's words alone, when it cannot be written, and what `records` and
+    `appearing` raise.
+    """
+    from array_record.python.array_record_module import ArrayRecordWriter
+
+    try:
+        with appearing(file) as scratch:
+            writer = ArrayRecordWriter(str(scratch), "group_size:1")
+            for record in records:
+                writer.write(record)
+            writer.close()
+    except Exception as error:  # the library raises many types
+        if (reason := faults.reason(error)) is None:
+            raise
+        raise OSError(reason) from error
 
 
 class RecordShards(Sequence):
@@ -25,8 +43,7 @@ class RecordShards(Sequence):
     def __init__(self, directory: Path, prefix: str, rows: int, shard_rows: int, remedy: str):
         self.directory, self.prefix, self.remedy = directory, prefix, remedy
         self.rows, self.shard_rows = rows, shard_rows
-        self._readers = collections.OrderedDict[int, Any]()
-        self._lock = threading.Lock()
+        self._readers = KeptOpen(self._opened)
 
     def __len__(self) -> int:
         return self.rows
@@ -37,7 +54,7 @@ class RecordShards(Sequence):
             raise IndexError(f"record {index} of {len(self)}")
         number, row = divmod(int(index), self.shard_rows)
         try:
-            (record,) = self._reader(number).read([row])
+            (record,) = self._readers.get(number).read([row])
         except Exception as error:  # the library raises many types
             raise self.damaged(number, str(error)) from error
         return record
@@ -47,21 +64,13 @@ class RecordShards(Sequence):
         file = self.directory / shard_name(self.prefix, number)
         return CheckpointError(f"{file}: damaged ({what}). {self.remedy}")
 
-    def _reader(self, number: int) -> Any:
+    def _opened(self, number: int) -> Any:
         from array_record.python.array_record_module import ArrayRecordReader
 
-        with self._lock:
-            reader = self._readers.get(number)
-        if reader is None:
-            reader = ArrayRecordReader(str(self.directory / shard_name(self.prefix, number)))
-            rows = min(self.shard_rows, self.rows - number * self.shard_rows)
-            if reader.num_records() != rows:
-                raise ValueError(f"{reader.num_records()} records, expected {rows}")
-        with self._lock:
-            self._readers[number] = reader
-            self._readers.move_to_end(number)
-            while len(self._readers) > OPEN:  # closed when nobody reads it any more
-                self._readers.popitem(last=False)
+        reader = ArrayRecordReader(str(self.directory / shard_name(self.prefix, number)))
+        rows = min(self.shard_rows, self.rows - number * self.shard_rows)
+        if reader.num_records() != rows:
+            raise ValueError(f"{reader.num_records()} records, expected {rows}")
         return reader
 
     def __reduce__(self) -> tuple[Any, ...]:

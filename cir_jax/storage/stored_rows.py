@@ -1,9 +1,7 @@
 """Rows of features on disk, read one by one: memory does not grow with their number."""
 
-import collections
 import math
 import os
-import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -11,9 +9,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 
 from cir_jax.errors import CheckpointError
-
-OPEN = 64
-"""Files that are kept open."""
+from cir_jax.storage.kept_open import KeptOpen
 
 
 def chunk_name(index: int) -> str:
@@ -35,15 +31,16 @@ class Header(NamedTuple):
 
 
 def header(file: Path) -> Header | None:
-    """Of a .npy file of [rows, dim]; None for another one, or none."""
+    """Of a .npy file of numbers [rows, dim]; None for another one, or none."""
     try:
         with file.open("rb") as stream:
             np.lib.format.read_magic(stream)
             shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream)
             found = Header(shape, dtype, stream.tell(), os.fstat(stream.fileno()).st_size)
-    except (OSError, ValueError, EOFError):
+    except Exception:  # of a damaged one, as many kinds as Python's parser has
         return None
-    return None if fortran or len(shape) != 2 else found
+    numbers = dtype.kind == "f" and dtype.isnative  # as this project writes them
+    return found if numbers and not fortran and len(shape) == 2 else None
 
 
 class StoredRows(Sequence):
@@ -59,8 +56,7 @@ class StoredRows(Sequence):
         it is stored."""
         self.directory, self.files = directory, files
         self.shape = (rows, *(shape or files.shape[1:]))
-        self._open = collections.OrderedDict[int, BinaryIO]()
-        self._lock = threading.Lock()
+        self._open = KeptOpen(self._opened)
 
     def of_shape(self, shape: tuple[int, ...]) -> "StoredRows":
         """The same rows, each of another shape."""
@@ -82,8 +78,8 @@ class StoredRows(Sequence):
         path = self.directory / chunk_name(number)
         size = self.files.dtype.itemsize * math.prod(self.shape[1:])
         try:
-            file = self._file(number, path)  # held: it closes with whoever has it last
-            data = os.pread(file.fileno(), size, self.files.first + row * size)
+            file = self._open.get(number)
+            data = _pread(file, size, self.files.first + row * size)
         except OSError as error:
             raise self._damaged(path, error.strerror or str(error)) from error
         if len(data) != size:
@@ -94,18 +90,8 @@ class StoredRows(Sequence):
             raise self._damaged(path, f"row {row} is not finite")
         return values.reshape(self.shape[1:])
 
-    def _file(self, number: int, path: Path) -> BinaryIO:
-        """The open file; whoever has it may read on when it is let go."""
-        with self._lock:
-            if number in self._open:
-                self._open.move_to_end(number)
-                return self._open[number]
-        file = path.open("rb", buffering=0)
-        with self._lock:
-            file = self._open.setdefault(number, file)  # another thread may have been faster
-            while len(self._open) > OPEN:
-                self._open.popitem(last=False)
-        return file
+    def _opened(self, number: int) -> BinaryIO:
+        return (self.directory / chunk_name(number)).open("rb", buffering=0)
 
     def _damaged(self, path: Path, what: str) -> CheckpointError:
         return CheckpointError(
@@ -115,3 +101,13 @@ class StoredRows(Sequence):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return StoredRows, (self.directory, len(self), self.files, self.shape[1:])
+
+
+def _pread(file: BinaryIO, size: int, where: int) -> bytes:
+    """`size` bytes from there on, fewer at the end of the file: at once, unless the system gives
+    less, as some disks of a network do."""
+    data = part = os.pread(file.fileno(), size, where)
+    while part and len(data) < size:
+        part = os.pread(file.fileno(), size - len(data), where + len(data))
+        data += part
+    return data

@@ -17,7 +17,7 @@ from cir_jax.input.reading import Reading
 from cir_jax.input.tables import Table
 from cir_jax.input.without_images import WithoutImages
 from cir_jax.models.backbone import Backbone
-from cir_jax.retrieval.features import stored_features, stored_tokens
+from cir_jax.retrieval.features import stored_features
 from cir_jax.storage.places import default_cache_dir
 from cir_jax.storage.stored_rows import StoredRows
 from cir_jax.training import inversion
@@ -255,21 +255,17 @@ def _features(experiment: Experiment, table: Table, field: str) -> Any:
     backbone = experiment.backbone
     if getattr(experiment.composer, "phrases", None) is not None:
         backbone = backbone.with_dtype(np.float32)  # they choose the concepts of an image
-    return _computed(stored_features, backbone, experiment, table, field)
+    return _stored(backbone, experiment, table, field)
 
 
 def _tokens(experiment: Experiment, table: Table, field: str) -> StoredRows:
-    return _computed(stored_tokens, experiment.backbone, experiment, table, field)
+    return _stored(experiment.backbone, experiment, table, field, tokens=True)
 
 
-def _computed(
-    make: Callable[..., StoredRows],
-    backbone: Backbone,
-    experiment: Experiment,
-    table: Table,
-    field: str,
+def _stored(
+    backbone: Backbone, experiment: Experiment, table: Table, field: str, **options: Any
 ) -> StoredRows:
-    return make(
+    return stored_features(
         backbone,
         experiment.frozen["backbone"],
         table,
@@ -277,6 +273,7 @@ def _computed(
         mesh=experiment.mesh,
         batch_size=experiment.config.evaluation.batch_size,
         cache_dir=default_cache_dir(),
+        **options,
     )
 
 

@@ -34,9 +34,9 @@ from cir_jax.sharding.mesh import batch_sharding, replicated
 from cir_jax.sharding.rows import map_rows
 from cir_jax.sharding.together import Together
 from cir_jax.storage import faults
-from cir_jax.storage.atomic import appearing, write_atomically
+from cir_jax.storage.atomic import write_atomically
 from cir_jax.storage.places import default_cache_dir
-from cir_jax.storage.record_shards import RecordShards, shard_name
+from cir_jax.storage.record_shards import RecordShards, shard_name, write_shard
 from cir_jax.training.differences import differing_fields
 from cir_jax.weights import finite, oti_tokens
 from cir_jax.weights.fingerprint import fingerprint
@@ -199,24 +199,19 @@ class Store:
 
         Raises CheckpointError when the disk is full or fails; the shards before are kept.
         """
-        from array_record.python.array_record_module import ArrayRecordWriter
-
         if jax.process_index() != 0:
             return
         try:
-            with appearing(self._file(index)) as scratch:
-                writer = ArrayRecordWriter(str(scratch), "group_size:1")
-                for row in rows:
-                    word, concepts = row[: self.width], row[self.width :].astype("<i4")
-                    writer.write(word.astype("<f4").tobytes() + concepts.tobytes())
-                writer.close()
-        except Exception as error:  # the library raises many types
-            if (reason := faults.reason(error)) is None:
-                raise
+            write_shard(self._file(index), map(self._record, rows))
+        except OSError as error:
             raise CheckpointError(
-                f"{self._file(index)}: cannot be written ({reason}). The words before it are kept: "
+                f"{self._file(index)}: cannot be written ({error}). The words before it are kept: "
                 "make room and run the same command again."
             ) from error
+
+    def _record(self, row: np.ndarray) -> bytes:
+        word, concepts = row[: self.width], row[self.width :].astype("<i4")
+        return word.astype("<f4").tobytes() + concepts.tobytes()
 
     def read(self) -> tuple[np.ndarray, np.ndarray]:
         """All stored rows: float32[n, token_dim], int32[n, concepts].

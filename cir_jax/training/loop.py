@@ -16,13 +16,13 @@ from typing import Any
 import jax
 import numpy as np
 import optax
-import tqdm
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from cir_jax.composers.base import Composer
 from cir_jax.errors import CheckpointError, CirError, ConfigError
 from cir_jax.input.pipeline import Pipeline
+from cir_jax.progress import Progress
 from cir_jax.sharding import joining, placement
 from cir_jax.sharding import mesh as meshes
 from cir_jax.training import logs
@@ -246,7 +246,7 @@ class Trainer:
         pending: list[tuple[int, Any]] = []
         running: collections.deque[Any] = collections.deque()
         window_start = time.perf_counter()
-        bar = tqdm.tqdm(
+        bar = Progress(
             total=stage.steps,
             initial=start,
             desc=stage.name,

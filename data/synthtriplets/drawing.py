@@ -13,9 +13,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
-from tqdm import tqdm
-
 from cir_jax.errors import ConfigError
+from cir_jax.progress import Progress
 from cir_jax.storage.atomic import write_atomically
 from data.sharing import Shard, alone, same_run
 from data.synthtriplets.triplets import CaptionTriplets
@@ -60,7 +59,7 @@ def draw(
     counted: Counter[str] = Counter(pairs=0)
     with alone(output / f".lock-{shard.index:05d}-of-{shard.count:05d}"):
         blocks = triplets.blocks(BLOCK, shard.index, shard.count)
-        for number, block in tqdm(blocks, desc="blocks", unit="block", delay=1):
+        for number, block in Progress(blocks, desc="blocks", unit="block", delay=1):
             file, note = output / f"pairs-{number:06d}.tar", output / f"pairs-{number:06d}.json"
             if not (file.is_file() and note.is_file()):
                 made: Counter[str] = Counter(pairs=0)

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from cir_jax import composers, weights
 from cir_jax.errors import DataError
+from cir_jax.progress import Progress
 from cir_jax.retrieval import features
 from cir_jax.sharding.mesh import make_mesh
 from cir_jax.sharding.placement import on_mesh
@@ -139,7 +139,7 @@ def filter_pairs(
     settings = {"pairs": drawn, "thresholds": dict(thresholds), "best": best, **clip.identity}
     same_run(output, settings, "other pairs or settings", "--output")
     with alone(output / f".lock-{shard.index:05d}-of-{shard.count:05d}"):
-        for file in tqdm(files[shard.index :: shard.count], desc="files", unit="file", delay=1):
+        for file in Progress(files[shard.index :: shard.count], desc="files", unit="file", delay=1):
             if not (output / file.name).is_file():
                 _filter_file(file, output, clip, thresholds, best)
     if not all((output / file.name).is_file() for file in files):

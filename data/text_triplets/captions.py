@@ -6,10 +6,9 @@ from itertools import islice
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-from tqdm import tqdm
-
 from cir_jax.errors import DataError
 from cir_jax.input.tables import Table, is_prepared
+from cir_jax.progress import Progress
 from data import build
 from data.corpus import Unusable
 from data.sharing import Shard
@@ -106,7 +105,7 @@ def blocks(
     on, with progress. done: what of `captions.total` is behind the blocks before."""
     mine = first * shard.count + shard.index
     entries = captions.entries(mine * size)
-    with tqdm(
+    with Progress(
         total=captions.total, initial=done, desc=description, unit=f" {captions.unit}",
         unit_scale=True, delay=1,
     ) as bar:  # fmt: skip

@@ -23,10 +23,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from cir_jax.errors import ConfigError, DataError
 from cir_jax.input.keywords import Tagger
+from cir_jax.progress import Progress
 from cir_jax.storage.atomic import write_atomically
 from cir_jax.storage.places import default_cache_dir
 from data.sharing import Shard, alone, same_run
@@ -232,7 +232,7 @@ class _Run:
         if not out.finished:
             words = Vocabulary.read(self.vocabulary)
             sizes = [block["captions"] for block in self.keywords.blocks]
-            with tqdm(
+            with Progress(
                 total=sum(sizes), initial=sum(sizes[: len(out.blocks)]), desc="triplets",
                 unit=" captions", unit_scale=True, delay=1,
             ) as bar:  # fmt: skip

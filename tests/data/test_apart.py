@@ -25,7 +25,7 @@ def started(monkeypatch):
     popen = subprocess.Popen
     monkeypatch.setattr(apart.subprocess, "Popen", start)
     monkeypatch.setattr(ShapesTiny, "APART", ("captions", "triplets"))
-    monkeypatch.setattr(build.os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(build, "cores", lambda: 2)
     return found
 
 
@@ -36,7 +36,7 @@ def test_the_tables_are_the_same(started, tmp_path, monkeypatch, capsys):
     assert "building shapes_tiny/captions in another process meanwhile" in said
     assert "building shapes_tiny/captions in /" not in said
     build.prepare_needed(NEEDED, data_dir=tmp_path / "two")  # nothing is left to do
-    monkeypatch.setattr(build.os, "cpu_count", lambda: 1)
+    monkeypatch.setattr(build, "cores", lambda: 1)
     build.prepare_needed(NEEDED, data_dir=tmp_path / "one")
     assert len(started) == 1
     one, two = (

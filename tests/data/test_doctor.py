@@ -1,12 +1,9 @@
 """The doctor finds files by other names, says what is odd, and lists all that is missing."""
 
-import itertools
 import json
-import time
 
 import pytest
 
-import data as data_package
 from cir_jax.errors import DataError
 from cir_jax.input import links
 from cir_jax.input.tables import Table
@@ -182,15 +179,3 @@ def test_linked_images_that_are_gone_or_changed_are_named(tmp_path):
         build.check("circo", None, tmp_path / "d")
     with pytest.raises(DataError, match="pairs copies its images; those of fashioniq, cirr, circo"):
         build.prepare("pairs", None, tmp_path / "d", source=dummy("pairs"), link=True)
-
-
-def test_where_nobody_watches_there_is_a_line_now_and_then(monkeypatch, capsys):
-    clock = itertools.count(0.0, 11.0)
-    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
-    monkeypatch.setattr("sys.stderr.isatty", lambda: False, raising=False)
-    assert list(data_package.progress(iter("abcdefg"), 8, "images", start=1)) == list("abcdefg")
-    lines = capsys.readouterr().err.splitlines()
-    assert lines == [
-        "images: 4 records of 8, about 1 min left",
-        "images: 7 records of 8, about 0 min left",
-    ]

@@ -23,11 +23,3 @@ def test_as_the_host_has_cores(monkeypatch, cores, workers, threads, prefetch):
 def test_less_than_none_is_refused(field, given):
     with pytest.raises(ConfigError, match=rf"config\.{field}={given}; it must be (-1|0) \("):
         Reading.of_host(**{field: given})
-
-
-def test_the_cores_are_those_that_may_be_used(monkeypatch):
-    monkeypatch.setattr(reading.os, "sched_getaffinity", lambda pid: {3, 5, 9}, raising=False)
-    assert reading.cores() == 3
-    monkeypatch.delattr(reading.os, "sched_getaffinity")
-    monkeypatch.setattr(reading.os, "cpu_count", lambda: None)
-    assert reading.cores() == 1

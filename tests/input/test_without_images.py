@@ -1,9 +1,12 @@
 """Records without their images: made once, read without the table."""
 
+import errno
+import os
 import pickle
 
 import numpy as np
 import pytest
+from array_record.python import array_record_module
 
 from cir_jax.errors import CheckpointError, DataError
 from cir_jax.input import records, without_images
@@ -93,6 +96,19 @@ def test_damage_is_named(tmp_path):
     shard.write_bytes(b"0" * 70_000)
     with pytest.raises(CheckpointError, match=r"records_00000.*damaged .*Delete .* made anew"):
         made[0]
+
+
+def test_a_full_disk_is_named_and_leaves_no_half_shard(tmp_path, monkeypatch):
+    class Full(array_record_module.ArrayRecordWriter):
+        def write(self, record):
+            super().write(record)  # as the library reports it
+            raise RuntimeError(f"write() failed: {os.strerror(errno.ENOSPC)}; writing x at byte 9")
+
+    monkeypatch.setattr(array_record_module, "ArrayRecordWriter", Full)
+    said = r"records_00000.*cannot be written \(No space left on device\). .*CIR_JAX_CACHE"
+    with pytest.raises(DataError, match=said):
+        WithoutImages(Counted(), ("image",), tmp_path)
+    assert not [file for file in tmp_path.rglob("*") if file.is_file()]
 
 
 def test_processes_share_the_work_where_they_share_the_disk(tmp_path, monkeypatch):

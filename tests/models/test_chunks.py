@@ -16,7 +16,7 @@ def one_device(monkeypatch):
     """As if this process, with eight devices for the other tests, had one, of 16 KiB a core."""
     monkeypatch.setattr(jax, "device_count", lambda: 1)
     monkeypatch.setattr(chunks, "CACHE_PER_CORE", 2**14)
-    monkeypatch.setattr(chunks.os, "sched_getaffinity", lambda _: {0, 1}, raising=False)
+    monkeypatch.setattr(chunks, "cores", lambda: 2)
 
 
 @pytest.fixture
@@ -34,13 +34,13 @@ def counted(tiny):
 
 
 def test_chunks_are_even_and_fit_the_cache(monkeypatch):
-    monkeypatch.setattr(chunks.os, "sched_getaffinity", lambda _: {0, 1}, raising=False)
+    monkeypatch.setattr(chunks, "cores", lambda: 2)
     b32, l14 = chunks.activation_bytes(50, 3072), chunks.activation_bytes(257, 4096)
     assert chunks.chunk_size(256, b32) == chunks.chunk_size(32, b32) == 8
     assert chunks.chunk_size(33, b32) == 7  # 35 rows are computed; in eights it would be 40
     assert chunks.chunk_size(15, b32) == 15  # less than two chunks of 8
     assert chunks.chunk_size(256, l14) == 1
-    monkeypatch.setattr(chunks.os, "sched_getaffinity", lambda _: set(range(64)), raising=False)
+    monkeypatch.setattr(chunks, "cores", lambda: 64)
     assert chunks.chunk_size(256, b32) == 256
     for batch in (1, 39, 41, 67, 257, 1000):
         size = chunks.chunk_size(batch, 2**24)  # 20 of them fit

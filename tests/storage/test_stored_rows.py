@@ -14,7 +14,7 @@ from cir_jax.input.pipeline import Part, Pipeline
 from cir_jax.input.reading import Reading
 from cir_jax.input.records import CaptionPairs, Records
 from cir_jax.retrieval import features
-from cir_jax.storage import chunk_store, disks, record_shards, stored_rows
+from cir_jax.storage import chunk_store, disks, kept_open, stored_rows
 from cir_jax.storage.chunk_store import ChunkStore
 from cir_jax.training import inversion
 from tests import tiny as factory
@@ -102,7 +102,7 @@ def test_a_file_that_is_let_go_is_read_to_the_end(tmp_path, monkeypatch):
     rows, read = store.stored(), os.pread
 
     def after_others(*args):
-        rows._open.clear()
+        rows._open._kept.clear()
         return read(*args)
 
     monkeypatch.setattr(os, "pread", after_others)
@@ -112,7 +112,7 @@ def test_a_file_that_is_let_go_is_read_to_the_end(tmp_path, monkeypatch):
 
 def test_many_threads_read_the_same_rows(tmp_path, monkeypatch):
     monkeypatch.setattr(chunk_store, "CHUNK_ROWS", 2)
-    monkeypatch.setattr(stored_rows, "OPEN", 3)
+    monkeypatch.setattr(kept_open, "OPEN", 3)
     values = np.arange(40, dtype=np.float32).reshape(20, 2)
     store = ChunkStore(tmp_path, {"features": "few"}, 20)
     for start in range(0, 20, 2):
@@ -123,6 +123,36 @@ def test_many_threads_read_the_same_rows(tmp_path, monkeypatch):
         found = np.stack(list(pool.map(rows.__getitem__, order)))
     np.testing.assert_array_equal(found, values[order])
     assert len(rows._open) <= 3
+
+
+def test_a_disk_that_gives_less_than_is_asked_for_is_asked_again(tmp_path, monkeypatch):
+    """As some of a network do."""
+    values = np.random.default_rng(0).normal(size=(4, 5)).astype(np.float32)
+    store = ChunkStore(tmp_path, {}, 4)
+    store.write(0, values)
+    rows, read = store.stored(), os.pread
+    monkeypatch.setattr(os, "pread", lambda file, size, at: read(file, min(size, 7), at))
+    for i in range(4):
+        np.testing.assert_array_equal(rows[i], values[i])
+    store.file(0).write_bytes(store.file(0).read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match="row 3 is cut off"):
+        rows[3]
+
+
+def test_a_damaged_byte_of_a_header_makes_it_no_file_of_rows(tmp_path):
+    """It is computed again, whatever Python makes of what is written there."""
+    store = ChunkStore(tmp_path, {}, 8)
+    store.write(0, np.ones((8, 4), np.float32))
+    file, data = store.file(0), bytearray(store.file(0).read_bytes())
+    first = stored_rows.header(file).first
+    for place in range(first):
+        for byte in (3, *map(ord, "0iB>")):
+            damaged = data[:]
+            damaged[place] = byte
+            file.write_bytes(damaged)
+            found = stored_rows.header(file)
+            assert found is None or found.dtype == np.float32 or not found.whole, (place, byte)
+            assert store.done() in (0, 8)
 
 
 def test_workers_read_what_threads_read(tmp_path, tiny):
@@ -169,7 +199,7 @@ def test_writing_holds_a_chunk(tmp_path, monkeypatch):
 
 def test_files_are_let_go(tmp_path, monkeypatch):
     monkeypatch.setattr(chunk_store, "CHUNK_ROWS", 2)
-    monkeypatch.setattr(stored_rows, "OPEN", 3)
+    monkeypatch.setattr(kept_open, "OPEN", 3)
     store = ChunkStore(tmp_path, {}, 20)
     for i in range(10):
         store.write(i, np.full((2, 3), i, np.float32))
@@ -258,7 +288,7 @@ def test_stored_words_are_not_held(tmp_path, monkeypatch):
             np.testing.assert_array_equal(words[index], rows[index % 1024, :DIM].astype(np.float32))
 
     assert hold(monkeypatch, read)[1] < 5e6
-    assert len(words._shards._readers) <= record_shards.OPEN and len(pickle.dumps(words)) < 1000
+    assert len(words._shards._readers) <= kept_open.OPEN and len(pickle.dumps(words)) < 1000
     np.testing.assert_array_equal(pickle.loads(pickle.dumps(words))[7], words[7])
     made._file(5).unlink()
     made._file(5).write_bytes(b"0" * 70_000)

@@ -4,16 +4,16 @@ import base64
 import concurrent.futures
 import io
 import math
-import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from PIL import Image
-from tqdm import tqdm
 
 from cir_jax.evaluation.queries import Benchmark, Query
 from cir_jax.input.images import reading, to_rgb
+from cir_jax.progress import Progress
 from cir_jax.retrieval.features import open_image
+from cir_jax.sharding.cores import cores
 
 LARGEST, SMALLEST = 320, 96
 """Longer side, in pixels: what a page of few pictures has, and one of many."""
@@ -54,9 +54,9 @@ class Pictures:
         """Elements `pictures-0`, ...: GROUP lines each, of base64, or of the number of an earlier
         picture that is the same, behind "=". Uses all cores."""
         side, seen, lines = self.side, {}, []
-        with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        with concurrent.futures.ThreadPoolExecutor(cores()) as pool:
             made = pool.map(lambda one: picture(*one, side), self._added)
-            bar = tqdm(made, "pictures of the page", len(self._added), unit="image", delay=1)
+            bar = Progress(made, "pictures of the page", len(self._added), unit="image", delay=1)
             for number, data in enumerate(bar):
                 first = seen.setdefault(data, number)
                 lines.append(f"={first}" if first < number else data)
