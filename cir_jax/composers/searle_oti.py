@@ -43,6 +43,7 @@ from cir_jax.composers.suffixes import Suffixes
 from cir_jax.errors import ConfigError, DataError, unknown
 from cir_jax.input import phrases as books
 from cir_jax.models.backbone import Backbone
+from cir_jax.sharding.constraints import whole
 from cir_jax.weights import oti_tokens
 
 INITIAL_STD = 0.02
@@ -311,9 +312,9 @@ class SearleOti(PseudoWord):
         """
         repeat, tables = self._of_each_start, frozen["phrases"]
         features = repeat(features)
+        backbone = whole(frozen["backbone"])  # once, not in each iteration
         templates, phrases = (
-            Suffixes(self, frozen["backbone"], texts)
-            for texts in (self.phrases.templates, tables.replaced)
+            Suffixes(self, backbone, texts) for texts in (self.phrases.templates, tables.replaced)
         )
 
         def iteration(state: State, number: jax.Array) -> tuple[State, Losses]:

@@ -1,6 +1,5 @@
 """What a compiled program moves between devices, read off its optimised HLO."""
 
-import collections
 import dataclasses
 import math
 import re
@@ -20,8 +19,10 @@ _CALL = re.compile(rf"= (.+?) ({'|'.join(KINDS)})(-start)?\((.*)")
 _ARRAY = re.compile(r"\b(pred|bf16|[a-z]\d+\w*)\[([\d,]*)\]")
 _CHANNEL = re.compile(r"channel_id=(\d+)")
 _COMPUTATION = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\{$")
-_CALLED = re.compile(r"(?:calls|to_apply|body|\w+_computation)=%?([\w.\-]+)")
-_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+_CALLED = re.compile(r"(?:calls|to_apply|body)=%?([\w.\-]+)")
+_BRANCHES = re.compile(
+    r"(?:branch_computations=\{|true_computation=|false_computation=)(%?[\w.\-]+(?:, ?%[\w.\-]+)*)"
+)
 _CONDITION = re.compile(r"\bcondition=%?([\w.\-]+)")
 _TRIPS = re.compile(r"known_trip_count[^\d]*(\d+)")
 _CONSTANT = re.compile(r"= [su]\d+\[\]\S* constant\((\d+)\)")
@@ -65,36 +66,56 @@ class Traffic:
 
 def traffic(text: str) -> dict[str, Traffic]:
     """Kind -> what one run of a compiled program exchanges; what is in a loop counts as often as it
-    runs. Raises ValueError for a loop of which the text does not say how often.
+    runs, of branches the dearest. Raises ValueError for a loop with collectives of which the text
+    does not say how often it runs.
 
     What XLA:TPU spreads over several fusions (start, beside a product, done) counts once, and an
     all-reduce of which each device keeps its part alone is a reduce-scatter.
     """
-    found: dict[str, Traffic] = {}
     programs = computations(text)
-    times = _times(programs)
+    known: dict[str, dict[str, Traffic]] = {}
     seen = set()
-    for name, lines in programs.items():
-        for line in lines:
-            if not (call := _CALL.search(line)) or not times[name]:
-                continue
-            result, kind, start, _ = call.groups()
-            channel = _CHANNEL.search(line)
-            key = (kind, channel[1]) if channel else (name, line)
-            if key in seen:
-                continue
-            seen.add(key)
-            sizes = arrays(result)
-            if start and kind != "all-reduce":
-                sizes = [max(sizes)]  # what goes in stands beside what comes out
-            size = sum(sizes)
-            if kind == "reduce-scatter":
-                size *= len(groups(line)[0])
-            if kind == "all-reduce" and name.startswith("all-reduce-scatter"):
-                kind = "reduce-scatter"
-            was = found.get(kind, Traffic())
-            found[kind] = Traffic(was.count + times[name], was.bytes + times[name] * size)
-    return found
+
+    def of(name: str) -> dict[str, Traffic]:
+        if name in known:
+            return known[name]
+        total = known[name] = {}
+        for line in programs.get(name, ()):
+            if call := _CALL.search(line):
+                channel = _CHANNEL.search(line)
+                key = (call[2], channel[1]) if channel else (name, line)
+                if key not in seen:
+                    _add(total, _of_call(call, name))
+                    seen.add(key)
+            for called in map(of, _CALLED.findall(line)):
+                loop = called and " while(" in line
+                _add(total, called, _trips(line, programs) if loop else 1)
+            listed = ",".join(_BRANCHES.findall(line))
+            if branches := [of(branch) for branch in re.findall(r"[\w.\-]+", listed)]:
+                _add(total, max(branches, key=lambda each: sum(x.bytes for x in each.values())))
+        return total
+
+    return of("")
+
+
+def _of_call(call: re.Match[str], name: str) -> dict[str, Traffic]:
+    """Of a line with a collective, in computation `name`."""
+    result, kind, start, _ = call.groups()
+    sizes = arrays(result)
+    if start and kind != "all-reduce":
+        sizes = [max(sizes)]  # what goes in stands beside what comes out
+    size = sum(sizes)
+    if kind == "reduce-scatter":
+        size *= len(groups(call.string)[0])
+    if kind == "all-reduce" and name.startswith("all-reduce-scatter"):
+        kind = "reduce-scatter"
+    return {kind: Traffic(1, size)}
+
+
+def _add(total: dict[str, Traffic], more: dict[str, Traffic], times: int = 1) -> None:
+    for kind, each in more.items():
+        was = total.get(kind, Traffic())
+        total[kind] = Traffic(was.count + times * each.count, was.bytes + times * each.bytes)
 
 
 def largest(text: str, count: int) -> list[tuple[int, str, str]]:
@@ -130,24 +151,6 @@ def computations(text: str) -> dict[str, list[str]]:
         elif match := _COMPUTATION.match(line):
             inside = found.setdefault("" if match[1] else match[2], [])
     return found
-
-
-def _times(programs: dict[str, list[str]]) -> collections.Counter[str]:
-    """Name of a computation -> how often one run of the program runs it."""
-    times: collections.Counter[str] = collections.Counter()
-
-    def run(name: str, often: int) -> None:
-        times[name] += often
-        for line in programs.get(name, ()):
-            called = _CALLED.findall(line)
-            for listed in _BRANCHES.findall(line):
-                called += re.findall(r"[\w.\-]+", listed)
-            each = often * (_trips(line, programs) if " while(" in line else 1)
-            for other in called:
-                run(other, each)
-
-    run("", 1)
-    return times
 
 
 def _trips(line: str, programs: dict[str, list[str]]) -> int:

@@ -20,20 +20,23 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
     """Mesh over (data, fsdp, tensor); at most one size may be -1 = whatever is left.
 
     Several slices of TPUs lie along data, one behind the other: between them the network is slow.
+    Hosts of GPUs, which JAX numbers as slices, too, may share an axis, and lie in their order.
     Raises MeshError when the sizes do not multiply to the number of devices, or the slices do not
     divide data.
     """
     devices = list(jax.devices() if devices is None else devices)
-    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    tpus = devices[0].platform == "tpu"
+    slices = len({getattr(device, "slice_index", 0) for device in devices}) if tpus else 1
     shape = mesh_shape(sizes, len(devices), slices)
-    types = (AxisType.Auto,) * len(AXES)  # the compiler propagates shardings
+    # not jax.make_mesh, which takes no hosts of GPUs; a side of most TPUs' chips it leaves whole
+    options = {"devices": devices, "allow_split_physical_axes": True}
     if slices == 1:
-        return jax.make_mesh(shape, AXES, types, devices=devices)
-    inside = (shape[0] // slices, *shape[1:])
-    arranged = mesh_utils.create_hybrid_device_mesh(
-        inside, (slices, *(1 for _ in shape[1:])), devices
-    )
-    return Mesh(arranged, AXES, axis_types=types)
+        arranged = mesh_utils.create_device_mesh(shape, **options)
+    else:
+        inside, outside = (shape[0] // slices, *shape[1:]), (slices, *(1 for _ in shape[1:]))
+        arranged = mesh_utils.create_hybrid_device_mesh(inside, outside, **options)
+    # the compiler propagates shardings
+    return Mesh(arranged, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def mesh_shape(sizes: Mapping[str, int], count: int, slices: int = 1) -> tuple[int, ...]:

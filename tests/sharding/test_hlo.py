@@ -90,6 +90,34 @@ def test_traffic_counts_loops_and_what_is_spread_over_fusions_once():
     }
 
 
+@pytest.mark.parametrize(
+    "written",
+    [
+        "branch_computations={%one, %two}",
+        "true_computation=%one, false_computation=%two",
+    ],
+)
+def test_of_branches_the_dearest_counts(written):
+    program = """
+%one (p: f32[8]) -> f32[8] {
+  ROOT %sum = f32[8]{0} all-reduce(%p), channel_id=1, replica_groups={}
+}
+
+%two (p: f32[8]) -> f32[8] {
+  %more = f32[16]{0} all-gather(%p), channel_id=2, replica_groups={}
+  ROOT %sum = f32[8]{0} all-reduce(%p), channel_id=3, replica_groups={}
+}
+
+ENTRY %main (p: f32[8]) -> f32[8] {
+  ROOT %either = f32[8]{0} conditional(%which, %p, %p), WRITTEN
+}
+"""
+    assert hlo.traffic(program.replace("WRITTEN", written)) == {
+        "all-gather": hlo.Traffic(1, 64),
+        "all-reduce": hlo.Traffic(1, 32),
+    }
+
+
 def test_the_largest_arrays_are_outside_of_fusions():
     first, second, *_ = hlo.largest(PROGRAM, 3)
     assert first == (128 * 9 * 4, "f32[128,9]", "sum")
@@ -97,8 +125,11 @@ def test_the_largest_arrays_are_outside_of_fusions():
 
 
 def test_a_loop_without_an_end_in_the_text_is_refused():
+    endless = PROGRAM.replace("constant(6)", "parameter(0)")
     with pytest.raises(ValueError, match="nothing says how often it runs: %loop = "):
-        hlo.traffic(PROGRAM.replace("constant(6)", "parameter(0)"))
+        hlo.traffic(endless)
+    alone = "\n".join(line for line in endless.splitlines() if " fusion(" not in line)
+    assert set(hlo.traffic(alone)) == {"reduce-scatter", "collective-permute", "all-reduce"}
 
 
 def test_traffic_of_a_compiled_program():

@@ -46,13 +46,16 @@ class Chip:
 
     id: int
     slice_index: int
+    platform: str = "tpu"
+    coords: tuple[int, int, int] = (0, 0, 0)
+    core_on_chip: int = 0
     process_index: int = 0
-    platform: str = "cpu"
-    device_kind: str = "cpu"
+    device_kind: str = "of a test"
 
 
 def test_slices_lie_along_data():
-    chips = [Chip(i, slice_index=i % 2) for i in range(8)]  # in any order
+    # in any order; four in the square of a slice
+    chips = [Chip(i, slice_index=i % 2, coords=(i // 2 % 2, i // 4, 0)) for i in range(8)]
     made = meshes.make_mesh({"data": -1, "fsdp": 2}, chips)
     of = np.vectorize(lambda chip: chip.slice_index)(made.devices)
     assert made.shape == {"data": 4, "fsdp": 2, "tensor": 1}
@@ -63,6 +66,30 @@ def test_slices_that_would_split_parameters():
     chips = [Chip(i, slice_index=i // 4) for i in range(8)]
     with pytest.raises(MeshError, match="2 slices lie along data, which is 1 here.* multiple of 2"):
         meshes.make_mesh({"data": 1, "fsdp": 8}, chips)
+
+
+@pytest.mark.parametrize("slices", [1, 2])
+def test_an_axis_may_end_within_a_side_of_the_chips(slices):
+    """Eight of the chips of 4 x 4."""
+    squares = [
+        Chip(i, slice_index=i // 16, coords=(i % 4, i // 4 % 4, 0)) for i in range(16 * slices)
+    ]
+    made = meshes.make_mesh({"data": -1, "fsdp": 8}, squares)
+    assert made.shape["data"] == 2 * slices
+    assert [len({chip.slice_index for chip in row}) for row in made.devices[..., 0]] == (
+        [1] * 2 * slices
+    )
+
+
+def test_hosts_of_gpus_may_share_an_axis():
+    """JAX numbers them as slices, as it does hosts without accelerators."""
+    gpus = [Chip(i, slice_index=i // 4, platform="gpu") for i in range(8)]
+    assert meshes.make_mesh({"data": 1, "fsdp": 8}, gpus).devices.ravel().tolist() == gpus
+    of = [
+        [chip.slice_index for chip in row]
+        for row in meshes.make_mesh({"fsdp": 4, "data": -1}, gpus).devices[..., 0]
+    ]
+    assert of == [[0] * 4, [1] * 4]
 
 
 @pytest.mark.parametrize(

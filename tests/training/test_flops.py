@@ -39,9 +39,9 @@ def test_loops_count_as_often_as_they_run_and_the_dearest_branch():
 def test_convolutions():
     images = jax.ShapeDtypeStruct((2, 10, 10, 4), jnp.float32)
 
-    def convolve(images, kernel, groups=1):
+    def convolve(images, kernel, groups=1, stride=1):
         return jax.lax.conv_general_dilated(
-            *(images, kernel, (1, 1), "VALID"),
+            *(images, kernel, (stride, stride), "VALID"),
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
             feature_group_count=groups,
         )
@@ -50,3 +50,8 @@ def test_convolutions():
     assert count(convolve, images, kernel) == 2 * (2 * 8 * 8 * 6) * (3 * 3 * 4)
     each = jax.ShapeDtypeStruct((3, 3, 1, 4), jnp.float32)  # depthwise
     assert count(lambda x, k: convolve(x, k, 4), images, each) == 2 * (2 * 8 * 8 * 4) * 9
+    # of patches, the gradient by the images asks for as many: between patches it puts zeros
+    patches = jax.ShapeDtypeStruct((2, 2, 4, 6), jnp.float32)
+    asked = 2 * (2 * 5 * 5 * 6) * (2 * 2 * 4)
+    gradient = jax.grad(lambda x, k: jnp.sum(convolve(x, k, stride=2) ** 2))
+    assert count(gradient, images, patches) == 2 * asked
