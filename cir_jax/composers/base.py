@@ -131,7 +131,8 @@ class Composer:
 
     def write_files(self, directory: Path) -> dict[str, str]:
         """Writes what every query needs beside parameters, for others: argument of the constructor
-        -> name of its file in `directory`, which is there; "" = the argument is not needed."""
+        ("word.phrases": of the method inside) -> name of its file in `directory`, which is there;
+        "" = the argument is not needed."""
         del directory
         return {}
 

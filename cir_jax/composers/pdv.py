@@ -4,7 +4,8 @@
     q = (1 - beta) (v + alpha_image d) + beta (T("a photo of $") + alpha_text d)
 
 of a modification text c and a reference image with the feature v, whose pseudo-word $ another
-method makes: Pic2Word, SEARLE, LinCIR, PALAVRA, ISA, or RTD around one. Nothing more is trained.
+method makes: Pic2Word, SEARLE or its OTI, LinCIR, PALAVRA, ISA, or RTD around one. Nothing more is
+trained.
 beta = alpha_text = 1 is that method; beta = 1 alone is the paper's PDV-T, beta = 0 its PDV-I.
 
 No code was released. The paper does not say whether embeddings are normalised before they are
@@ -42,20 +43,21 @@ class Pdv(Composer):
     ):
         """word: name and settings of the method inside. beta: share of the text, 0..1.
 
-        Raises ConfigError, for a method without a trained pseudo-word, too.
+        Raises ConfigError, for a method without a pseudo-word, too.
         """
         super().__init__(backbone)
         if "name" not in word:
             raise ConfigError("composer.word of pdv: expected the name of a pseudo-word method")
         settings = dict(word)
         self.word = build(settings.pop("name"), backbone, **settings)
-        if not (isinstance(self.word, PseudoWord | Rtd) and self.word.trained):
+        if not isinstance(self.word, PseudoWord | Rtd):
             raise ConfigError(
-                f"composer.word.name={word['name']!r}: PDV is put around a trained method whose "
-                "query is a prompt with a pseudo-word: pic2word, searle, lincir, palavra, isa, "
+                f"composer.word.name={word['name']!r}: PDV is put around a method whose query is a "
+                "prompt with a pseudo-word: pic2word, searle, searle_oti, lincir, palavra, isa, "
                 "or rtd."
             )
-        self.reads_images = self.word.reads_images
+        self.trained, self.reads_images = self.word.trained, self.word.reads_images
+        self.word_rows = self.word.word_rows
         if not 0 <= beta <= 1:
             raise ConfigError(f"pdv: beta={beta}; the share of the text lies in 0..1.")
         self.alpha_image, self.alpha_text = float(alpha_image), float(alpha_text)
@@ -66,6 +68,9 @@ class Pdv(Composer):
     @classmethod
     def for_others(cls, settings: Mapping[str, Any]) -> dict[str, Any]:
         return dict(settings) | {"word": for_others(settings["word"])}
+
+    def write_files(self, directory: Path) -> dict[str, str]:
+        return {f"word.{key}": name for key, name in self.word.write_files(directory).items()}
 
     def prompt(self, text: str) -> str:
         return self.word.prompt(text)

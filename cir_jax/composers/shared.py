@@ -174,9 +174,10 @@ def read_config(directory: Path) -> dict[str, Any]:
             f"{directory / hub.CONFIG}: backbone {values.get('backbone')!r} is neither included "
             "nor a hub id. Ask who made it."
         )
-    folder, settings = directory / hub.FILES, values["composer"]
+    folder, settings = directory / hub.FILES, ml_collections.ConfigDict(values["composer"])
     places = {key: str(folder / name) if name else "" for key, name in about["files"].items()}
-    values["composer"] = settings | places
+    settings.update_from_flattened_dict(places)
+    values["composer"] = settings.to_dict()
     return values | {"init_from": f"{FLAG}{directory}"}
 
 

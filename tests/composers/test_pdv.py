@@ -8,7 +8,11 @@ from cir_jax.composers import build
 from cir_jax.errors import ConfigError
 from tests.composers import inversion
 
-WORDS = {"lincir": {"name": "lincir"}, "rtd": {"name": "rtd", "word": {"name": "lincir"}}}
+WORDS = {
+    "lincir": {"name": "lincir"},
+    "rtd": {"name": "rtd", "word": {"name": "lincir"}},
+    "searle_oti": {"name": "searle_oti", "iterations": 2, "cached_phrases": 0},
+}
 
 
 def unit(x):
@@ -56,10 +60,16 @@ def test_parameters_are_those_of_the_method_inside(tiny):
     assert "Phi" in composer.official_format
 
 
+def test_around_an_optimised_word_nothing_is_trained_and_its_phrases_are_given_away(tiny, tmp_path):
+    composer = build("pdv", tiny[0], word=WORDS["searle_oti"])
+    assert not composer.trained and build("pdv", tiny[0], word=WORDS["lincir"]).trained
+    assert composer.write_files(tmp_path) == {"word.phrases": "phrases.json", "word.names": ""}
+    assert (tmp_path / "phrases.json").is_file()
+
+
 def test_mistakes_are_named(tiny):
     for settings, message in (
-        ({"word": {"name": "slerp"}}, "word.name='slerp': PDV is put around a trained method"),
-        ({"word": {"name": "searle_oti"}}, "word.name='searle_oti': PDV is put around a trained"),
+        ({"word": {"name": "slerp"}}, "word.name='slerp': PDV is put around a method whose query"),
         ({"word": {}}, "expected the name of a pseudo-word method"),
         ({"word": WORDS["lincir"], "beta": 1.5}, "beta=1.5; the share of the text"),
     ):

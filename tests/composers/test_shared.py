@@ -31,7 +31,7 @@ SMALL = {
     "slerp": {},
     "pic2word": {"hidden_dim": 8},
     "searle": {"phrases": "book.json", "top_k": 1},
-    "searle_oti": {"phrases": "book.json", "names": "names.txt", "iterations": 2},
+    "pdv": {"word.phrases": "book.json", "word.names": "names.txt", "word.iterations": 2},
     "combiner": {"projection_dim": 8, "hidden_dim": 8},
     "compodiff": {"depth": 1, "heads": 2, "dim_head": 8, "steps": 2},
     "rtd": {"word.hidden_dim": 8},
@@ -39,7 +39,7 @@ SMALL = {
     "artemis": {"embed_dim": 0, "train_backbone": True},
 }
 
-ASKED = ("slerp", "searle", "searle_oti", "rtd", "artemis")
+ASKED = ("slerp", "searle", "pdv", "rtd", "artemis")
 """Others get these with other settings, or a tokenizer of its own."""
 
 
@@ -70,7 +70,7 @@ def made(name, folder, tiny, monkeypatch=None):
     book = {"concepts": {"star": ["a red star"], "circle": ["a blue circle", "a circle"]}}
     (folder / "book.json").write_text(json.dumps(book))
     (folder / "names.txt").write_text("star\ncircle\nstar\n")
-    config = loading.read_experiment(f"{name}:smoke")
+    config = loading.read_experiment("pdv:searle_oti" if name == "pdv" else f"{name}:smoke")
     config.backbone, config.data_dir = str(folder / "toy"), str(folder / "data")
     config.composer.update_from_flattened_dict(
         {k: str(folder / v) if str(v).startswith(("book", "names")) else v
@@ -305,7 +305,7 @@ def test_parameters_of_another_method_are_refused(tiny, tmp_path, monkeypatch):
     ],
 )
 def test_what_cannot_be_shared_is_said_before_training(name, changes, message, monkeypatch):
-    config = loading.read_experiment(f"{name}:smoke")
+    config = loading.read_experiment("pdv:searle_oti" if name == "pdv" else f"{name}:smoke")
     config.update_from_flattened_dict({"export_to": "hub:nowhere"} | changes)
     with pytest.raises(ConfigError, match=message):
         if target := shared.given(config.export_to):
