@@ -313,6 +313,7 @@ def test_a_killed_tuning_goes_on_to_the_same_lora(model, tuned, tmp_path, monkey
     def dying(*args):
         trainer = made(*args)
         trainer.add_callback(Dies())
+        assert (trainer.args.train_batch_size, trainer.args.gradient_accumulation_steps) == (1, 2)
         return trainer
 
     monkeypatch.setattr(tuning, "SAVED", 2)
@@ -336,6 +337,15 @@ def test_a_killed_tuning_goes_on_to_the_same_lora(model, tuned, tmp_path, monkey
     at = (tmp_path / "lora" / "adapter_model.safetensors").stat().st_mtime_ns
     tuning.tune(EXAMPLES, tmp_path / "lora", model, RECIPE)  # is there
     assert (tmp_path / "lora" / "adapter_model.safetensors").stat().st_mtime_ns == at
+
+
+def test_the_last_checkpoint_that_is_whole_is_the_one_of_most_steps(tmp_path):
+    assert tuning._last(tmp_path) is None
+    for step in (200, 1000, 1200):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    for step in (200, 1000):
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").touch()
+    assert tuning._last(tmp_path) == str(tmp_path / "checkpoint-1000")
 
 
 def test_what_cannot_be_tuned(model, tmp_path, monkeypatch):
