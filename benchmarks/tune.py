@@ -31,14 +31,16 @@ from absl import logging  # noqa: E402
 BUDGET = 9
 """Settings per method, the default among them."""
 
+ALPHAS = {"alpha": (0.5, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)}
+LINKS = {"link": (",", "that", "and", "but", "which", "of", "with", "which is", "that is")}
 GRIDS: dict[str, dict[str, tuple[Any, ...]]] = {
-    "slerp": {"alpha": (0.5, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)},
+    "slerp": ALPHAS,
     "palavra": {"refine_steps": (30, 100), "refine_learning_rate": (0.01, 0.02, 0.05, 0.1)},
-    "pic2word": {"link": (",", "that", "and", "but", "which", "of", "with", "which is", "that is")},
+    "pic2word": LINKS,
     "searle_oti": {"iterations": (50, 100, 200), "learning_rate": (1e-2, 2e-2, 5e-2)},
     "combiner": {"dropout": (0.1, 0.3, 0.5), "scale": (10.0, 20.0, 40.0)},
     "pdv": {"alpha_image": (0.3, 0.6, 1.0), "beta": (0.4, 0.6, 0.8)},
-    "tat": {"alpha": (0.5, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)},
+    "tat": ALPHAS,
     "rtd": {"noise": (0.0, 0.5, 1.0), "temperature": (0.03, 0.07, 0.2)},
     "magiclens": {
         "initial": ("sum", "random"),
@@ -46,12 +48,22 @@ GRIDS: dict[str, dict[str, tuple[Any, ...]]] = {
         "temperature": (0.07, 0.15),
     },
     "artemis": {"embed_dim": (128, 256, 512), "temperature": (2.0, 2.65926, 3.5)},
+    "slerp:blip": ALPHAS,
+    "pic2word:blip": LINKS,
     "isa": {"dropout": (0.0, 0.5), "tokens": (2, 6), "temperature": (0.03, 0.07)},
     "compodiff": {"steps": (2, 5, 10), "guidance": ((2.5, 2.0), (1.5, 7.5), (1.0, 1.0))},
 }
-"""Method -> setting -> values; the product is tried. SEARLE and LinCIR have no such settings."""
+"""Method or METHOD:PRESET -> setting -> values; the product is tried. SEARLE, LinCIR have none."""
 
 CHOSEN_BY = ("circo", "mAP@10")
+
+
+def configured(name: str, preset: str) -> Any:
+    """The config of a name in GRIDS."""
+    from cir_jax.loading import read_experiment
+
+    method, _, own = name.partition(":")
+    return read_experiment(f"{method}:{own or preset}")
 
 
 def settings(method: str, default: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -71,23 +83,23 @@ def tune(method: str, preset: str, workdir: Path, known: Sequence[Mapping[str, A
     Those `known` of the same weights are kept: the trained ones, or where each setting is trained,
     the backbone's.
     """
+    from benchmarks.compare import of_run
     from cir_jax import experiment as experiments
     from cir_jax.evaluation import benchmarks, selection
     from cir_jax.evaluation.runner import trained_params
-    from cir_jax.loading import read_experiment
     from cir_jax.training import stages
     from cir_jax.training import workdir as workdirs
     from cir_jax.weights.fingerprint import fingerprint
     from data import build
 
-    config = read_experiment(f"{method}:{preset}")
+    config = configured(method, preset)
     config.evaluation.split = "test_0"  # as benchmarks/compare.py stores it; val is read below
     build.prepare_needed(
         stages.required_tables(config),
         benchmarks.required(config.evaluation.benchmarks),
         data_dir=experiments.data_dir(config),
     )
-    directory = workdir.absolute() / f"{method}-0"
+    directory = of_run(workdir, method, 0)
     experiment = experiments.setup(config)
     of_query = not config.stages or set(GRIDS[method]) <= {*experiment.composer.inference_settings}
     before, last = config.stages[:-1], config.stages[-1:]

@@ -48,7 +48,11 @@ RELEASED = {
 EIGHT_DEVICES = {"stage.contrastive.optimizer.eps": 8e-6}
 PRESETS = {
     "shapes": {},
-    "blip": {"backbone": "data/shapes/blip", "composer.scale": 1 / 0.07},  # as it was pretrained
+    "blip": {
+        "backbone": "data/shapes/blip",
+        "composer.scale": 1 / 0.07,  # as it was pretrained
+        "composer.link": "and",  # chosen on val
+    },
     "smoke": {
         "composer.hidden_dim": 32,
         "stage.contrastive.data.dataset": "shapes_tiny",

@@ -14,7 +14,7 @@ from experiments import base
 
 PRESETS = {
     "shapes": {},
-    "blip": {"backbone": "data/shapes/blip"},
+    "blip": {"backbone": "data/shapes/blip", "composer.alpha": 0.6},  # chosen on val, too
     "smoke": {"evaluation.benchmarks": base.benchmarks("shapes_tiny")},
     "tat": {"backbone": "runs/tat/shapes/backbone"},  # experiments/tat.py writes it
     "vit_b32": {"backbone": "openai/clip-vit-base-patch32"},

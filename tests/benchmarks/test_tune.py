@@ -8,13 +8,12 @@ from pathlib import Path
 import pytest
 
 from benchmarks import tune
-from cir_jax.loading import read_experiment
 from cir_jax.weights.fingerprint import fingerprint
 
 
 @pytest.mark.parametrize("method", tune.GRIDS)
 def test_the_budget_is_the_same_for_all_and_holds_the_default(method):
-    default = read_experiment(f"{method}:shapes").composer.to_dict()
+    default = tune.configured(method, "shapes").composer.to_dict()
     points = tune.settings(method, default)
     assert points[0] == {name: default[name] for name in tune.GRIDS[method]}
     assert tune.BUDGET - 1 <= len(points) <= tune.BUDGET
@@ -24,7 +23,7 @@ def test_the_budget_is_the_same_for_all_and_holds_the_default(method):
 @pytest.mark.parametrize("method", tune.GRIDS)
 def test_the_experiment_has_the_setting_that_was_chosen(method):
     rows = json.loads((Path(tune.__file__).parent / "tune.json").read_text())["methods"][method]
-    default = read_experiment(f"{method}:shapes").composer.to_dict()
+    default = tune.configured(method, "shapes").composer.to_dict()
     assert [row["setting"] for row in rows] == json.loads(
         json.dumps(tune.settings(method, default))
     )
