@@ -67,7 +67,7 @@ EXPECTED = (
     *(("combiner", "image_text"), ("combiner", "slerp"), ("palavra", "image_text")),
     *(("rtd", "pic2word"), ("pdv", "pic2word"), ("tat", "slerp"), ("clip4cir", "image_text")),
     ("compodiff:shapes_long", "compodiff"),
-    *(("isa", other) for other in ("image_text:blip", "pic2word:blip")),
+    *(("isa", other) for other in ("image_text:blip", "slerp:blip", "pic2word:blip")),
     ("isa:symmetric", "isa"),
 )
 """The better one first: what the papers let one expect, and what is built on what."""
