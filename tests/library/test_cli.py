@@ -211,6 +211,12 @@ def test_pages_say_what_they_need(run, monkeypatch, tmp_path):
         assert f"cir {command[0]} needs Starlette" in err and "pip install 'cir_jax[serve]'" in err
 
 
+def test_an_index_that_cannot_be_had_is_said_before_weights_are_loaded(run, monkeypatch):
+    monkeypatch.setattr(loading, "load", lambda *_, **__: pytest.fail("it loaded them"))
+    status, out, err = run("index", "photos", "--index", "fais")
+    assert (status, out) == (2, "") and "faiss" in err
+
+
 def test_the_backbone_is_the_methods_or_a_real_one(tmp_path):
     def chosen(*argv):
         args = cli._parser().parse_args(["search", *argv])
