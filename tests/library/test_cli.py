@@ -85,7 +85,7 @@ def test_results_alone_are_on_stdout(run, folder):
     assert len(both[1].splitlines()) == len(list(folder.rglob("*.png"))) - 1
 
 
-def test_an_index_is_made_searched_and_measured(run, folder, scratch):
+def test_an_index_is_made_searched_and_measured(run, folder, monkeypatch):
     pytest.importorskip("faiss")
     status, out, err = run("index", "photos", "--index", "faiss", "--check", "5")
     count = len(list(folder.rglob("*.png")))
@@ -96,6 +96,7 @@ def test_an_index_is_made_searched_and_measured(run, folder, scratch):
     assert re.search(r"\.faiss: made of the store's vectors \(there was none\)\.$", err, re.M)
     asked = ("search", "photos", "--text", "a red star", "--json")
     assert run(*asked, "--index", "faiss") == run(*asked) and run(*asked)[2] == ""
+    monkeypatch.setattr(loading, "load", lambda *_, **__: pytest.fail("weights come later"))
     status, out, err = run("index", "photos", "--index", "fais")
     assert (status, out) == (2, "") and "unknown index 'fais'. Did you mean 'faiss'" in err
 

@@ -55,6 +55,16 @@ def test_a_file_of_another_program_or_version_is_not_touched(tmp_path):
     assert databases.prepare(connected(later), KIND) == 4
 
 
+def test_a_connection_waits_and_keeps_to_what_refers_to_what(tmp_path):
+    path = tmp_path / "50% of? it.sqlite"
+    db = databases.connect(path)
+    databases.prepare(db, KIND)
+    marks = [db.execute(f"PRAGMA {x}").fetchone()[0] for x in ("busy_timeout", "foreign_keys")]
+    assert marks == [1000 * databases.PATIENCE, 1]
+    with pytest.raises(sqlite3.OperationalError, match="readonly"):
+        databases.connect(path, "mode=ro").execute("CREATE TABLE c (x)")
+
+
 def test_what_fails_in_a_transaction_is_not_there(tmp_path):
     db = connected(tmp_path / "a.sqlite")
     databases.prepare(db, KIND)
