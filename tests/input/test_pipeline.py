@@ -78,6 +78,7 @@ def test_records_are_parsed_once_and_their_images_are_not_kept(tiny, monkeypatch
         assert np.array_equal(one["image"], other["image"])
     assert np.array_equal(first[3]["image"], FEATURES[3])
     assert "image" not in source._parsed.get(0, {}) and len(source._parsed) == min(kept, 5)
+    assert not source.__getstate__()["_parsed"]  # a worker process is sent none of it
     decoded = Records(table, ("image",), transform)
     assert decoded[1]["image"].shape == (16, 16, 3) and not decoded._parsed
 

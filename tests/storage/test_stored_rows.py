@@ -274,6 +274,9 @@ def test_whoever_does_not_see_the_disk_of_process_0_writes_for_itself(tmp_path, 
 
     rows = np.arange(8, dtype=np.float32).reshape(4, 2)
     first = store(0, tmp_path / "shared")
+    of_before = tmp_path / "own" / first.directory.name / "process_0"
+    of_before.parent.mkdir(parents=True)
+    of_before.write_text("7")  # when it was process 0 itself
     for index, name in ((0, "shared"), (1, "shared"), (1, "own")):
         said.clear() if index == 0 else None
         made = store(index, tmp_path / name)
