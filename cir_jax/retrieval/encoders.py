@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -116,7 +117,7 @@ def _encode_images(
 ) -> jax.Array:
     with rows_over(mesh), backbone.full_precision():
         features = getattr(backbone, method)(params, batch["image"])
-    features = features.reshape(len(features), -1)
+    features = features.reshape(len(features), -1).astype(jnp.float32)  # tokens are of its dtype
     marked = finite.marked(features, batch["unreadable"])
     return jax.lax.with_sharding_constraint(marked, replicated(mesh))
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from cir_jax.errors import ConfigError, DataError
-from cir_jax.input import records
+from cir_jax.input import pipeline, records
 from cir_jax.input.pipeline import Part, Pipeline
 from cir_jax.input.reading import Reading
 from cir_jax.input.records import CaptionPairs, Records, TrimText, Triplets
@@ -78,6 +78,7 @@ def test_records_are_parsed_once_and_their_images_are_not_kept(tiny, monkeypatch
         assert np.array_equal(one["image"], other["image"])
     assert np.array_equal(first[3]["image"], FEATURES[3])
     assert "image" not in source._parsed.get(0, {}) and len(source._parsed) == min(kept, 5)
+    assert not source.__getstate__()["_parsed"]  # a worker process is sent none of it
     decoded = Records(table, ("image",), transform)
     assert decoded[1]["image"].shape == (16, 16, 3) and not decoded._parsed
 
@@ -136,6 +137,27 @@ def test_trimmed_text_keeps_every_end_token():
     tokens = np.array([[1, 5, 6, 0, 0, 0, 0, 0, 0, 0], [1, 5, 0, 0, 0, 0, 0, 0, 0, 0]])
     trimmed = TrimText(eos_id=0, bucket=4).map({"token_ids": tokens, "other": 1})
     np.testing.assert_array_equal(trimmed["token_ids"], tokens[:, :4])
+
+
+def test_several_processes_agree_before_they_cut(make, tiny, monkeypatch):
+    """Each says what it needs before its turn, and none cuts by itself."""
+    did = []
+
+    class Agreed:
+        def say(self, value):
+            did.append("say")
+
+        def hear(self):
+            did.append("hear")
+            return 14
+
+    monkeypatch.setattr(pipeline, "Largest", Agreed)
+    trim = TrimText(tiny[0].tokenizer.eos_id, bucket=4)
+    alone, together = make(trim=trim), make(trim=trim, process_count=2)
+    assert alone.example()["token_ids"].shape[1] == 12
+    assert together.example()["token_ids"].shape[1] == tiny[0].context_length > 14
+    assert [batch["token_ids"].shape for batch in together.batches(0, 5)] == [(8, 14)] * 5
+    assert did == [*["say"] * 3, "hear", "say", "hear", "say", *["hear"] * 3]
 
 
 def test_missing_and_corrupt_tables_say_what_to_do(tmp_path):

@@ -361,6 +361,19 @@ def part(picture, box):
     return {"image": buffer.getvalue(), "crop": np.asarray(box, np.int32)}
 
 
+def test_stored_tokens_are_those_of_the_tower(tiny_blip, table, tmp_path):
+    """A row of each image; of a tower in bfloat16, too, which no file of numbers holds."""
+    backbone = tiny_blip[0].with_dtype(jnp.bfloat16)
+    options = dict(mesh=mesh(1), batch_size=32, cache_dir=tmp_path, tokens=True)
+    stored = features.stored_features(backbone, tiny_blip[1], table, **options)
+    assert stored.shape == (22, *backbone.visual_shape)
+    read = [features.read_image(table, row, "image", backbone.image_transform) for row in range(22)]
+    with backbone.full_precision():
+        tokens = jax.jit(backbone.visual_tokens)(tiny_blip[1], np.stack(read))
+    for row in range(22):
+        np.testing.assert_allclose(stored[row], tokens[row].astype(np.float32), atol=0.05)
+
+
 def test_a_part_is_cut_out_and_padded_to_a_black_square():
     pixels = np.random.default_rng(0).integers(1, 255, (10, 20, 3), np.uint8)
     picture = Image.fromarray(pixels)

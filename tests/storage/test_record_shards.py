@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
+from cir_jax.errors import CheckpointError
 from cir_jax.storage import kept_open
 from cir_jax.storage.record_shards import RecordShards, shard_name, write_shard
 
@@ -20,6 +21,18 @@ def test_many_threads_read_the_same_shards(tmp_path, monkeypatch):
     with ThreadPoolExecutor(8) as pool:
         assert list(pool.map(shards.__getitem__, order)) == [records[i] for i in order]
     assert len(shards._readers) <= 3
+
+
+def test_a_shard_of_too_few_records_is_named(tmp_path):
+    for index, count in enumerate((4, 3)):
+        write_shard(tmp_path / shard_name("x", index), [b"x"] * count)
+    shards = RecordShards(tmp_path, "x", 8, 4, "Delete it.")
+    assert shards[3] == b"x"
+    said = r"x_00001.array_record: damaged \(3 records, expected 4\). Delete it."
+    with pytest.raises(CheckpointError, match=said):
+        shards[4]
+    with pytest.raises(IndexError, match="record 8 of 8"):
+        shards[8]
 
 
 def test_a_shard_has_its_name_when_it_is_on_the_disk(tmp_path, monkeypatch):

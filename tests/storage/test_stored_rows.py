@@ -235,6 +235,30 @@ def test_damage_is_named_when_it_is_read(tmp_path, damage):
     assert f"Delete {store.directory} and run the same command again" in message
 
 
+@pytest.mark.parametrize("odd", ["cut off", "of fewer rows", "of another width", "of float16"])
+def test_chunks_end_where_one_is_not_like_the_others(tmp_path, monkeypatch, odd):
+    monkeypatch.setattr(chunk_store, "CHUNK_ROWS", 2)
+    store = ChunkStore(tmp_path, {}, 6)
+    for index in range(3):
+        store.write(index, np.ones((2, 4), np.float32))
+    assert store.done() == 6
+    rows = {"of fewer rows": (1, 4), "of another width": (2, 3)}.get(odd, (2, 4))
+    np.save(store.file(1), np.ones(rows, np.float16 if odd == "of float16" else np.float32))
+    if odd == "cut off":
+        store.file(1).write_bytes(store.file(1).read_bytes()[:-1])
+    assert store.done() == 2 and store.load().shape == (2, 4)
+
+
+def test_rows_count_when_all_processes_find_them_whole(tmp_path, monkeypatch):
+    store = ChunkStore(tmp_path, {}, 4)
+    store.write(0, np.ones((4, 2), np.float32))
+    monkeypatch.setattr(disks, "of_all", lambda mine: [mine, min(mine, 4)])
+    assert store.load(lambda rows: True) is not None
+    said = iter([4, 0])  # how many another process sees, and whether they are whole there
+    monkeypatch.setattr(disks, "of_all", lambda mine: [mine, next(said)])
+    assert store.load(lambda rows: True) is None
+
+
 def test_whoever_does_not_see_the_disk_of_process_0_writes_for_itself(tmp_path, monkeypatch):
     monkeypatch.setattr(disks.jax, "process_count", lambda: 2)
     said = {}
@@ -250,6 +274,9 @@ def test_whoever_does_not_see_the_disk_of_process_0_writes_for_itself(tmp_path, 
 
     rows = np.arange(8, dtype=np.float32).reshape(4, 2)
     first = store(0, tmp_path / "shared")
+    of_before = tmp_path / "own" / first.directory.name / "process_0"
+    of_before.parent.mkdir(parents=True)
+    of_before.write_text("7")  # when it was process 0 itself
     for index, name in ((0, "shared"), (1, "shared"), (1, "own")):
         said.clear() if index == 0 else None
         made = store(index, tmp_path / name)
