@@ -108,10 +108,8 @@ def compile_stage(experiment: Experiment, name: str, memory_gib: float | None = 
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        used = re.search(r"Used ([\d.]+[KMGT]?) of ([\d.]+[KMGT]?) hbm", str(error))
-        needs = f"needs {used[1]}iB of the {used[2]}iB" if used else "needs more than the memory"
         of_chip = f" (a chip of {memory_gib} GiB)" if memory_gib else ""
-        raise TooBig(too_big(experiment, name, f"{needs} of a chip{of_chip}")) from error
+        raise TooBig(too_big(experiment, name, f"{needed(str(error))}{of_chip}")) from error
     seconds, cpu_seconds = time.perf_counter() - start[0], time.process_time() - start[1]
     memory, text = compiled.memory_analysis(), compiled.as_text()
     held = (memory.peak_memory_in_bytes + unread) / 2**30
@@ -137,6 +135,16 @@ def compile_stage(experiment: Experiment, name: str, memory_gib: float | None = 
         collectives=hlo.traffic(text),
         largest=hlo.largest(text, LARGEST),
     )
+
+
+def needed(said: str) -> str:
+    """What libtpu says of a program that does not fit, in one of its two ways."""
+    size = r"([\d.]+[KMGT]?)"
+    if match := re.search(rf"Used {size} of {size} hbm", said):
+        return f"needs {match[1]}iB of the {match[2]}iB of a chip"
+    if match := re.search(rf"temporaries \({size}\) exceeds available HBM \({size}\)", said):
+        return f"needs {match[1]}iB for what it computes on the way, of the {match[2]}iB of a chip"
+    return f"needs more than the memory of a chip: {said.splitlines()[0]}"
 
 
 def too_big(experiment: Experiment, name: str, needs: str) -> str:

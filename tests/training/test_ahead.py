@@ -110,6 +110,20 @@ def test_too_big_says_what_to_change(monkeypatch):
         ahead.compile_stage(experiment, "contrastive")
 
 
+def test_what_libtpu_says_of_memory():
+    """As 0.0.42.1 did; the other way is above."""
+    said = (
+        "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO "
+        "temporaries (5.51T) exceeds available HBM (15.75G)."
+    )
+    assert ahead.needed(said) == (
+        "needs 5.51TiB for what it computes on the way, of the 15.75GiB of a chip"
+    )
+    assert ahead.needed("RESOURCE_EXHAUSTED: no words for it\nmore").endswith(
+        "more than the memory of a chip: RESOURCE_EXHAUSTED: no words for it"
+    )
+
+
 def test_the_world_stands_in_for_tables_of_the_user():
     given = read_experiment("searle:vit_l14").lock()  # as the binaries have it
     made = ahead.stand_in(given)
