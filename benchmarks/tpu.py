@@ -44,6 +44,14 @@ ENTRIES: dict[str, list[str]] = {
     "clip4cir_vit_l14": ["--config=experiments/clip4cir.py:vit_l14", *_FOUR],
     "artemis_clip_rn50": ["--config=experiments/artemis.py:clip_rn50", *_FOUR],
     "magiclens_vit_l14": ["--config=experiments/magiclens.py:vit_l14", *_FOUR],
+    "isa_paper": [
+        *("--config=experiments/isa.py:paper", *_FOUR),
+        "--config.composer.pretrained=False",  # the light encoder's weights need not be here
+    ],
+    "palavra_vit_b32": [
+        *("--config=experiments/palavra.py:vit_b32", *_FOUR),
+        "--config.stage.invert.composer.objects=data/shapes/objects.json",
+    ],
 }
 """Name -> flags of launch/compile.py."""
 
@@ -63,30 +71,34 @@ def read() -> dict[str, dict[str, Any]]:
 def table(reports: dict[str, dict[str, Any]]) -> str:
     """Markdown, a row for each stage."""
     head = [
-        *("preset and stage", "chips", "rows", "GiB per chip", "TFLOP of products"),
-        *("compiled, all chips", "exchanged, MiB", "over 4 B x weights", "CPU seconds to compile"),
+        *("preset and stage", "chips", "rows", "GiB per chip, + not read", "TFLOP of products"),
+        *("compiled, all chips", "gathered, MiB", "summed, MiB", "all over 4 B x weights"),
+        "CPU seconds to compile",
     ]
     rows = [head, ["---"] * len(head)]
     for report in reports.values():
         for stage in report["stages"]:
-            moved = sum(kind["bytes"] for kind in stage["collectives"].values())
+            moved = {kind: each["bytes"] for kind, each in stage["collectives"].items()}
+            summed = sum(moved.get(kind, 0) for kind in ("all-reduce", "reduce-scatter"))
             weights = 4 * (stage["trained"] + stage["frozen"] * (stage["mesh"]["fsdp"] > 1))
             chips = math.prod(stage["mesh"].values())
             axes = " x ".join(f"{k} {v}" for k, v in stage["mesh"].items() if v > 1)
-            loops = "--config.scan=True" in report["command"]
+            scan = "--config.scan=True" in report["command"]
+            loops = scan or not stage["trained"]  # of layers, or of what is inverted
             name = re.search(r"experiments/([^ ]+)", report["command"])[1]
             slices = f"{report['slices']} x " * (report["slices"] > 1)
             rows.append(
                 [
-                    f"{name} {stage['stage']}{', in a loop' * loops}",
+                    f"{name} {stage['stage']}{', in a loop' * scan}",
                     f"{slices}{report['topology']} ({axes})",
                     f"{stage['batch_size']:,}",
-                    f"{stage['peak'] / 2**30:.2f}",
+                    f"{stage['peak'] / 2**30:.2f} + {stage.get('unread', 0) / 2**30:.2f}",
                     f"{stage['flops'] / 1e12:,.1f}",
                     # the compiler counts a loop once
                     "" if loops else f"{stage['compiled_flops'] * chips / 1e12:,.1f}",
-                    f"{moved / 2**20:,.0f}",
-                    f"{moved / weights:.2f}",
+                    f"{moved.get('all-gather', 0) / 2**20:,.0f}",
+                    f"{summed / 2**20:,.0f}",
+                    f"{sum(moved.values()) / weights:.2f}",
                     f"{stage['cpu_seconds']:.0f}",
                 ]
             )

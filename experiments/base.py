@@ -42,8 +42,8 @@ def experiment(name: str, composer: Mapping[str, Any]) -> ConfigDict:
     # of images: as the weights say | clip | targetpad | squarepad | squash
     config.preprocessing = ""
     config.dtype = "float32"  # | bfloat16: of training's computation; parameters stay float32
-    # equal layers of towers and denoiser are a loop of a step's program: it compiles in half of the
-    # time, and chips cannot fetch a layer's weights while they compute the one before
+    # equal layers of towers and denoiser are a loop of a step's program: it compiles in less time,
+    # and chips cannot fetch a layer's weights while they compute the one before
     config.scan = False
     config.remat = False  # the backbone's layers are computed twice, to train in less memory
     config.composer = ConfigDict(dict(composer))

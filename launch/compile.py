@@ -35,28 +35,34 @@ def main() -> None:
     if kind == "cpu" and count.isdigit():
         jax.config.update("jax_num_cpu_devices", int(count))
     from cir_jax import experiment as experiments
-    from cir_jax.errors import MeshError
+    from cir_jax.errors import ConfigError
     from cir_jax.sharding import topologies
     from cir_jax.storage import buckets
-    from cir_jax.storage.atomic import write_atomically
+    from cir_jax.storage.atomic import check_writable, write_atomically
     from cir_jax.training import ahead, stages
     from data import build
 
     config = ahead.stand_in(common.CONFIG.value)
+    names = experiments.stage_names(config)
+    if not names:
+        raise ConfigError(f"{config.name} trains nothing: it has no step to compile.")
+    file = buckets.local(JSON.value, "--json") if JSON.value else None
+    if file:  # before minutes of compiling
+        check_writable(file.parent)
     devices = topologies.devices(TOPOLOGY.value, SLICES.value)
     memory = topologies.memory_gib(TOPOLOGY.value)
     build.prepare_needed(stages.required_tables(config), data_dir=experiments.data_dir(config))
     experiment = experiments.setup(config, devices=devices)
     reports, problems = [], []
-    for name in experiments.stage_names(config):
+    for name in names:
         ending.phase(f"compiling stage {name}", "nothing was written")
         try:
             reports.append(ahead.compile_stage(experiment, name, memory))
-        except MeshError as error:
+        except ahead.TooBig as error:
             problems.append(str(error))
         else:
             print(ahead.describe(reports[-1], memory), flush=True)
-    if JSON.value:
+    if file:
         about = {
             "command": " ".join(f for f in common.command() if not f.startswith("--json")),
             "topology": TOPOLOGY.value,
@@ -67,11 +73,9 @@ def main() -> None:
             "too_big": problems,
         }
         text = json.dumps(about, indent=1) + "\n"
-        write_atomically(
-            buckets.local(JSON.value, "--json"), lambda file: file.write(text.encode())
-        )
+        write_atomically(file, lambda made: made.write(text.encode()))
     if problems:
-        raise MeshError(" ".join(problems))
+        raise ahead.TooBig(" ".join(problems))
 
 
 if __name__ == "__main__":

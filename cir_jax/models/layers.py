@@ -1,8 +1,8 @@
 """Equal layers, one after the other: as many copies in a compiled program, or one in a loop.
 
-A loop is compiled once for all layers: in half of the time or less (`config.scan`). Parameters and
-their paths are the same either way, each layer its own; for the loop they are laid side by side
-when a step begins. Numbers are the same but for rounding.
+A loop is compiled once for all layers (`config.scan`; benchmarks/README.md says what that saves).
+Parameters and their paths are the same either way, each layer its own; for the loop they are laid
+side by side when a step begins. Numbers are the same but for rounding.
 """
 
 import contextlib

@@ -20,13 +20,11 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
     """Mesh over (data, fsdp, tensor); at most one size may be -1 = whatever is left.
 
     Several slices of TPUs lie along data, one behind the other: between them the network is slow.
-    Hosts of GPUs, which JAX numbers as slices, too, may share an axis, and lie in their order.
     Raises MeshError when the sizes do not multiply to the number of devices, or the slices do not
     divide data.
     """
     devices = list(jax.devices() if devices is None else devices)
-    tpus = devices[0].platform == "tpu"
-    slices = len({getattr(device, "slice_index", 0) for device in devices}) if tpus else 1
+    slices = count_slices(devices)
     shape = mesh_shape(sizes, len(devices), slices)
     # not jax.make_mesh, which takes no hosts of GPUs; a side of most TPUs' chips it leaves whole
     options = {"devices": devices, "allow_split_physical_axes": True}
@@ -37,6 +35,13 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
         arranged = mesh_utils.create_hybrid_device_mesh(inside, outside, **options)
     # the compiler propagates shardings
     return Mesh(arranged, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def count_slices(devices: Sequence[jax.Device]) -> int:
+    """How many slices of TPUs devices are of; others are one, though JAX numbers their hosts so."""
+    if devices[0].platform != "tpu":
+        return 1
+    return len({getattr(device, "slice_index", 0) for device in devices})
 
 
 def mesh_shape(sizes: Mapping[str, int], count: int, slices: int = 1) -> tuple[int, ...]:

@@ -61,7 +61,7 @@ def load(
     if t5_source is None:
         return pair(*towers), params
     encoder, params["t5"] = encoders.load_t5(t5_source, dtype, params_dtype)
-    return _with_t5(towers, encoder.model, encoder.tokenizer, encoder.weights_id), params
+    return with_t5(towers, encoder.model, encoder.tokenizer, encoder.weights_id), params
 
 
 def _read_half(
@@ -90,7 +90,7 @@ def load_architecture(
     if t5_source is None:
         return pair(*towers)
     model, tokenizer = encoders.t5_architecture(t5_source, dtype)
-    return _with_t5(towers, model, tokenizer, f"{t5_source.name}@untrained")
+    return with_t5(towers, model, tokenizer, f"{t5_source.name}@untrained")
 
 
 def _asked(image_size: int | None, context_length: int | None) -> dict[str, dict[str, int]]:
@@ -205,10 +205,13 @@ def _t5_of(names: list[str | Path]) -> tuple[list[str | Path], files.Source | No
     return names, None
 
 
-def _with_t5(
+def with_t5(
     towers: Sequence[Backbone], model: T5Encoder, tokenizer: Tokenizer, weights_id: str
 ) -> WithT5:
-    """towers: with the images, and with the texts if CLIP's are conditions, too."""
+    """A T5 beside CLIPs. towers: with the images, and with the texts if CLIP's are conditions, too.
+
+    tokenizer: T5's.
+    """
     images, texts = towers[0], towers[1] if len(towers) > 1 else None
     tokenizer = copy.copy(tokenizer)
     # as many as CLIP's, section 5.1

@@ -16,8 +16,9 @@ from cir_jax.models.backbone import Backbone
 from cir_jax.models.blip import Blip, BlipConfig
 from cir_jax.models.clip import Clip, ClipConfig, TextConfig, VisionConfig
 from cir_jax.models.resnet import ResNetConfig
-from cir_jax.weights import positions
-from cir_jax.weights.backbones import load_architecture, pair
+from cir_jax.models.t5 import T5Config, T5Encoder
+from cir_jax.weights import positions, t5
+from cir_jax.weights.backbones import load_architecture, pair, with_t5
 from cir_jax.weights.blip import CONTEXT_LENGTH
 
 WORDS = {"clip": "data/shapes/clip", "blip": "data/shapes/blip"}
@@ -47,7 +48,7 @@ def _vision(
     )
 
 
-SIZES: dict[str, ClipConfig | BlipConfig] = {
+SIZES: dict[str, ClipConfig | BlipConfig | T5Config] = {
     "openai/clip-vit-base-patch32": ClipConfig(_text(512), _vision(768, 12, 12, 32), 512),
     "openai/clip-vit-base-patch16": ClipConfig(_text(512), _vision(768, 12, 12, 16), 512),
     "openai/clip-vit-large-patch14": ClipConfig(_text(768), _vision(1024, 24, 16, 14), 768),
@@ -63,6 +64,14 @@ SIZES: dict[str, ClipConfig | BlipConfig] = {
     ),
     "model_base.pth": BlipConfig.published("base"),
     "model_large.pth": BlipConfig.published("large"),
+    "google/t5-v1_1-xl": T5Config(
+        d_model=2048,
+        d_ff=5120,
+        num_layers=24,
+        num_heads=32,
+        dense_act_fn="gelu_new",
+        is_gated_act=True,
+    ),
 }
 """Name in the experiments' presets -> sizes."""
 
@@ -72,10 +81,13 @@ def architecture(name: str, dtype: Any = jnp.float32, image_size: int | None = N
 
     Raises WeightsError as that does.
     """
-    names = name.split("+")
-    if len(names) == 2 and all(half in SIZES for half in names):
-        images_of, texts_of = (_single(half, dtype, image_size) for half in names)
-        return pair(images_of, texts_of)
+    *first, last = name.split("+")
+    if first and all(half in SIZES for half in (*first, last)):
+        towers = [_single(half, dtype, image_size) for half in first]
+        if isinstance(config := SIZES[last], T5Config):
+            made = T5Encoder(config, dtype), _words("clip", t5.CONTEXT_LENGTH)
+            return with_t5(towers, *made, f"{last}@untrained")
+        return pair(*towers, _single(last, dtype, image_size))
     if name in SIZES:
         return _single(name, dtype, image_size)
     return load_architecture(name, dtype, image_size=image_size)

@@ -73,15 +73,20 @@ def test_what_the_table_says_of_a_report():
         "seconds": 61.2,
         "cpu_seconds": 80.4,
         "peak": 3 << 29,
+        "unread": 1 << 28,
         "flops": 16e12,
         "compiled_flops": 2.5e12,
-        "collectives": {"all-gather": {"count": 3, "bytes": 8 << 20}},
+        "collectives": {
+            "all-gather": {"count": 3, "bytes": 8 << 20},
+            "reduce-scatter": {"count": 1, "bytes": 3 << 20},
+            "all-reduce": {"count": 2, "bytes": 1 << 20},
+        },
     }
     command = "python launch/compile.py --config=experiments/x.py:big --topology=v5e:2x4"
     report = {"command": command, "topology": "v5e:2x4", "slices": 2, "stages": [stage]}
     row = tpu.table({"x": report}).splitlines()[2]
     cells = [cell.strip() for cell in row.strip("|").split("|")]
     assert cells == [
-        *("x.py:big one", "2 x v5e:2x4 (data 4 x fsdp 2)", "4,096", "1.50", "16.0", "20.0"),
-        *("8", "0.50", "80"),
+        *("x.py:big one", "2 x v5e:2x4 (data 4 x fsdp 2)", "4,096", "1.50 + 0.25", "16.0", "20.0"),
+        *("8", "4", "0.75", "80"),
     ]

@@ -48,6 +48,7 @@ HloModule step
 %fused.1 (p: f32[8,4]) -> f32[64,4] {
   %p = f32[8,4] parameter(0)
   %all-gather.1 = f32[64,4]{1,0} all-gather(%p), channel_id=1, replica_groups=[1,8]<=[8]
+  %wide = f32[512,9]{1,0} broadcast(%all-gather.1), dimensions={}
   ROOT %start = (f32[64,4]) custom-call(%all-gather.1), custom_call_target="AsyncCollectiveStart"
 }
 

@@ -1,11 +1,13 @@
 """Devices that need not be here, and the meshes of several slices."""
 
 import dataclasses
+import os
 import sys
 
 import jax
 import numpy as np
 import pytest
+from jax.experimental import topologies as libtpus
 
 from cir_jax.errors import ConfigError, MeshError
 from cir_jax.sharding import mesh as meshes
@@ -35,6 +37,24 @@ def test_without_libtpu_it_says_how_to_get_it(monkeypatch):
         topologies.devices("v5e:4x4")
 
 
+def test_libtpu_is_told_that_there_is_no_machine_and_nobody_else(monkeypatch):
+    told = {}
+
+    def refuse(*_, **__):
+        told.update(os.environ)
+        raise jax.errors.JaxRuntimeError("INVALID_ARGUMENT: 3 is not divisible\nmore")
+
+    monkeypatch.setitem(sys.modules, "libtpu", sys)
+    monkeypatch.setattr(libtpus, "get_topology_desc", refuse)
+    monkeypatch.setenv("TPU_ACCELERATOR_TYPE", "v5p-8")
+    monkeypatch.delenv("TPU_SKIP_MDS_QUERY", raising=False)
+    before = dict(os.environ)
+    with pytest.raises(ConfigError, match="knows no such one .INVALID_ARGUMENT: 3 is not divis"):
+        topologies.devices("v5e:3x5")
+    assert told["TPU_SKIP_MDS_QUERY"] == "1" and told["TPU_ACCELERATOR_TYPE"] == "v5p-8"
+    assert dict(os.environ) == before
+
+
 def test_virtual_devices_have_no_memory_of_their_own():
     assert topologies.devices("cpu:4") == jax.devices("cpu")[:4]
     assert topologies.memory_gib("cpu:4") is None and topologies.memory_gib("v5p:2x2x2") == 95
@@ -60,6 +80,7 @@ def test_slices_lie_along_data():
     of = np.vectorize(lambda chip: chip.slice_index)(made.devices)
     assert made.shape == {"data": 4, "fsdp": 2, "tensor": 1}
     assert (of[:2] == 0).all() and (of[2:] == 1).all()
+    assert meshes.count_slices(made.devices.flat) == 2
 
 
 def test_slices_that_would_split_parameters():
@@ -84,6 +105,7 @@ def test_an_axis_may_end_within_a_side_of_the_chips(slices):
 def test_hosts_of_gpus_may_share_an_axis():
     """JAX numbers them as slices, as it does hosts without accelerators."""
     gpus = [Chip(i, slice_index=i // 4, platform="gpu") for i in range(8)]
+    assert meshes.count_slices(gpus) == 1
     assert meshes.make_mesh({"data": 1, "fsdp": 8}, gpus).devices.ravel().tolist() == gpus
     of = [
         [chip.slice_index for chip in row]

@@ -49,7 +49,7 @@ def test_sizes_are_those_of_the_files(name):
 
 
 def test_backbones_of_presets_that_train_are_known():
-    """So that they can be compiled without files; but two."""
+    """So that they can be compiled without files."""
     missing = set()
     for module in pkgutil.iter_modules(experiments.__path__):
         if module.name != "base":
@@ -61,8 +61,7 @@ def test_backbones_of_presets_that_train_are_known():
                 ]
                 halves = [half for half in halves if not half.startswith(("data/", "runs/"))]
                 missing |= {(module.name, half) for half in halves if half not in sizes.SIZES}
-    # ARTEMIS' own are made by the user
-    assert missing == {("artemis", ""), ("compodiff", "google/t5-v1_1-xl")}
+    assert missing == {("artemis", "")}  # its release's own, of the user's files
 
 
 def test_an_architecture_without_files():
@@ -79,6 +78,13 @@ def test_an_architecture_without_files():
 def test_pairs_and_names_that_are_on_disk():
     pair = sizes.architecture(f"{L14}+laion/CLIP-ViT-bigG-14-laion2B-39B-b160k")
     assert isinstance(pair, Pair) and (pair.dim, pair.token_dim) == (768, 1280)
+    texts = sizes.architecture(f"{L14}+{L14}+google/t5-v1_1-xl")
+    assert texts.text_widths == (768, 2048) and texts.context_length == 2 * 77
+    shapes = jax.eval_shape(texts.init, jax.random.key(0))["t5"]
+    # words, positions and a norm, and of each layer 4 + 3 matrices and 2 norms
+    layer = 4 * 2048**2 + 3 * 2048 * 5120 + 2 * 2048
+    expected = 32128 * 2048 + 32 * 32 + 2048 + 24 * layer
+    assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == expected
     world = "data/shapes/clip"
     assert sizes.architecture(world).config == weights.load_architecture(world).config
     with pytest.raises(WeightsError, match="'nowhere': no such directory"):
