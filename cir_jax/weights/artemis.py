@@ -57,7 +57,7 @@ def read(
     shapes = jax.eval_shape(backbone.model.init, jax.random.key(0), images_, ids)["params"]
     convert.check_shapes(params, shapes, what)
     settings = [backbone.tokenizer.identity, backbone.config.vision.pool]
-    params, weights_id = one_by_one.read(source.name, params, settings, shardings)
+    params, weights_id = one_by_one.read(source, params, settings, shardings)
     made = Backbone(backbone.model, backbone.tokenizer, backbone.image_transform, weights_id)
     return made, params
 

@@ -57,7 +57,7 @@ def read(
     backbone = _sized(_backbone(source, config, dtype), **sizes)
     params = to_params(tensors, backbone.config, what, params_dtype)
     settings = beside.settings(config, backbone.tokenizer)
-    params, weights_id = one_by_one.read(source.name, params, settings, shardings)
+    params, weights_id = one_by_one.read(source, params, settings, shardings)
     return dataclasses.replace(backbone, weights_id=weights_id), params
 
 

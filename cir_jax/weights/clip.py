@@ -136,7 +136,7 @@ def read(
     if alone:  # a parameter of the whole model, which no half of a pair uses
         params[_SCALE] = np.float32(config.logit_scale_init_value)
     settings = beside.settings(config, backbone.tokenizer)
-    params, weights_id = one_by_one.read(source.name, params, settings, shardings)
+    params, weights_id = one_by_one.read(source, params, settings, shardings)
     return dataclasses.replace(backbone, weights_id=weights_id), params
 
 

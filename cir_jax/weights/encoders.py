@@ -91,7 +91,7 @@ def load_t5(
         *(config.dense_act_fn, config.is_gated_act, config.num_heads, config.layer_norm_epsilon),
         tokenizer.identity,
     )
-    params, weights_id = one_by_one.read(source.name, params, about, shardings)
+    params, weights_id = one_by_one.read(source, params, about, shardings)
     return TextEncoder(model, tokenizer, weights_id), params
 
 

@@ -53,7 +53,7 @@ def read(
             np.asarray(table), side, first=False
         )
     settings = beside.settings(backbone.config, backbone.tokenizer)
-    params, weights_id = one_by_one.read(source.name, params, settings, shardings)
+    params, weights_id = one_by_one.read(source, params, settings, shardings)
     return dataclasses.replace(backbone, weights_id=weights_id), params
 
 

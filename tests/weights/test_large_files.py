@@ -2,6 +2,7 @@
 one tensor; the numbers, ids and errors are those of a file that is read whole."""
 
 import dataclasses
+import functools
 import hashlib
 import json
 import shutil
@@ -21,7 +22,7 @@ from cir_jax.errors import WeightsError
 from cir_jax.models.clip import Clip
 from cir_jax.sharding import mesh as meshes
 from cir_jax.sharding import placement
-from cir_jax.weights import convert, files, lazy, safetensors_files
+from cir_jax.weights import convert, files, lazy, one_by_one, safetensors_files
 from tests.launch.binaries import ROOT, environment
 from tests.weights import worlds
 
@@ -227,3 +228,30 @@ def test_equal_tensors_are_compared_a_few_rows_at_a_time():
     other[9, 2] = 0
     assert not lazy.equal(stored(one), stored(other), rows=4)
     assert not lazy.equal(stored(one), stored(one[:9]))
+
+
+def test_processes_with_files_of_different_models(world, monkeypatch):
+    """The second of two: what it says, hears, and finds."""
+    said, heard = [], []
+
+    class Numbers:
+        def say(self, number):
+            said.append(number)
+
+        def hear(self):
+            return said[-1] if heard[len(said) - 1] is ... else heard[len(said) - 1]
+
+    monkeypatch.setattr(one_by_one, "Largest", Numbers)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    where = functools.partial(placement.parameter_shardings, meshes.make_mesh({"fsdp": -1}))
+    heard[:] = [..., 0xABC]
+    assert weights.load(world / "small", shardings=where)[0].weights_id == "small@000000000abc"
+    assert said[0] > 0 and said[1] == 0
+    heard[:], own = [said[0] + 1], said[0]
+    said.clear()
+    with pytest.raises(
+        WeightsError, match="model.safetensors: process 1 reads other numbers in it"
+    ):
+        weights.load(world / "small", shardings=where)
+    assert said == [own]
