@@ -7,6 +7,7 @@ evaluation, inversion and search: its float32 is float32 on GPUs and TPUs, too
 """
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -81,7 +82,8 @@ def setup(
         backbone = published.architecture(config.backbone, dtype, size)
         params = jax.eval_shape(backbone.init, jax.random.key(0)) if cls.pretrained_backbone else {}
     elif cls.pretrained_backbone:
-        backbone, params = weights.load(config.backbone, dtype, image_size=size)
+        where = functools.partial(placement.parameter_shardings, mesh, rules=rules)
+        backbone, params = weights.load(config.backbone, dtype, image_size=size, shardings=where)
     else:
         backbone, params = weights.load_architecture(config.backbone, dtype, image_size=size), {}
     if config.preprocessing:

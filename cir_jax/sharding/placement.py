@@ -92,6 +92,31 @@ def place(mesh: Mesh, tree: Any, rules: Rules = RULES) -> Any:
     return jax.tree.map(put, tree, parameter_shardings(mesh, tree, rules))
 
 
+def from_parts(x: Any, sharding: NamedSharding) -> jax.Array:
+    """A global array of what each process finds where it indexes `x`, once: the smallest block
+    with all that its devices hold. x: has a shape, and is the same on every process."""
+    shape = np.shape(x)
+    held = [
+        [axis.indices(size)[:2] for axis, size in zip(index, shape, strict=True)]
+        for index in sharding.addressable_devices_indices_map(shape).values()
+    ]
+    starts, stops = (
+        [how(ends[side] for ends in axis) for axis in zip(*held, strict=True)]
+        for side, how in enumerate((min, max))
+    )
+    block = x[tuple(map(slice, starts, stops))]
+
+    def part(index: tuple[slice, ...]) -> np.ndarray:
+        ends = (axis.indices(size) for axis, size in zip(index, shape, strict=True))
+        return block[
+            tuple(
+                slice(a - first, b - first) for (a, b, _), first in zip(ends, starts, strict=True)
+            )
+        ]
+
+    return jax.make_array_from_callback(shape, sharding, part)
+
+
 def own_shardings(mesh: Mesh, tree: Any) -> Any:
     """How the leaves lie on the mesh: arrays and shapes with a sharding on it as they are, others
     (host values) as `RULES` would place them."""

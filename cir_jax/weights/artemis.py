@@ -27,7 +27,8 @@ from cir_jax.input.text import Tokenizer
 from cir_jax.models.artemis import RECURRENT, Artemis, ArtemisConfig, ResNetConfig, WordConfig
 from cir_jax.models.backbone import Backbone
 from cir_jax.sharding.placement import to_host
-from cir_jax.weights import beside, convert, families, files, official, torch_files
+from cir_jax.weights import beside, convert, families, files, official, one_by_one, torch_files
+from cir_jax.weights.one_by_one import Shardings
 
 IGNORE = (r".*\.num_batches_tracked",)  # PyTorch's counter; only momentum=None uses it
 CNN, IMAGE, TEXT = "img_enc.cnn", "img_enc.", "txt_enc."
@@ -39,7 +40,11 @@ PARTS = ("args", "epoch", "best_score", "optimizer")
 
 
 def read(
-    source: files.Source, dtype: Any, params_dtype: Any, **sizes: int
+    source: files.Source,
+    dtype: Any,
+    params_dtype: Any,
+    shardings: Shardings | None = None,
+    **sizes: int,
 ) -> tuple[Backbone, dict[str, Any]]:
     """Backbone and parameters; see `backbones.load`. sizes: none is supported."""
     backbone = architecture(source, dtype, **sizes)
@@ -47,12 +52,12 @@ def read(
     wanted = names(backbone.config)
     if not source.kind:
         tensors = _with_trunk(_encoders(tensors), source)
-    params = convert.to_ours(tensors, wanted, ignore=IGNORE, what=what, dtype=params_dtype)
+    params = convert.unread(tensors, wanted, ignore=IGNORE, what=what, dtype=params_dtype)
     images_, ids = jax.ShapeDtypeStruct((1, 224, 224, 3), np.float32), np.zeros((1, 2), np.int32)
     shapes = jax.eval_shape(backbone.model.init, jax.random.key(0), images_, ids)["params"]
     convert.check_shapes(params, shapes, what)
     settings = [backbone.tokenizer.identity, backbone.config.vision.pool]
-    weights_id = files.content_id(source.name, params, settings)
+    params, weights_id = one_by_one.read(source, params, settings, shardings)
     made = Backbone(backbone.model, backbone.tokenizer, backbone.image_transform, weights_id)
     return made, params
 

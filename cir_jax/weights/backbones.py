@@ -1,7 +1,6 @@
 """One way in and one way out for backbones, whatever their family and format."""
 
 import copy
-import functools
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
@@ -16,6 +15,7 @@ from cir_jax.models.backbone import TOWERS, Backbone, Pair
 from cir_jax.models.t5 import T5Encoder
 from cir_jax.models.with_t5 import WithT5
 from cir_jax.weights import artemis, blip, clip, encoders, families, files, siglip
+from cir_jax.weights.one_by_one import Shardings
 
 FAMILIES = {"clip": clip, "blip": blip, "siglip": siglip, "artemis": artemis}
 """model_type of a config -> module with `read`, `architecture` and `write`."""
@@ -39,6 +39,7 @@ def load(
     params_dtype: Any = jnp.float32,
     image_size: int | None = None,
     context_length: int | None = None,
+    shardings: Shardings | None = None,
 ) -> tuple[Backbone, dict[str, Any]]:
     """Backbone and parameters of a directory, file or hub id (see `files.find`).
 
@@ -47,27 +48,27 @@ def load(
     dtype: of the computation. params_dtype: of the parameters, None = as they are stored.
     image_size: for images of so many pixels, by interpolated position embeddings (a ViT's).
     context_length: for longer texts, by Long-CLIP's stretching (a CLIP's; 248 of 77).
+    shardings: where the parameters are to lie, for arrays of all processes; all must call this, and
+        of a safetensors file each reads what its devices hold. None = numpy, on the host.
     Raises WeightsError naming what is missing, unreadable, another model's, or does not fit.
     """
     names, asked = _split(name_or_path), _asked(image_size, context_length)
     if len(names) == 1:
         source, family = _find(name_or_path)
-        return family.read(source, dtype, params_dtype, **asked[""])
-    read = functools.partial(_read_half, dtype=dtype, params_dtype=params_dtype, asked=asked)
+        return family.read(source, dtype, params_dtype, shardings=shardings, **asked[""])
+
+    def read(name: str | Path, half: str) -> tuple[Backbone, dict[str, Any]]:
+        found, about = _find_half(name, half), asked[half]
+        return clip.read(found, dtype, params_dtype, half, shardings=shardings, **about)
+
     names, t5_source = _t5_of(names)
     halves = {half: read(name, half) for half, name in zip(TOWERS, names, strict=False)}
     params = {half: params for half, (_, params) in halves.items()}
     towers = [backbone for backbone, _ in halves.values()]
     if t5_source is None:
         return pair(*towers), params
-    encoder, params["t5"] = encoders.load_t5(t5_source, dtype, params_dtype)
+    encoder, params["t5"] = encoders.load_t5(t5_source, dtype, params_dtype, shardings)
     return with_t5(towers, encoder.model, encoder.tokenizer, encoder.weights_id), params
-
-
-def _read_half(
-    name: str | Path, half: str, dtype: Any, params_dtype: Any, asked: dict[str, dict[str, int]]
-) -> tuple[Backbone, dict[str, Any]]:
-    return clip.read(_find_half(name, half), dtype, params_dtype, half, **asked[half])
 
 
 def load_architecture(

@@ -16,7 +16,8 @@ from cir_jax.input.text import Tokenizer
 from cir_jax.models.backbone import Backbone
 from cir_jax.models.bert import BertConfig
 from cir_jax.models.blip import Blip, BlipConfig, BlipVisionConfig, interpolate_positions
-from cir_jax.weights import beside, configs, convert, families, files, positions
+from cir_jax.weights import beside, configs, convert, families, files, one_by_one, positions
+from cir_jax.weights.one_by_one import Shardings
 
 IGNORE = (
     r"(.*\.)?position_ids",  # a constant
@@ -43,7 +44,11 @@ POSITIONS = {
 
 
 def read(
-    source: files.Source, dtype: Any, params_dtype: Any, **sizes: int
+    source: files.Source,
+    dtype: Any,
+    params_dtype: Any,
+    shardings: Shardings | None = None,
+    **sizes: int,
 ) -> tuple[Backbone, dict[str, Any]]:
     """Backbone and parameters; see `backbones.load`. sizes: the image_size that is asked for."""
     tensors, what = source.tensors(), source.what()
@@ -51,7 +56,8 @@ def read(
     config = _config(source, tensors, what)
     backbone = _sized(_backbone(source, config, dtype), **sizes)
     params = to_params(tensors, backbone.config, what, params_dtype)
-    weights_id = files.content_id(source.name, params, beside.settings(config, backbone.tokenizer))
+    settings = beside.settings(config, backbone.tokenizer)
+    params, weights_id = one_by_one.read(source, params, settings, shardings)
     return dataclasses.replace(backbone, weights_id=weights_id), params
 
 
@@ -244,18 +250,19 @@ def to_params(
     what: str = "BLIP weights",
     dtype: Any = None,
 ) -> dict[str, Any]:
-    """Parameters of `Blip(config)` from either format. Raises WeightsError for what does not fit.
+    """Parameters of `Blip(config)` from either format, unread. Raises WeightsError for what does
+    not fit.
 
     Position embeddings of another image size than the config's are interpolated, as the original
     does when it loads a file. dtype: of the parameters; None = as they are stored.
     """
     layout = layout_of(tensors, what)
-    params = convert.to_ours(tensors, names(config, layout), ignore=IGNORE, what=what, dtype=dtype)
+    params = convert.unread(tensors, names(config, layout), ignore=IGNORE, what=what, dtype=dtype)
     positions = params["vision"]["position_embedding"]
     side = config.vision.image_size // config.vision.patch_size
     tokens, stored = positions.shape[1], positions.dtype
     if tokens == round((tokens - 1) ** 0.5) ** 2 + 1 != side * side + 1:
-        positions = interpolate_positions(jnp.asarray(positions, jnp.float32), (side, side))
+        positions = interpolate_positions(jnp.float32(np.asarray(positions)), (side, side))
         params["vision"]["position_embedding"] = np.asarray(positions, stored)
     convert.check_shapes(params, convert.joint_shapes(Blip(config)), what)
     return params

@@ -17,7 +17,18 @@ from cir_jax.models.backbone import TOWERS, Backbone
 from cir_jax.models.clip import Clip, ClipConfig, TextConfig, VisionConfig
 from cir_jax.models.resnet import ResNetConfig
 from cir_jax.models.transformer import TowerConfig
-from cir_jax.weights import beside, configs, convert, families, files, open_clip, positions
+from cir_jax.weights import (
+    beside,
+    configs,
+    convert,
+    families,
+    files,
+    lazy,
+    one_by_one,
+    open_clip,
+    positions,
+)
+from cir_jax.weights.one_by_one import Shardings
 
 IGNORE = (r"(text|vision)_model\.embeddings\.position_ids",)
 
@@ -80,6 +91,8 @@ def read(
     dtype: Any,
     params_dtype: Any,
     half: str = "",
+    *,
+    shardings: Shardings | None = None,
     **sizes: int | None,
 ) -> tuple[Backbone, dict[str, Any]]:
     """Backbone and parameters; see `backbones.load`.
@@ -115,7 +128,7 @@ def read(
         shapes = {name: tree for name, tree in shapes.items() if name in TOWERS[half]}
     if alone := source.model_type in TOWER_TYPES.values():
         del table[_SCALE], shapes[_SCALE]
-    params = convert.to_ours(tensors, table, ignore=ignore, what=what, dtype=params_dtype)
+    params = convert.unread(tensors, table, ignore=ignore, what=what, dtype=params_dtype)
     positions.check(params, config, what)
     convert.check_shapes(params, shapes, what)
     antialias = source.kind == files.OPEN_CLIP  # as open_clip's force_image_size
@@ -123,7 +136,7 @@ def read(
     if alone:  # a parameter of the whole model, which no half of a pair uses
         params[_SCALE] = np.float32(config.logit_scale_init_value)
     settings = beside.settings(config, backbone.tokenizer)
-    weights_id = files.content_id(source.name, params, settings)
+    params, weights_id = one_by_one.read(source, params, settings, shardings)
     return dataclasses.replace(backbone, weights_id=weights_id), params
 
 
@@ -178,7 +191,7 @@ def _config(
                 f"{what}: tensors of {families.describe(tensors)} and no config beside them. "
                 "Expected an OpenAI CLIP file, or the directory of a model with its config."
             )
-        config = open_clip.from_shapes({name: array.shape for name, array in tensors.items()})
+        config = open_clip.from_shapes({n: lazy.stored(tensors, n).shape for n in tensors})
         if not openai:
             raise WeightsError(
                 f"{what}: no config beside it says which activation it was trained with. Write "
@@ -216,7 +229,7 @@ def _hugging_face(source: files.Source, tensors: Mapping[str, np.ndarray], half:
                 configs.check(values.get(name) or {}, _fields(tower), f"{file}: {name}")
         config = ClipConfig.from_dict(values)
     # configs say it in four places, and some of them are wrong
-    dims = {len(tensors[name]) for name in _PROJECTIONS[half] if name in tensors}
+    dims = {lazy.stored(tensors, n).shape[0] for n in _PROJECTIONS[half] if n in tensors}
     return dataclasses.replace(config, projection_dim=dims.pop()) if len(dims) == 1 else config
 
 

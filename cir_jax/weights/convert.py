@@ -4,6 +4,7 @@ A family gives one table {source name: (target path, layout)}; every source tens
 every target parameter is filled once, and leftovers on either side are an error that lists them.
 """
 
+import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cir_jax.errors import WeightsError
+from cir_jax.weights.lazy import Index, Stored, spans, stored
 
 Path = tuple[str | tuple[str, ...], ...]
 """Path in our tree. An element may be a tuple of names, ("attention", ("query", "key"), "kernel"):
@@ -55,6 +57,51 @@ class Names(dict[str, Target]):
             self[f"{source}.bias"] = ((*path, "bias"), "same")
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Parameter:
+    """A parameter of ours that is not read yet: an index reads this part of it, and checks it.
+
+    source: the tensor `name` of the weights `what`; axes: of ours in the source's, None = the same.
+    first: where it begins on the source's first axis, of one that holds several.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    source: np.ndarray | Stored
+    axes: tuple[int, ...] | None
+    first: int
+    name: str
+    what: str
+
+    def __getitem__(self, index: Index) -> np.ndarray:
+        part = self._converted(self._read(index))
+        if _is_finite(part):
+            return part
+        # in the words of all processes, whichever part they read: as it is stored, or not any more
+        finite(np.asarray(self.source), self.name, self.what)
+        whole = finite(self._converted(self._read(())), self.name, f"{self.what} as {self.dtype}")
+        return whole[index]
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.asarray(self[()], dtype)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def _read(self, index: Index) -> np.ndarray:
+        """The source's numbers, on the axes of ours."""
+        axes = self.axes or tuple(range(len(self.shape)))
+        there = [slice(0)] * len(axes)
+        for axis, span in zip(axes, spans(index, self.shape), strict=True):
+            shift = 0 if axis else self.first
+            there[axis] = slice(span.start + shift, span.stop + shift)
+        return self.source[tuple(there)].transpose(axes)
+
+    def _converted(self, part: np.ndarray) -> np.ndarray:
+        with np.errstate(over="ignore"):
+            return np.asarray(_widened(part), self.dtype, order="C")
+
+
 def to_ours(
     tensors: Mapping[str, np.ndarray],
     names: Mapping[str, Target],
@@ -63,12 +110,26 @@ def to_ours(
     what: str = "weights",
     dtype: Any = None,
 ) -> dict[str, Any]:
-    """Nested parameter tree from source tensors.
+    """`unread`, all of it read."""
+    tree = unread(tensors, names, ignore=ignore, what=what, dtype=dtype)
+    return jax.tree.map(np.asarray, tree)
+
+
+def unread(
+    tensors: Mapping[str, np.ndarray],
+    names: Mapping[str, Target],
+    *,
+    ignore: Sequence[str] = (),
+    what: str = "weights",
+    dtype: Any = None,
+) -> dict[str, Any]:
+    """Nested tree of `Parameter` from source tensors.
 
     ignore: patterns of source names that are known and not parameters.
     dtype: of the parameters; None = as they are stored.
     Raises WeightsError listing tensors that no parameter takes, and parameters without a tensor;
-    for quantised weights, tensors that are no floating-point numbers, and NaN or infinity in them.
+    for quantised weights, tensors that are no floating-point numbers, and, when they are read, NaN
+    or infinity in them.
     """
     unused = [n for n in tensors if n not in names and not any(re.fullmatch(p, n) for p in ignore)]
     if scales := [n for n in unused if _SCALE.fullmatch(n)]:
@@ -85,31 +146,31 @@ def to_ours(
         )
     tree: dict[str, Any] = {}
     for name, (path, layout) in names.items():
-        array, paths = _numbers(np.asarray(tensors[name]), name, what), expand(path)
-        axes = _TO_OURS[layout]
-        if (axes and array.ndim != len(axes)) or (len(paths) > 1 and len(array) % len(paths)):
+        source, paths, axes = stored(tensors, name), expand(path), _TO_OURS[layout]
+        _check_numbers(source.dtype, name, what)
+        shape, count = source.shape, len(paths)
+        if (axes and len(shape) != len(axes)) or (count > 1 and (not shape or shape[0] % count)):
             raise WeightsError(
-                f"{what}: {name} has shape {array.shape}, which is no {layout} tensor"
-                + (f" of {len(paths)} parts." if len(paths) > 1 else ".")
+                f"{what}: {name} has shape {shape}, which is no {layout} tensor"
+                + (f" of {count} parts." if count > 1 else ".")
             )
         # one part is the tensor itself, which may be a scalar
-        parts = np.split(array, len(paths)) if len(paths) > 1 else [array]
-        for (*parents, leaf), part in zip(paths, parts, strict=True):
+        part = (shape[0] // count, *shape[1:]) if count > 1 else shape
+        ours = tuple(part[axis] for axis in axes) if axes else part
+        kind = np.dtype(dtype or (np.float32 if source.dtype.itemsize == 1 else source.dtype))
+        for number, (*parents, leaf) in enumerate(paths):
             node = tree
             for key in parents:
                 node = node.setdefault(key, {})
-            part = part if axes is None else part.transpose(axes)
-            with np.errstate(over="ignore"):
-                node[leaf] = np.asarray(part, dtype or array.dtype, order="C")
-            if not _is_finite(node[leaf]):  # as it is stored, or not any more
-                finite(array, name, what)
-                finite(node[leaf], name, f"{what} as {node[leaf].dtype}")
+            first = number * part[0] if part else 0
+            node[leaf] = Parameter(ours, kind, source, axes, first, name, what)
     return tree
 
 
 def finite(array: np.ndarray, name: str, what: str) -> np.ndarray:
     """The array. Raises WeightsError when it holds NaN, infinity, or no floating-point numbers."""
-    array = _numbers(array, name, what)
+    _check_numbers(array.dtype, name, what)
+    array = _widened(array)
     if _is_finite(array):
         return array
     wrong = array.size - np.count_nonzero(np.isfinite(array))
@@ -122,13 +183,16 @@ def finite(array: np.ndarray, name: str, what: str) -> np.ndarray:
     )
 
 
-def _numbers(array: np.ndarray, name: str, what: str) -> np.ndarray:
-    """The array; of 8 bits as float32, since those are for storage and nothing computes in them."""
-    if not jnp.issubdtype(array.dtype, np.floating):
+def _check_numbers(dtype: np.dtype, name: str, what: str) -> None:
+    if not jnp.issubdtype(dtype, np.floating):
         raise WeightsError(
-            f"{what}: {name} is of type {array.dtype}, expected floating-point numbers. Take the "
+            f"{what}: {name} is of type {dtype}, expected floating-point numbers. Take the "
             "model's original weights, not quantised."
         )
+
+
+def _widened(array: np.ndarray) -> np.ndarray:
+    """Of 8 bits as float32, since those are for storage and nothing computes in them."""
     return array.astype(np.float32) if array.itemsize == 1 else array
 
 

@@ -11,7 +11,8 @@ from cir_jax.input.text import Tokenizer
 from cir_jax.models import light
 from cir_jax.models.encoders import ImageEncoder, TextEncoder
 from cir_jax.models.t5 import T5Config, T5Encoder
-from cir_jax.weights import beside, configs, families, files, t5, timm
+from cir_jax.weights import beside, configs, families, files, one_by_one, t5, timm
+from cir_jax.weights.one_by_one import Shardings
 
 
 def load_encoder(
@@ -80,9 +81,9 @@ def t5_architecture(source: files.Source, dtype: Any = jnp.float32) -> tuple[T5E
 
 
 def load_t5(
-    source: files.Source, dtype: Any, params_dtype: Any
+    source: files.Source, dtype: Any, params_dtype: Any, shardings: Shardings | None = None
 ) -> tuple[TextEncoder, dict[str, Any]]:
-    """As `load_encoder`, of a T5's source."""
+    """As `load_encoder`, of a T5's source. shardings: see `backbones.load`."""
     model, tokenizer = t5_architecture(source, dtype)
     config = model.config
     params = t5.to_params(source.tensors(), config, source.what(), params_dtype)
@@ -90,7 +91,7 @@ def load_t5(
         *(config.dense_act_fn, config.is_gated_act, config.num_heads, config.layer_norm_epsilon),
         tokenizer.identity,
     )
-    weights_id = files.content_id(source.name, params, about)
+    params, weights_id = one_by_one.read(source, params, about, shardings)
     return TextEncoder(model, tokenizer, weights_id), params
 
 

@@ -1,22 +1,19 @@
 """Where weights come from: directories, files, hub ids."""
 
-import contextlib
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
 from cir_jax.errors import WeightsError
 from cir_jax.storage.places import is_hub_id, places
-from cir_jax.weights import kinds, shards, torch_files
+from cir_jax.weights import kinds, safetensors_files, shards, torch_files
 from cir_jax.weights.convert import flatten
-from cir_jax.weights.torch_files import Lazy
+from cir_jax.weights.lazy import Lazy, reader
 
 HUGGING_FACE, OPEN_CLIP = "config.json", "open_clip_config.json"
 
@@ -37,13 +34,6 @@ _WEIGHT_FILES = {
 _SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 _JSON = 16 * 2**20
 """Bytes: the index of a model of 1000 tensors has 100,000."""
-
-_FLOAT8 = {
-    "F8_E4M3": jnp.float8_e4m3fn,
-    "F8_E5M2": jnp.float8_e5m2,
-    "F8_E4M3FNUZ": jnp.float8_e4m3fnuz,
-    "F8_E5M2FNUZ": jnp.float8_e5m2fnuz,
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,20 +105,16 @@ class Source:
         return _fetch(self.hub_id, name) if self.hub_id else None
 
 
-def _reader(tensors: Mapping[str, np.ndarray], name: str) -> Any:
-    return lambda: tensors[name]
-
-
 def without(tensors: Mapping[str, np.ndarray], names: Container[str]) -> Mapping[str, np.ndarray]:
     """The other tensors, not read yet."""
-    return Lazy({name: _reader(tensors, name) for name in tensors if name not in names})
+    return Lazy({name: reader(tensors, name) for name in tensors if name not in names})
 
 
 def renamed(
     tensors: Mapping[str, np.ndarray], rename: Callable[[str], str]
 ) -> Mapping[str, np.ndarray]:
     """The same under other names, not read yet."""
-    return Lazy({rename(name): _reader(tensors, name) for name in tensors})
+    return Lazy({rename(name): reader(tensors, name) for name in tensors})
 
 
 def find(name_or_path: str | Path, what: str = "backbone") -> Source:
@@ -204,49 +190,10 @@ def megabytes(size: int) -> str:
 def read_tensors(path: Path) -> Mapping[str, np.ndarray]:
     """The tensors of one file, by name, read when asked for.
 
-    Damage in the numbers of a safetensors file cannot be noticed, as it has no checksums. Raises
-    WeightsError naming the file when it is not what its suffix says, or damaged.
+    Raises WeightsError naming the file when it is not what its suffix says, or damaged.
     """
-    if path.suffix != ".safetensors":
-        return torch_files.read(path)
-    if problem := kinds.problem(path, kinds.SAFETENSORS):
-        raise WeightsError(problem)
-    with _about(path):
-        file = safe_open(path, framework="numpy")
-        return Lazy({name: _named(file, path, name) for name in file.keys()})  # noqa: SIM118, no dict
-
-
-@contextlib.contextmanager
-def _about(path: Path) -> Iterator[None]:
-    try:
-        yield  # the library looks for types that it does not know in numpy
-    except (SafetensorError, AttributeError, OSError, ValueError) as error:
-        raise WeightsError(f"{path}: unreadable ({error}). Download or copy it again.") from error
-
-
-def _named(file: Any, path: Path, name: str) -> Any:
-    dtype = _FLOAT8.get(file.get_slice(name).get_dtype())
-    reader = _slice(file, name) if dtype is None else lambda: _float8(path, name, dtype)
-
-    def read() -> np.ndarray:
-        with _about(path):
-            return reader()
-
-    return read
-
-
-def _slice(file: Any, name: str) -> Any:
-    return lambda: file.get_tensor(name)
-
-
-def _float8(path: Path, name: str, dtype: Any) -> np.ndarray:
-    """What the library cannot make a numpy array of. It has checked the header."""
-    with path.open("rb") as file:
-        size = int.from_bytes(file.read(8), "little")
-        about = json.loads(file.read(size))[name]
-        begin, end = about["data_offsets"]
-        file.seek(8 + size + begin)
-        return np.frombuffer(file.read(end - begin), dtype).reshape(about["shape"])
+    read = safetensors_files.read if path.suffix == ".safetensors" else torch_files.read
+    return read(path)
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -288,16 +235,32 @@ def _no_number(text: str) -> None:
     raise ValueError(f"{text} is no number of JSON")
 
 
-def content_id(name: str, params: Mapping[str, Any], more: Any = "") -> str:
-    """name@hash of the parameters' values, whatever format, sharding or precision stored them.
+class ContentId:
+    """Hash of parameters' values, whatever format, sharding or precision stored them.
 
     more: what else changes a model's features and is not a shape.
     """
-    digest = hashlib.sha256(repr(more).encode())
+
+    DIGITS = 12
+
+    def __init__(self, more: Any = ""):
+        self._digest = hashlib.sha256(repr(more).encode())
+
+    def add(self, path: tuple[str, ...], leaf: Any) -> None:
+        """The next parameter, in the order of their paths."""
+        self._digest.update(f"{'/'.join(path)}{np.shape(leaf)}".encode())
+        self._digest.update(np.ascontiguousarray(leaf, np.float32).data)
+
+    def __str__(self) -> str:
+        return self._digest.hexdigest()[: self.DIGITS]
+
+
+def content_id(name: str, params: Mapping[str, Any], more: Any = "") -> str:
+    """name@hash: see `ContentId`."""
+    made = ContentId(more)
     for path, leaf in sorted(flatten(params).items()):
-        digest.update(f"{'/'.join(path)}{np.shape(leaf)}".encode())
-        digest.update(np.ascontiguousarray(leaf, np.float32).data)
-    return f"{name}@{digest.hexdigest()[:12]}"
+        made.add(path, leaf)
+    return f"{name}@{made}"
 
 
 def _of_directory(path: Path, name: str, hub_id: str = "") -> Source | None:

@@ -4,7 +4,6 @@ OpenAI files hold no config: sizes are read off the shapes, as its `build_model`
 want QuickGELU. OpenCLIP files want what `open_clip_config.json` says.
 """
 
-import functools
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -19,7 +18,7 @@ from cir_jax.models.resnet import ResNetConfig
 from cir_jax.models.transformer import TowerConfig
 from cir_jax.weights import convert, positions
 from cir_jax.weights import open_clip_fields as fields
-from cir_jax.weights.torch_files import Lazy
+from cir_jax.weights.lazy import Lazy, Stored, reader
 
 IGNORE = (
     r".*\.num_batches_tracked",
@@ -45,13 +44,13 @@ def plain(tensors: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
     OpenCLIP's CustomTextCLIP calls its text tower `text.`; a temperature of one element is a
     scalar.
     """
-    readers: dict[str, Callable[[], np.ndarray]] = {}
+    readers: dict[str, Callable[[], np.ndarray | Stored]] = {}
     for name in tensors:
         short = name.removeprefix("text.")
         moved = short.startswith(_TEXT) and short not in tensors
-        readers[short if moved else name] = functools.partial(tensors.__getitem__, name)
+        readers[short if moved else name] = reader(tensors, name)
     if scale := readers.get("logit_scale"):
-        readers["logit_scale"] = lambda: _scalar(scale())
+        readers["logit_scale"] = lambda: _scalar(np.asarray(scale()))
     return Lazy(readers)
 
 
@@ -68,7 +67,7 @@ def folded(tensors: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
     """Long-CLIP's two tables of positions as the one that they amount to; others as they are."""
     if not is_long_clip(tensors):
         return tensors
-    readers = {n: functools.partial(tensors.__getitem__, n) for n in tensors if n != _LONG}
+    readers = {name: reader(tensors, name) for name in tensors if name != _LONG}
     readers["positional_embedding"] = lambda: positions.of_long_clip(
         tensors["positional_embedding"], tensors[_LONG]
     )

@@ -120,7 +120,7 @@ def resized(
 
 def _replace(params: dict[str, Any], tower: str, change: Any) -> None:
     if tower in params:
-        table = params[tower]["position_embedding"]
+        table = np.asarray(params[tower]["position_embedding"])
         params[tower] = {**params[tower], "position_embedding": change(table)}
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from cir_jax.errors import WeightsError
-from cir_jax.weights.torch_files import Lazy
+from cir_jax.weights.lazy import Lazy, reader
 
 
 def weight_map(index: Path, content: Mapping[str, Any]) -> dict[str, str]:
@@ -65,14 +65,10 @@ def join(
                     "are of different models. Download or copy all of them again."
                 )
             found[name] = shard
-            readers[name] = _reader(tensors, name)
+            readers[name] = reader(tensors, name)
     if missing := [name for name in where if name not in found]:
         raise WeightsError(
             f"{index.parent / where[missing[0]]}: {missing[0]} is not in it, as {index.name} says "
             f"({len(missing)} such tensors). Download or copy both again."
         )
     return Lazy(readers)
-
-
-def _reader(tensors: Mapping[str, np.ndarray], name: str) -> Any:
-    return lambda: tensors[name]

@@ -14,8 +14,9 @@ from cir_jax.input.siglip_text import SiglipTokenizer
 from cir_jax.input.text import read_tokenizer
 from cir_jax.models.backbone import Backbone
 from cir_jax.models.siglip import Siglip, SiglipConfig, SiglipTextConfig, SiglipVisionConfig
-from cir_jax.weights import beside, configs, convert, families, files, positions
+from cir_jax.weights import beside, configs, convert, families, files, one_by_one, positions
 from cir_jax.weights.clip import IGNORE, hf_layers
+from cir_jax.weights.one_by_one import Shardings
 
 ENDS = ("eos", "pad")
 
@@ -29,7 +30,11 @@ TOKENIZER = (
 
 
 def read(
-    source: files.Source, dtype: Any, params_dtype: Any, **sizes: int
+    source: files.Source,
+    dtype: Any,
+    params_dtype: Any,
+    shardings: Shardings | None = None,
+    **sizes: int,
 ) -> tuple[Backbone, dict[str, Any]]:
     """Backbone and parameters; see `backbones.load`. sizes: the image_size that is asked for."""
     tensors, what = source.tensors(), source.what()
@@ -44,10 +49,11 @@ def read(
         vision = backbone.config.vision
         side = vision.image_size // vision.patch_size
         table = params["vision"]["position_embedding"]
-        params["vision"]["position_embedding"] = positions.on_grid(table, side, first=False)
-    weights_id = files.content_id(
-        source.name, params, beside.settings(backbone.config, backbone.tokenizer)
-    )
+        params["vision"]["position_embedding"] = positions.on_grid(
+            np.asarray(table), side, first=False
+        )
+    settings = beside.settings(backbone.config, backbone.tokenizer)
+    params, weights_id = one_by_one.read(source, params, settings, shardings)
     return dataclasses.replace(backbone, weights_id=weights_id), params
 
 
@@ -187,14 +193,14 @@ def to_params(
     what: str = "SigLIP weights",
     dtype: Any = None,
 ) -> dict[str, Any]:
-    """Parameters of `Siglip(config)`. Raises WeightsError for what does not fit.
+    """Parameters of `Siglip(config)`, unread. Raises WeightsError for what does not fit.
 
     dtype: of the parameters; None = as they are stored.
     """
-    params = convert.to_ours(tensors, names(config), ignore=IGNORE, what=what, dtype=dtype)
+    params = convert.unread(tensors, names(config), ignore=IGNORE, what=what, dtype=dtype)
     for name in SCALARS:
         if params[name].shape == (1,):
-            params[name] = params[name].reshape(())
+            params[name] = np.asarray(params[name]).reshape(())
     convert.check_shapes(params, convert.joint_shapes(Siglip(config)), what)
     return params
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from cir_jax.errors import WeightsError
 from cir_jax.models.t5 import T5Config, T5Encoder
-from cir_jax.weights import convert
+from cir_jax.weights import convert, lazy
 
 IGNORE = (
     r"decoder\..*",  # of the whole T5 the encoder is enough
@@ -72,7 +72,7 @@ def to_params(
     what: str = "T5 weights",
     dtype: Any = None,
 ) -> dict[str, Any]:
-    """Parameters of `T5Encoder(config)`. Raises WeightsError for what does not fit.
+    """Parameters of `T5Encoder(config)`, unread. Raises WeightsError for what does not fit.
 
     dtype: of the parameters; None = as they are stored.
     """
@@ -80,12 +80,12 @@ def to_params(
     if SHARED not in tensors:
         table[EMBEDDING] = table.pop(SHARED)
     elif EMBEDDING in tensors:
-        if not np.array_equal(tensors[EMBEDDING], tensors[SHARED]):
+        if not lazy.equal(lazy.stored(tensors, EMBEDDING), lazy.stored(tensors, SHARED)):
             raise WeightsError(
                 f"{what}: {SHARED} and {EMBEDDING} differ; T5 ties them. Save the model again."
             )
         ignore = (*IGNORE, re.escape(EMBEDDING))
-    params = convert.to_ours(tensors, table, ignore=ignore, what=what, dtype=dtype)
+    params = convert.unread(tensors, table, ignore=ignore, what=what, dtype=dtype)
     convert.check_shapes(params, shapes(T5Encoder(config)), what)
     return params
 

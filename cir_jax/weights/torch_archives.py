@@ -59,8 +59,9 @@ class Zip:
         # members may lie on top of each other
         if (declared := sum(m.file_size for m in data)) > (size := os.path.getsize(path)):
             raise DamagedError(f"its tensors declare {declared} bytes, but the file has {size}.")
-        # several tensors may share a storage
-        self._bytes = functools.lru_cache(maxsize=1)(self._read)
+        # several tensors may share a storage; of query, key and value in one tensor, each is read
+        # by itself, and three others in between
+        self._bytes = functools.lru_cache(maxsize=4)(self._read)
         order = f"{self._root}/byteorder"
         self._big_endian = order in self._members and self._small(order, 16) == b"big"
 

@@ -23,6 +23,7 @@ from cir_jax.errors import WeightsError
 from cir_jax.input import pickles
 from cir_jax.input.pickles import Global, Object
 from cir_jax.weights import kinds
+from cir_jax.weights.lazy import Lazy, Stored
 from cir_jax.weights.torch_archives import SAVE_WEIGHTS, DamagedError, Legacy, Read, Zip
 
 VIEWS = 4
@@ -70,25 +71,6 @@ _STORAGES = {
 }
 _WRAPPERS = ("state_dict", "model", "model_state_dict", "ema_model", "CLIP")
 """Keys under which training scripts keep the model; what is beside it (optimiser, epoch) is not."""
-
-
-class Lazy(Mapping[str, np.ndarray]):
-    """Tensors by name, each read when it is asked for."""
-
-    def __init__(self, readers: Mapping[str, Callable[[], np.ndarray]]):
-        self._readers = readers
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        return self._readers[name]()
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._readers  # the default would read the tensor
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._readers)
-
-    def __len__(self) -> int:
-        return len(self._readers)
 
 
 def read(path: Path) -> Mapping[str, np.ndarray]:
@@ -167,12 +149,17 @@ def _lazy(tensors: Mapping[str, "_Tensor | _Foreign"], path: Path) -> Lazy:
     if all(name.startswith("module.") for name in tensors):  # of DataParallel
         tensors = {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
 
-    def reader(name: str, tensor: _Tensor | _Foreign) -> Callable[[], np.ndarray]:
+    def reader(name: str, tensor: _Tensor | _Foreign) -> Callable[[], Stored]:
         def read_tensor() -> np.ndarray:
             with _about(path, name):
                 return tensor.read()
 
-        return read_tensor
+        def stored() -> Stored:
+            if isinstance(tensor, _Foreign):
+                read_tensor()  # says what it is
+            return Stored(tensor.shape, tensor.dtype, lambda index: read_tensor()[index])
+
+        return stored
 
     return Lazy({name: reader(name, tensor) for name, tensor in tensors.items()})
 
