@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from cir_jax.errors import DataError
-from data import corpus
+from data import corpus, hub
 from data.corpus import Unusable
 
 _CHUNK = 1 << 20
@@ -19,12 +19,18 @@ _LONGEST_ITEM = 64 << 20  # characters of one element of a JSON list
 _SPACES = re.compile(r"[ \t\r\n]*")
 _END_MARK = 512  # bytes of zeros behind the last file of a tar file
 
+Source = Path | hub.Dataset
+File = Path | hub.File
 
-def source_files(source: Path, suffixes: Sequence[str]) -> list[Path]:
-    """The source itself, or the files in that folder with these suffixes, sorted by name.
+
+def source_files(source: Source, suffixes: Sequence[str]) -> Sequence[File]:
+    """The source itself, or the files in that folder with these suffixes, sorted by name; of the
+    hub those of the split.
 
     Raises DataError when there is none.
     """
+    if isinstance(source, hub.Dataset):
+        return source.of_types(suffixes)
     if source.is_file():
         if source.suffix.lower() not in suffixes:
             raise DataError(f"--source={source}: expected a file of type {', '.join(suffixes)}.")
@@ -37,7 +43,7 @@ def source_files(source: Path, suffixes: Sequence[str]) -> list[Path]:
     return files
 
 
-def total_bytes(files: Sequence[Path]) -> int:
+def total_bytes(files: Sequence[File]) -> int:
     return sum(file.stat().st_size for file in files)
 
 
@@ -60,7 +66,7 @@ def row(item: Item) -> Any:
     return item.value
 
 
-def lines(path: Path) -> Iterator[Item]:
+def lines(path: File) -> Iterator[Item]:
     """The lines of a text file, without their ends; those that are no UTF-8 are Unusable."""
     done = 0
     with path.open("rb") as file:
@@ -77,7 +83,7 @@ def lines(path: Path) -> Iterator[Item]:
             yield Item(where, string.rstrip("\r\n"), done)
 
 
-def json_lines(path: Path) -> Iterator[Item]:
+def json_lines(path: File) -> Iterator[Item]:
     """The values of a JSONL file; blank lines are passed over, malformed ones Unusable."""
     for item in lines(path):
         if isinstance(item.value, Unusable):
@@ -89,7 +95,7 @@ def json_lines(path: Path) -> Iterator[Item]:
                 yield dataclasses.replace(item, value=Unusable(f"not valid JSON ({error})"))
 
 
-def json_items(path: Path) -> Iterator[Item]:
+def json_items(path: File) -> Iterator[Item]:
     """The values of a .jsonl file, or the elements of the list in a .json file, one at a time.
 
     Raises DataError for a list that ends too early or is malformed: what follows cannot be found.
@@ -100,7 +106,7 @@ def json_items(path: Path) -> Iterator[Item]:
         yield from _json_list(path)
 
 
-def _first_character(path: Path) -> str:
+def _first_character(path: File) -> str:
     with path.open("rb") as file:
         start = file.read(4096).decode("utf-8-sig", errors="replace").lstrip()
     if not start:
@@ -108,7 +114,7 @@ def _first_character(path: Path) -> str:
     return start[0]
 
 
-def _json_list(path: Path) -> Iterator[Item]:
+def _json_list(path: File) -> Iterator[Item]:
     decoder = json.JSONDecoder()
     number = 0
 
@@ -175,7 +181,7 @@ class _Buffer:
 
 
 def rows(
-    paths: Sequence[Path],
+    paths: Sequence[File],
     names: Mapping[str, Sequence[str]],
     optional: Mapping[str, Sequence[str]] | None = None,
     start: int = 0,
@@ -210,7 +216,7 @@ def rows(
         before += size
 
 
-def _text_rows(path: Path, names: Mapping[str, Sequence[str]]) -> Iterator[Item]:
+def _text_rows(path: File, names: Mapping[str, Sequence[str]]) -> Iterator[Item]:
     (field,) = names
     for item in lines(path):
         is_text = isinstance(item.value, str)
@@ -218,7 +224,7 @@ def _text_rows(path: Path, names: Mapping[str, Sequence[str]]) -> Iterator[Item]
 
 
 def _json_rows(
-    path: Path, names: Mapping[str, Sequence[str]], optional: Mapping[str, Sequence[str]]
+    path: File, names: Mapping[str, Sequence[str]], optional: Mapping[str, Sequence[str]]
 ) -> Iterator[Item]:
     known = False
     for item in json_items(path):
@@ -238,7 +244,7 @@ def _json_rows(
         yield dataclasses.replace(item, value=value)
 
 
-def header(path: Path) -> list[str]:
+def header(path: File) -> list[str]:
     """The columns of a .tsv or .csv file; `caption` and `url` if the first row has a URL.
 
     That is how CC3M is downloaded: without a header.
@@ -246,7 +252,7 @@ def header(path: Path) -> list[str]:
     return _dialect(path)[0]
 
 
-def _dialect(path: Path) -> tuple[list[str], dict[str, Any], int]:
+def _dialect(path: File) -> tuple[list[str], dict[str, Any], int]:
     """The columns, the arguments of csv.reader, the number of rows of header."""
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         first = file.readline()
@@ -259,7 +265,7 @@ def _dialect(path: Path) -> tuple[list[str], dict[str, Any], int]:
 
 
 def _table_rows(
-    path: Path, names: Mapping[str, Sequence[str]], optional: Mapping[str, Sequence[str]]
+    path: File, names: Mapping[str, Sequence[str]], optional: Mapping[str, Sequence[str]]
 ) -> Iterator[Item]:
     columns, dialect, skip = _dialect(path)
     found = corpus.pick(columns, names, str(path)) | corpus.some(columns, optional)
@@ -284,7 +290,7 @@ def _table_rows(
                 yield Item(where, value, file.buffer.tell())  # some KB ahead
 
 
-def parquet(path: Path) -> Any:
+def parquet(path: File) -> Any:
     """An open Parquet file. Raises DataError when it is damaged, or pyarrow missing."""
     try:
         import pyarrow.parquet
@@ -293,18 +299,20 @@ def parquet(path: Path) -> Any:
             f"{path}: Parquet files need the package pyarrow: pip install 'cir_jax[parquet]'."
         ) from error
     try:
-        return pyarrow.parquet.ParquetFile(path)
+        return pyarrow.parquet.ParquetFile(path if isinstance(path, Path) else path.ranges())
+    except DataError:  # of the hub
+        raise
     except Exception as error:  # pyarrow has its own hierarchy, beside OSError
         raise DataError(f"{path}: no readable Parquet file ({error}). Get it again.") from error
 
 
-def parquet_columns(path: Path) -> list[str]:
+def parquet_columns(path: File) -> list[str]:
     """The names of the columns. Raises DataError when the file is damaged, or pyarrow missing."""
     return list(parquet(path).schema_arrow.names)
 
 
 def _parquet_rows(
-    path: Path,
+    path: File,
     names: Mapping[str, Sequence[str]],
     optional: Mapping[str, Sequence[str]],
     start: int,
@@ -324,7 +332,9 @@ def _parquet_rows(
             try:
                 batch = next(batches, None)
                 values = [] if batch is None else batch.to_pylist()
-            except Exception as error:  # as above
+            except DataError:  # as above
+                raise
+            except Exception as error:
                 raise DataError(f"{path} row {row}: unreadable ({error}). Get it again.") from error
             for value in values:
                 row += 1
@@ -337,19 +347,22 @@ def _parquet_rows(
 
 @dataclasses.dataclass(frozen=True)
 class Member:
-    """Where a file lies in a tar file."""
+    """Where a file lies in a tar file. data: what is in it, of an archive on the hub, which is
+    read once from its start to its end."""
 
-    archive: Path
+    archive: File
     name: str
     offset: int
     size: int
+    data: bytes | None = None
 
     def read(self) -> bytes:
         """Raises Unusable when the archive ends before the file does."""
         try:
-            with self.archive.open("rb") as file:
-                file.seek(self.offset)
-                data = file.read(self.size)
+            if (data := self.data) is None:
+                with self.archive.open("rb") as file:
+                    file.seek(self.offset)
+                    data = file.read(self.size)
         except OSError as error:
             raise Unusable(f"{self.archive} cannot be read: {error.strerror}") from None
         if len(data) < self.size:
@@ -357,12 +370,12 @@ class Member:
         return data
 
 
-def tar_samples(paths: Sequence[Path]) -> Iterator[Item]:
+def tar_samples(paths: Sequence[File]) -> Iterator[Item]:
     """The samples of tar files in WebDataset's layout, as {extension: Member}.
 
     Files of the same name up to the first dot, one after another, are a sample. A key that comes
-    again, and what remains of a truncated file, is Unusable. No contents are read; `done` counts
-    the bytes of all files. Raises DataError for a file that is no tar file.
+    again, and what remains of a truncated file, is Unusable. Of files on a disk no contents are
+    read; `done` counts the bytes of all files. Raises DataError for a file that is no tar file.
     """
     before = 0
     for path in paths:
@@ -371,11 +384,11 @@ def tar_samples(paths: Sequence[Path]) -> Iterator[Item]:
         before += path.stat().st_size
 
 
-def _tar_samples(path: Path) -> Iterator[Item]:
+def _tar_samples(path: File) -> Iterator[Item]:
     keys: set[str] = set()
     key, sample, end, problem = "", {}, 0, ""
     try:
-        with tarfile.open(path, "r:") as archive:
+        with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as archive:
             while (info := archive.next()) is not None:
                 archive.members = []  # it would keep them all
                 if not info.isfile():
@@ -386,8 +399,8 @@ def _tar_samples(path: Path) -> Iterator[Item]:
                     yield _sample(path, key, sample, keys, end)
                     sample = {}
                 key, end = folder + slash + stem, info.offset_data + info.size
-                sample[extension.lower()] = Member(path, info.name, info.offset_data, info.size)
-            if not _has_end_mark(path, archive.offset):  # tarfile stops there and says nothing
+                sample[extension.lower()] = _member(path, info, file)
+            if not _has_end_mark(file, archive.offset):  # tarfile stops there and says nothing
                 problem = "no file and no end mark where one should be"
     except tarfile.TarError as error:
         if not end:
@@ -400,7 +413,15 @@ def _tar_samples(path: Path) -> Iterator[Item]:
         yield Item(f"{path} key {key}", Unusable(problem), path.stat().st_size)
 
 
-def _sample(path: Path, key: str, sample: dict, keys: set[str], end: int) -> Item:
+def _member(path: File, info: tarfile.TarInfo, file: IO[bytes]) -> Member:
+    data = None
+    if isinstance(path, hub.File):
+        file.seek(info.offset_data)
+        data = file.read(info.size)
+    return Member(path, info.name, info.offset_data, info.size, data)
+
+
+def _sample(path: File, key: str, sample: dict, keys: set[str], end: int) -> Item:
     where = f"{path} key {key}"
     if key in keys:
         return Item(where, Unusable("the key was there before in this file"), end)
@@ -408,10 +429,9 @@ def _sample(path: Path, key: str, sample: dict, keys: set[str], end: int) -> Ite
     return Item(where, sample, end)
 
 
-def _has_end_mark(path: Path, offset: int) -> bool:
-    with path.open("rb") as file:
-        file.seek(offset)
-        return file.read(_END_MARK) == bytes(_END_MARK)
+def _has_end_mark(file: IO[bytes], offset: int) -> bool:
+    file.seek(offset)
+    return file.read(_END_MARK) == bytes(_END_MARK)
 
 
 class Sample:
