@@ -1,14 +1,19 @@
-"""File formats of corpora, read as streams: lines, JSON, Parquet, tar. Nothing is held whole."""
+"""Lists and tables of corpora, as streams: lines, JSON, CSV, Parquet. Nothing is held whole.
+
+Beside libraries that read the same (benchmarks/readers.py): `datasets` takes as much processor time
+for CSV and three to five times for the others, and ends at a malformed line; pyarrow's JSON and CSV
+take a third, and end before the records in front of one; ijson takes two thirds for lists, and puts
+"?" for half a character. Here each record that cannot be used is told by its line, and the others
+are read. Parquet is pyarrow's.
+"""
 
 import codecs
 import csv
-import dataclasses
 import json
 import re
-import tarfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 from cir_jax.errors import DataError
 from data import corpus, hub
@@ -17,7 +22,6 @@ from data.corpus import Unusable
 _CHUNK = 1 << 20
 _LONGEST_ITEM = 64 << 20  # characters of one element of a JSON list
 _SPACES = re.compile(r"[ \t\r\n]*")
-_END_MARK = 512  # bytes of zeros behind the last file of a tar file
 
 Source = Path | hub.Dataset
 File = Path | hub.File
@@ -47,8 +51,7 @@ def total_bytes(files: Sequence[File]) -> int:
     return sum(file.stat().st_size for file in files)
 
 
-@dataclasses.dataclass(frozen=True)
-class Item:
+class Item(NamedTuple):
     """One line, list element or row. value: what was read, or the problem. done: bytes of the file.
 
     where: "file line 3".
@@ -68,11 +71,11 @@ def row(item: Item) -> Any:
 
 def lines(path: File) -> Iterator[Item]:
     """The lines of a text file, without their ends; those that are no UTF-8 are Unusable."""
-    done = 0
+    done, name = 0, str(path)
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             done += len(line)
-            where = f"{path} line {number}"
+            where = f"{name} line {number}"
             try:
                 string = line.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError as error:
@@ -89,10 +92,12 @@ def json_lines(path: File) -> Iterator[Item]:
         if isinstance(item.value, Unusable):
             yield item
         elif item.value.strip():
+            value: Any
             try:
-                yield dataclasses.replace(item, value=json.loads(item.value))
+                value = json.loads(item.value)
             except ValueError as error:
-                yield dataclasses.replace(item, value=Unusable(f"not valid JSON ({error})"))
+                value = Unusable(f"not valid JSON ({error})")
+            yield Item(item.where, value, item.done)
 
 
 def json_items(path: File) -> Iterator[Item]:
@@ -115,7 +120,7 @@ def _first_character(path: File) -> str:
 
 
 def _json_list(path: File) -> Iterator[Item]:
-    decoder = json.JSONDecoder()
+    decoder, name = json.JSONDecoder(), str(path)
     number = 0
 
     def malformed(problem: str) -> DataError:
@@ -144,7 +149,7 @@ def _json_list(path: File) -> Iterator[Item]:
                         break  # else a number that may go on in the next chunk
                 text.more()
             text.position = end
-            yield Item(f"{path} record {number}", value, text.done)
+            yield Item(f"{name} record {number}", value, text.done)
             number += 1
 
 
@@ -195,12 +200,11 @@ def rows(
     """
     before = 0
     for path in paths:
-        size = path.stat().st_size
         match path.suffix.lower():
             case ".parquet":
-                count = parquet(path).metadata.num_rows
-                items = _parquet_rows(path, names, optional or {}, start)
-                passed = min(start, count)
+                table = parquet(path)
+                items = _parquet_rows(path, table, names, optional or {}, start)
+                passed = min(start, table.metadata.num_rows)
             case ".tsv" | ".csv":
                 items, passed = _table_rows(path, names, optional or {}), 0
             case ".txt":
@@ -211,37 +215,43 @@ def rows(
         for item in items:
             if start:
                 start -= 1
+            elif before:
+                where, value, done = item
+                yield Item(where, value, before + done)
             else:
-                yield dataclasses.replace(item, done=before + min(item.done, size))
-        before += size
+                yield item
+        before += path.stat().st_size
 
 
 def _text_rows(path: File, names: Mapping[str, Sequence[str]]) -> Iterator[Item]:
     (field,) = names
     for item in lines(path):
         is_text = isinstance(item.value, str)
-        yield dataclasses.replace(item, value={field: item.value}) if is_text else item
+        yield Item(item.where, {field: item.value}, item.done) if is_text else item
 
 
 def _json_rows(
     path: File, names: Mapping[str, Sequence[str]], optional: Mapping[str, Sequence[str]]
 ) -> Iterator[Item]:
-    known = False
-    for item in json_items(path):
-        value: Any = item.value
-        if isinstance(value, str) and len(names) == 1:
-            value = {next(iter(names)): value}
-        elif isinstance(value, dict):
+    known: dict[tuple[str, ...], dict[str, str]] = {}  # an object's keys -> its columns
+    for where, value, done in json_items(path):
+        if isinstance(value, dict):
+            keys = tuple(value)
             try:
-                found = corpus.pick(value, names, item.where) | corpus.some(value, optional)
-                value, known = {field: value[name] for field, name in found.items()}, True
+                if (found := known.get(keys)) is None:
+                    found = corpus.pick(keys, names, where) | corpus.some(keys, optional)
+                    known = {} if len(known) > 64 else known
+                    known[keys] = found
+                value = {field: value[name] for field, name in found.items()}
             except DataError as error:
                 if not known:  # the first record shows what the others are like
                     raise
                 value = Unusable(str(error))
+        elif isinstance(value, str) and len(names) == 1:
+            value = {next(iter(names)): value}
         elif not isinstance(value, Unusable):
             value = Unusable(f"is {value!r:.80}, expected an object")
-        yield dataclasses.replace(item, value=value)
+        yield Item(where, value, done)
 
 
 def header(path: File) -> list[str]:
@@ -270,16 +280,24 @@ def _table_rows(
     columns, dialect, skip = _dialect(path)
     found = corpus.pick(columns, names, str(path)) | corpus.some(columns, optional)
     places = {field: columns.index(name) for field, name in found.items()}
+    ended, label = [], str(path)
+
+    def until_its_end(file: IO[str]) -> Iterator[str]:
+        yield from file
+        ended.append(True)
+
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        reader = csv.reader(file, **dialect)
+        reader = csv.reader(until_its_end(file), **dialect)
         while True:
-            where = f"{path} line {reader.line_num + 1}"
+            where = f"{label} line {reader.line_num + 1}"
             try:
                 row = next(reader, None)
             except csv.Error as error:  # a quote that is never closed
                 raise DataError(f"{where}: malformed ({error}).") from error
             if row is None:
                 return
+            if ended:  # it asked for another line in the midst of a row
+                raise DataError(f"{where}: a quote that is opened there is never closed. Mend it.")
             if skip:
                 skip -= 1
             elif row and len(row) != len(columns):
@@ -313,12 +331,13 @@ def parquet_columns(path: File) -> list[str]:
 
 def _parquet_rows(
     path: File,
+    table: Any,
     names: Mapping[str, Sequence[str]],
     optional: Mapping[str, Sequence[str]],
     start: int,
 ) -> Iterator[Item]:
     """The rows from number `start` on."""
-    table, row = parquet(path), 0
+    row, label = 0, str(path)
     columns = table.schema_arrow.names
     found = corpus.pick(columns, names, str(path)) | corpus.some(columns, optional)
     size, count = path.stat().st_size, table.metadata.num_rows
@@ -327,145 +346,36 @@ def _parquet_rows(
         if row + in_group <= start:
             row += in_group
             continue
-        batches = table.iter_batches(16, row_groups=[group], columns=list(found.values()))
+        batches = table.iter_batches(
+            _rows_at_once(table.metadata.row_group(group), set(found.values())),
+            row_groups=[group],
+            columns=list(found.values()),
+        )
         while True:
             try:
                 batch = next(batches, None)
-                values = [] if batch is None else batch.to_pylist()
+                read = (
+                    [] if batch is None else [batch.column(n).to_pylist() for n in found.values()]
+                )
             except DataError:  # as above
                 raise
             except Exception as error:
                 raise DataError(f"{path} row {row}: unreadable ({error}). Get it again.") from error
-            for value in values:
+            for values in zip(*read, strict=True):
                 row += 1
                 if row > start:
-                    record = {field: value[name] for field, name in found.items()}
-                    yield Item(f"{path} row {row - 1}", record, size * row // count)
+                    record = dict(zip(found, values, strict=True))
+                    yield Item(f"{label} row {row - 1}", record, size * row // count)
             if batch is None:
                 break
 
 
-@dataclasses.dataclass(frozen=True)
-class Member:
-    """Where a file lies in a tar file. data: what is in it, of an archive on the hub, which is
-    read once from its start to its end."""
-
-    archive: File
-    name: str
-    offset: int
-    size: int
-    data: bytes | None = None
-
-    def read(self) -> bytes:
-        """Raises Unusable when the archive ends before the file does."""
-        try:
-            if (data := self.data) is None:
-                with self.archive.open("rb") as file:
-                    file.seek(self.offset)
-                    data = file.read(self.size)
-        except OSError as error:
-            raise Unusable(f"{self.archive} cannot be read: {error.strerror}") from None
-        if len(data) < self.size:
-            raise Unusable(f"{self.name} is cut off: the tar file is truncated")
-        return data
-
-
-def tar_samples(paths: Sequence[File]) -> Iterator[Item]:
-    """The samples of tar files in WebDataset's layout, as {extension: Member}.
-
-    Files of the same name up to the first dot, one after another, are a sample. A key that comes
-    again, and what remains of a truncated file, is Unusable. Of files on a disk no contents are
-    read; `done` counts the bytes of all files. Raises DataError for a file that is no tar file.
-    """
-    before = 0
-    for path in paths:
-        for item in _tar_samples(path):
-            yield dataclasses.replace(item, done=before + item.done)
-        before += path.stat().st_size
-
-
-def _tar_samples(path: File) -> Iterator[Item]:
-    keys: set[str] = set()
-    key, sample, end, problem = "", {}, 0, ""
-    try:
-        with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as archive:
-            while (info := archive.next()) is not None:
-                archive.members = []  # it would keep them all
-                if not info.isfile():
-                    continue
-                folder, slash, name = info.name.rpartition("/")
-                stem, _, extension = name.partition(".")
-                if folder + slash + stem != key and sample:
-                    yield _sample(path, key, sample, keys, end)
-                    sample = {}
-                key, end = folder + slash + stem, info.offset_data + info.size
-                sample[extension.lower()] = _member(path, info, file)
-            if not _has_end_mark(file, archive.offset):  # tarfile stops there and says nothing
-                problem = "no file and no end mark where one should be"
-    except tarfile.TarError as error:
-        if not end:
-            raise DataError(f"{path}: no readable, uncompressed tar file ({error}).") from error
-        problem = str(error)
-    if sample:
-        yield _sample(path, key, sample, keys, end)
-    if problem:
-        problem = f"the tar file is truncated or damaged behind it ({problem}); get it again"
-        yield Item(f"{path} key {key}", Unusable(problem), path.stat().st_size)
-
-
-def _member(path: File, info: tarfile.TarInfo, file: IO[bytes]) -> Member:
-    data = None
-    if isinstance(path, hub.File):
-        file.seek(info.offset_data)
-        data = file.read(info.size)
-    return Member(path, info.name, info.offset_data, info.size, data)
-
-
-def _sample(path: File, key: str, sample: dict, keys: set[str], end: int) -> Item:
-    where = f"{path} key {key}"
-    if key in keys:
-        return Item(where, Unusable("the key was there before in this file"), end)
-    keys.add(key)
-    return Item(where, sample, end)
-
-
-def _has_end_mark(file: IO[bytes], offset: int) -> bool:
-    file.seek(offset)
-    return file.read(_END_MARK) == bytes(_END_MARK)
-
-
-class Sample:
-    """A sample of a tar file as a row: its columns are the extensions, and json.KEY of its JSON."""
-
-    def __init__(self, members: dict[str, Member] | Unusable):
-        """Raises Unusable if that is what came in the place of the sample."""
-        if isinstance(members, Unusable):
-            raise members
-        self._members = members
-        self._json: dict[str, Any] = {}
-        if "json" in members:
-            try:
-                self._json = json.loads(members["json"].read())
-            except ValueError as error:
-                raise Unusable(f"{members['json'].name} is not valid JSON ({error})") from error
-            if not isinstance(self._json, dict):
-                raise Unusable(f"{members['json'].name} holds no JSON object")
-
-    @property
-    def columns(self) -> list[str]:
-        return [*self._members, *(f"json.{key}" for key in self._json)]
-
-    def member(self, column: str) -> Member:
-        """The file of that extension. Raises Unusable for a field of the JSON."""
-        if column not in self._members:
-            raise Unusable(f"column {column} is no file")
-        return self._members[column]
-
-    def text(self, column: str) -> str:
-        """The text of that file or field. Raises Unusable."""
-        if column not in self._members:
-            return corpus.text(self._json[column.removeprefix("json.")], column)
-        try:
-            return self._members[column].read().decode()
-        except UnicodeDecodeError as error:
-            raise Unusable(f"{self._members[column].name} is not UTF-8 ({error.reason})") from error
+def _rows_at_once(group: Any, columns: set[str]) -> int:
+    """Rows of about `_CHUNK` bytes: many texts, few images."""
+    parts = map(group.column, range(group.num_columns))
+    size = sum(
+        part.total_uncompressed_size
+        for part in parts
+        if part.path_in_schema.partition(".")[0] in columns
+    )
+    return max(1, min(1024, _CHUNK * group.num_rows // max(size, 1)))

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from cir_jax.errors import DataError
-from data import corpus, formats, hub
+from data import corpus, formats, hub, tars
 from data.benchmark import AbsentError, BenchmarkBuilder, Question
 from data.cirr.cirr_dataset_builder import Cirr
 from data.corpus import Corpus, Entry, Unusable
@@ -108,9 +108,9 @@ class Shards:
         return itertools.islice(self._entries(), start, None)
 
     def _entries(self) -> Iterator[Entry]:
-        for item in formats.tar_samples(self.files):
+        for item in tars.samples(self.files):
             try:
-                sample = formats.Sample(formats.row(item))
+                sample = tars.Sample(formats.row(item))
                 found = corpus.pick(sample.columns, self.names, "the sample")
                 found |= corpus.some(sample.columns, self.optional)
                 images = {field: sample.member(found.pop(field)) for field in IMAGES}
@@ -123,7 +123,7 @@ class Shards:
                 yield Entry(item.where, item.done, load, empty=not texts["text"].strip())
 
 
-def _from_tar(images: Mapping[str, formats.Member], texts: dict[str, str]) -> dict[str, Any]:
+def _from_tar(images: Mapping[str, tars.Member], texts: dict[str, str]) -> dict[str, Any]:
     read = {field: member.read() for field, member in images.items()}
     return {**read, **texts, "texts": [texts["text"]]}
 

@@ -1,7 +1,6 @@
 """Where image-text pairs come from: tables of file names, LLaVA's JSON, WebDataset's tar shards,
 Parquet files with the images in them."""
 
-import dataclasses
 import functools
 import itertools
 import os
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cir_jax.errors import DataError
-from data import corpus, formats, hub
+from data import corpus, formats, hub, tars
 from data.corpus import Corpus, Entry, Unusable
 
 FIELDS = {
@@ -100,7 +99,7 @@ class Listed:
                 value = row | {"caption": _captions(row["caption"])}
             except Unusable as error:
                 value = error
-            yield dataclasses.replace(item, value=value)
+            yield item._replace(value=value)
 
     def _entry(self, where: str, done: int, image: Any, captions: Sequence[Any]) -> Entry:
         try:
@@ -184,9 +183,9 @@ class Shards:
         return itertools.islice(self._entries(), start, None)
 
     def _entries(self) -> Iterator[Entry]:
-        for item in formats.tar_samples(self.files):
+        for item in tars.samples(self.files):
             try:
-                sample = formats.Sample(item.value)
+                sample = tars.Sample(item.value)
                 found = corpus.pick(sample.columns, self.names, "the sample")
                 image, caption = sample.member(found["image"]), sample.text(found["caption"])
             except DataError as error:
@@ -197,5 +196,5 @@ class Shards:
                 yield Entry(item.where, item.done, load, "", empty, (image.size,))
 
 
-def _from_tar(image: formats.Member, caption: str) -> dict[str, Any]:
+def _from_tar(image: tars.Member, caption: str) -> dict[str, Any]:
     return {"image": image.read(), "captions": [caption]}
