@@ -21,6 +21,7 @@ EXTRAS = {
     "gs": ["gcsfs>=2026.4", "array-record>=0.8.6"],
     "torch": ["torch>=2.6"],  # reads .pt files; live parity tests
     "parquet": ["pyarrow>=17"],  # corpora that come as Parquet files
+    "hub": ["datasets>=5"],  # --source=hf:ORG/NAME: datasets of the Hugging Face hub, streamed
     "coco": ["pycocotools>=2.0.8"],  # draws the masks of data/coco_object
     # LinCIR's keywords; besides: python -m spacy download en_core_web_sm
     "keywords": ["spacy>=3.7"],
@@ -43,6 +44,7 @@ EXTRAS = {
         "import-linter>=2.3",
         "pre-commit>=4",
         "pyarrow>=17",
+        "datasets>=5",
         "pycocotools>=2.0.8",
         # gs:// on an object store of this machine: tests/object_store.py
         "gcsfs>=2026.4",

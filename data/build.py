@@ -22,6 +22,7 @@ A table without `source.json` is complete.
 """
 
 import contextlib
+import dataclasses
 import functools
 import importlib
 import io
@@ -45,7 +46,7 @@ from cir_jax.sharding.cores import cores
 from cir_jax.storage import buckets, faults
 from cir_jax.storage.atomic import write_atomically
 from cir_jax.storage.places import default_data_dir
-from data import apart, progress, shards
+from data import apart, given, progress, shards
 from data.claims import building, is_built
 from data.source import MAX_LISTED, Options, SourceBuilder, Split, Survey, parallel
 
@@ -142,9 +143,7 @@ def survey(
     for split in options.splits or ():
         if names and split not in names:
             raise DataError(unknown(f"split of {dataset}", split, names))
-    root = Path(source).expanduser()
-    if not root.exists():
-        raise DataError(f"--source={source}: there is no such folder.\n{cls.HELP.strip()}")
+    root = given.source(source, dataset, cls, options, functools.partial(_can, "HUB"))
     try:
         found = cls.survey(root, options)
     except OSError as error:  # of a list or table; images are looked after one by one
@@ -159,7 +158,7 @@ def survey(
     if nothing and not any(report.damaged for report in found.reports.values()):
         why = "\n".join(f"  {split}: {reason}" for split, reason in found.skipped.items())
         raise DataError(f"{root} holds nothing of {dataset} to build.\n{why}\n{cls.HELP.strip()}")
-    return found
+    return dataclasses.replace(found, source=str(root))
 
 
 def prepare_needed(
@@ -195,10 +194,13 @@ def prepare(
     report: Path | None = None,
     segmenter: str = "",
     keywords: str = "spacy",
+    split: str = "",
+    limit: int | None = None,
 ) -> dict[str, Path]:
     """Builds those tables that are not there yet; returns the folders of all wanted ones.
 
-    source: folder of the user's files; needed unless all wanted tables are there.
+    source: folder of the user's files, or hf:ORG/NAME (`data.hub`); needed unless all wanted
+        tables are there.
     name: as `table_dir`.
     splits: of the benchmark, to build; default all whose files are there.
     allow_partial: build from incomplete files too; the tables are marked.
@@ -206,7 +208,7 @@ def prepare(
     columns: {field: its name in the files}, for corpora whose columns vary.
     link: the tables name the image files instead of holding them.
     report: file for all that was found (`write_report`), also where that is refused.
-    segmenter, keywords: as `data.source.Options`.
+    segmenter, keywords, split, limit: as `data.source.Options`.
     Raises DataError when files are missing or wrong, when a table is there but made of other files,
     and when the disk is full.
     """
@@ -221,10 +223,10 @@ def prepare(
         _refuse_links(dataset, link)
         kind: Literal["copy", "link"] = "link" if link else "copy"
         chosen = tuple(splits) if splits else None
-        options = Options(chosen, how, kind, columns or {}, segmenter, keywords)
+        options = Options(chosen, how, kind, columns or {}, segmenter, keywords, split, limit)
         found = survey(dataset, source, options)
         if report is not None and source is not None:
-            write_report(report, dataset, source, found)
+            write_report(report, dataset, found)
         _refuse_partial(dataset, found, allow_partial)
         if not any(found.splits.values()):
             raise DataError(f"{source} has no image of {dataset}.\n{describe(found)}")
@@ -241,7 +243,7 @@ def prepare(
             splits = found.splits.get(table, {}) if found else {}
             with building(folder, functools.partial(_refuse_other, splits=splits)) as here:
                 if here is not None:
-                    _build(dataset, table, here, found, Path(source) if source else None)
+                    _build(dataset, table, here, found)
         except Exception as error:  # TFDS and ArrayRecord wrap the system's errors
             if isinstance(error, DataError) or (reason := faults.reason(error)) is None:
                 raise
@@ -253,11 +255,16 @@ def prepare(
 
 
 def _refuse_links(dataset: str, link: bool) -> None:
-    can = [name for name in DATASETS if getattr(_builder_class(name), "LINKS", False)]
+    can = _can("LINKS") if link else ()
     if link and dataset not in can:
         raise DataError(
             f"--images=link: {dataset} copies its images; those of {', '.join(can)} can be linked."
         )
+
+
+def _can(what: str) -> list[str]:
+    """Datasets whose builders say so."""
+    return [name for name in DATASETS if getattr(_builder_class(name), what, False)]
 
 
 def _refuse_partial(dataset: str, found: Survey, allow_partial: bool) -> None:
@@ -308,11 +315,11 @@ def describe(found: Survey) -> str:
     return "\n".join(lines)
 
 
-def write_report(path: Path, dataset: str, source: str | os.PathLike, found: Survey) -> None:
+def write_report(path: Path, dataset: str, found: Survey) -> None:
     """Writes all that a survey found as JSON: every missing id, damaged file and lost query."""
     content = {
         "dataset": dataset,
-        "source": str(Path(source).expanduser().absolute()),
+        "source": found.source,
         "splits": {split: report.whole() for split, report in found.reports.items()},
         "left out": dict(found.skipped),
     }
@@ -320,9 +327,7 @@ def write_report(path: Path, dataset: str, source: str | os.PathLike, found: Sur
     write_atomically(path, lambda file: file.write(text.encode()))
 
 
-def _build(
-    dataset: str, table: str, folder: Path, found: Survey | None, source: Path | None
-) -> None:
+def _build(dataset: str, table: str, folder: Path, found: Survey | None) -> None:
     if folder.exists():
         raise DataError(f"{folder} exists but is no complete table: delete it and try again.")
     scratch = folder.parent / ".building"
@@ -342,7 +347,7 @@ def _build(
                 return None
             return {
                 "stamp": _stamp(splits),
-                "source": str(source.expanduser().absolute()) if source else None,
+                "source": found.source,
                 "splits": {name: report.mark() for name, report in found.reports.items()},
             }
 

@@ -25,6 +25,7 @@ import tensorflow_datasets as tfds
 
 from cir_jax.errors import DataError, unknown
 from cir_jax.progress import Progress
+from data import hub
 from data import source as files
 from data.source import MAX_KEPT, MAX_LISTED, Options, Report, SourceBuilder, Split, Survey
 
@@ -63,8 +64,8 @@ class Corpus(Protocol):
     images: the fields of a record that are the bytes of images.
     """
 
-    source: Path
-    files: Sequence[Path]
+    source: Path | hub.Dataset
+    files: Sequence[Path | hub.File]
     total: int
     unit: str
     images: tuple[str, ...]
@@ -75,6 +76,23 @@ class Corpus(Protocol):
         Raises DataError when the source itself is broken.
         """
         ...
+
+
+class First:
+    """The first entries of a corpus."""
+
+    unit = "entries"
+
+    def __init__(self, corpus: Corpus, limit: int):
+        self.source, self.files, self.images = corpus.source, corpus.files, corpus.images
+        self.total, self._corpus = limit, corpus
+
+    def entries(self, start: int, contents: bool) -> Iterator[Entry]:
+        """See `Corpus`."""
+        left = max(self.total - start, 0)
+        entries = itertools.islice(self._corpus.entries(start, contents), left)
+        for number, entry in enumerate(entries, start + 1):
+            yield dataclasses.replace(entry, done=number)
 
 
 class CorpusBuilder(SourceBuilder, skip_registration=True):
@@ -96,7 +114,10 @@ def survey(corpus: Corpus, table: str, noun: str, options: Options) -> Survey:
     good = empty = lost = 0
     problems: list[str] = []
     broken = array.array("q")  # numbers of the entries whose images are
-    digest = hashlib.sha256(files.stamp(*corpus.files).encode())
+    limit = () if options.limit is None else (options.limit,)
+    digest = hashlib.sha256(files.stamp(*corpus.files, *limit).encode())
+    if options.limit is not None:
+        corpus = First(corpus, options.limit)
     for number, (entry, problem) in enumerate(_checked(corpus, options.decode == "survey")):
         digest.update(repr(entry.stamp).encode())
         if problem:
@@ -200,6 +221,17 @@ def _read(entry: Entry, images: Sequence[str]) -> Record:
         except Exception as error:  # PIL raises a dozen types for bad files
             raise Unusable(f"{field} is no readable image ({error})") from error
     return record
+
+
+def image_bytes(value: Any, field: str) -> bytes:
+    """The bytes of an image in a table: as they are, or Hugging Face's {"bytes", "path"}.
+
+    Raises Unusable for all else.
+    """
+    data = value.get("bytes") if isinstance(value, dict) else value
+    if not isinstance(data, bytes):
+        raise Unusable(f"{field} is {value!r:.80}, expected the bytes of an image")
+    return data
 
 
 def stat_image(path: Path) -> tuple[str, tuple[int, ...]]:

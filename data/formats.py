@@ -1,30 +1,40 @@
-"""File formats of corpora, read as streams: lines, JSON, Parquet, tar. Nothing is held whole."""
+"""Lists and tables of corpora, as streams: lines, JSON, CSV, Parquet. Nothing is held whole.
+
+Beside libraries that read the same (benchmarks/readers.py): `datasets` takes as much processor time
+for CSV and three to five times for the others, and ends at a malformed line; pyarrow's JSON and CSV
+take a third, and end before the records in front of one; ijson takes two thirds for lists, and puts
+"?" for half a character. Here each record that cannot be used is told by its line, and the others
+are read. Parquet is pyarrow's.
+"""
 
 import codecs
 import csv
-import dataclasses
 import json
 import re
-import tarfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 from cir_jax.errors import DataError
-from data import corpus
+from data import corpus, hub
 from data.corpus import Unusable
 
 _CHUNK = 1 << 20
 _LONGEST_ITEM = 64 << 20  # characters of one element of a JSON list
 _SPACES = re.compile(r"[ \t\r\n]*")
-_END_MARK = 512  # bytes of zeros behind the last file of a tar file
+
+Source = Path | hub.Dataset
+File = Path | hub.File
 
 
-def source_files(source: Path, suffixes: Sequence[str]) -> list[Path]:
-    """The source itself, or the files in that folder with these suffixes, sorted by name.
+def source_files(source: Source, suffixes: Sequence[str]) -> Sequence[File]:
+    """The source itself, or the files in that folder with these suffixes, sorted by name; of the
+    hub those of the split.
 
     Raises DataError when there is none.
     """
+    if isinstance(source, hub.Dataset):
+        return source.of_types(suffixes)
     if source.is_file():
         if source.suffix.lower() not in suffixes:
             raise DataError(f"--source={source}: expected a file of type {', '.join(suffixes)}.")
@@ -37,12 +47,11 @@ def source_files(source: Path, suffixes: Sequence[str]) -> list[Path]:
     return files
 
 
-def total_bytes(files: Sequence[Path]) -> int:
+def total_bytes(files: Sequence[File]) -> int:
     return sum(file.stat().st_size for file in files)
 
 
-@dataclasses.dataclass(frozen=True)
-class Item:
+class Item(NamedTuple):
     """One line, list element or row. value: what was read, or the problem. done: bytes of the file.
 
     where: "file line 3".
@@ -60,13 +69,13 @@ def row(item: Item) -> Any:
     return item.value
 
 
-def lines(path: Path) -> Iterator[Item]:
+def lines(path: File) -> Iterator[Item]:
     """The lines of a text file, without their ends; those that are no UTF-8 are Unusable."""
-    done = 0
+    done, name = 0, str(path)
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             done += len(line)
-            where = f"{path} line {number}"
+            where = f"{name} line {number}"
             try:
                 string = line.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError as error:
@@ -77,19 +86,21 @@ def lines(path: Path) -> Iterator[Item]:
             yield Item(where, string.rstrip("\r\n"), done)
 
 
-def json_lines(path: Path) -> Iterator[Item]:
+def json_lines(path: File) -> Iterator[Item]:
     """The values of a JSONL file; blank lines are passed over, malformed ones Unusable."""
     for item in lines(path):
         if isinstance(item.value, Unusable):
             yield item
         elif item.value.strip():
+            value: Any
             try:
-                yield dataclasses.replace(item, value=json.loads(item.value))
+                value = json.loads(item.value)
             except ValueError as error:
-                yield dataclasses.replace(item, value=Unusable(f"not valid JSON ({error})"))
+                value = Unusable(f"not valid JSON ({error})")
+            yield Item(item.where, value, item.done)
 
 
-def json_items(path: Path) -> Iterator[Item]:
+def json_items(path: File) -> Iterator[Item]:
     """The values of a .jsonl file, or the elements of the list in a .json file, one at a time.
 
     Raises DataError for a list that ends too early or is malformed: what follows cannot be found.
@@ -100,7 +111,7 @@ def json_items(path: Path) -> Iterator[Item]:
         yield from _json_list(path)
 
 
-def _first_character(path: Path) -> str:
+def _first_character(path: File) -> str:
     with path.open("rb") as file:
         start = file.read(4096).decode("utf-8-sig", errors="replace").lstrip()
     if not start:
@@ -108,8 +119,8 @@ def _first_character(path: Path) -> str:
     return start[0]
 
 
-def _json_list(path: Path) -> Iterator[Item]:
-    decoder = json.JSONDecoder()
+def _json_list(path: File) -> Iterator[Item]:
+    decoder, name = json.JSONDecoder(), str(path)
     number = 0
 
     def malformed(problem: str) -> DataError:
@@ -138,7 +149,7 @@ def _json_list(path: Path) -> Iterator[Item]:
                         break  # else a number that may go on in the next chunk
                 text.more()
             text.position = end
-            yield Item(f"{path} record {number}", value, text.done)
+            yield Item(f"{name} record {number}", value, text.done)
             number += 1
 
 
@@ -175,7 +186,7 @@ class _Buffer:
 
 
 def rows(
-    paths: Sequence[Path],
+    paths: Sequence[File],
     names: Mapping[str, Sequence[str]],
     optional: Mapping[str, Sequence[str]] | None = None,
     start: int = 0,
@@ -189,12 +200,11 @@ def rows(
     """
     before = 0
     for path in paths:
-        size = path.stat().st_size
         match path.suffix.lower():
             case ".parquet":
-                count = parquet(path).metadata.num_rows
-                items = _parquet_rows(path, names, optional or {}, start)
-                passed = min(start, count)
+                table = parquet(path)
+                items = _parquet_rows(path, table, names, optional or {}, start)
+                passed = min(start, table.metadata.num_rows)
             case ".tsv" | ".csv":
                 items, passed = _table_rows(path, names, optional or {}), 0
             case ".txt":
@@ -205,40 +215,46 @@ def rows(
         for item in items:
             if start:
                 start -= 1
+            elif before:
+                where, value, done = item
+                yield Item(where, value, before + done)
             else:
-                yield dataclasses.replace(item, done=before + min(item.done, size))
-        before += size
+                yield item
+        before += path.stat().st_size
 
 
-def _text_rows(path: Path, names: Mapping[str, Sequence[str]]) -> Iterator[Item]:
+def _text_rows(path: File, names: Mapping[str, Sequence[str]]) -> Iterator[Item]:
     (field,) = names
     for item in lines(path):
         is_text = isinstance(item.value, str)
-        yield dataclasses.replace(item, value={field: item.value}) if is_text else item
+        yield Item(item.where, {field: item.value}, item.done) if is_text else item
 
 
 def _json_rows(
-    path: Path, names: Mapping[str, Sequence[str]], optional: Mapping[str, Sequence[str]]
+    path: File, names: Mapping[str, Sequence[str]], optional: Mapping[str, Sequence[str]]
 ) -> Iterator[Item]:
-    known = False
-    for item in json_items(path):
-        value: Any = item.value
-        if isinstance(value, str) and len(names) == 1:
-            value = {next(iter(names)): value}
-        elif isinstance(value, dict):
+    known: dict[tuple[str, ...], dict[str, str]] = {}  # an object's keys -> its columns
+    for where, value, done in json_items(path):
+        if isinstance(value, dict):
+            keys = tuple(value)
             try:
-                found = corpus.pick(value, names, item.where) | corpus.some(value, optional)
-                value, known = {field: value[name] for field, name in found.items()}, True
+                if (found := known.get(keys)) is None:
+                    found = corpus.pick(keys, names, where) | corpus.some(keys, optional)
+                    known = {} if len(known) > 64 else known
+                    known[keys] = found
+                value = {field: value[name] for field, name in found.items()}
             except DataError as error:
                 if not known:  # the first record shows what the others are like
                     raise
                 value = Unusable(str(error))
+        elif isinstance(value, str) and len(names) == 1:
+            value = {next(iter(names)): value}
         elif not isinstance(value, Unusable):
             value = Unusable(f"is {value!r:.80}, expected an object")
-        yield dataclasses.replace(item, value=value)
+        yield Item(where, value, done)
 
 
-def header(path: Path) -> list[str]:
+def header(path: File) -> list[str]:
     """The columns of a .tsv or .csv file; `caption` and `url` if the first row has a URL.
 
     That is how CC3M is downloaded: without a header.
@@ -246,7 +262,7 @@ def header(path: Path) -> list[str]:
     return _dialect(path)[0]
 
 
-def _dialect(path: Path) -> tuple[list[str], dict[str, Any], int]:
+def _dialect(path: File) -> tuple[list[str], dict[str, Any], int]:
     """The columns, the arguments of csv.reader, the number of rows of header."""
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         first = file.readline()
@@ -259,21 +275,29 @@ def _dialect(path: Path) -> tuple[list[str], dict[str, Any], int]:
 
 
 def _table_rows(
-    path: Path, names: Mapping[str, Sequence[str]], optional: Mapping[str, Sequence[str]]
+    path: File, names: Mapping[str, Sequence[str]], optional: Mapping[str, Sequence[str]]
 ) -> Iterator[Item]:
     columns, dialect, skip = _dialect(path)
     found = corpus.pick(columns, names, str(path)) | corpus.some(columns, optional)
     places = {field: columns.index(name) for field, name in found.items()}
+    ended, label = [], str(path)
+
+    def until_its_end(file: IO[str]) -> Iterator[str]:
+        yield from file
+        ended.append(True)
+
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        reader = csv.reader(file, **dialect)
+        reader = csv.reader(until_its_end(file), **dialect)
         while True:
-            where = f"{path} line {reader.line_num + 1}"
+            where = f"{label} line {reader.line_num + 1}"
             try:
                 row = next(reader, None)
             except csv.Error as error:  # a quote that is never closed
                 raise DataError(f"{where}: malformed ({error}).") from error
             if row is None:
                 return
+            if ended:  # it asked for another line in the midst of a row
+                raise DataError(f"{where}: a quote that is opened there is never closed. Mend it.")
             if skip:
                 skip -= 1
             elif row and len(row) != len(columns):
@@ -284,7 +308,7 @@ def _table_rows(
                 yield Item(where, value, file.buffer.tell())  # some KB ahead
 
 
-def parquet(path: Path) -> Any:
+def parquet(path: File) -> Any:
     """An open Parquet file. Raises DataError when it is damaged, or pyarrow missing."""
     try:
         import pyarrow.parquet
@@ -293,24 +317,27 @@ def parquet(path: Path) -> Any:
             f"{path}: Parquet files need the package pyarrow: pip install 'cir_jax[parquet]'."
         ) from error
     try:
-        return pyarrow.parquet.ParquetFile(path)
+        return pyarrow.parquet.ParquetFile(path if isinstance(path, Path) else path.ranges())
+    except DataError:  # of the hub
+        raise
     except Exception as error:  # pyarrow has its own hierarchy, beside OSError
         raise DataError(f"{path}: no readable Parquet file ({error}). Get it again.") from error
 
 
-def parquet_columns(path: Path) -> list[str]:
+def parquet_columns(path: File) -> list[str]:
     """The names of the columns. Raises DataError when the file is damaged, or pyarrow missing."""
     return list(parquet(path).schema_arrow.names)
 
 
 def _parquet_rows(
-    path: Path,
+    path: File,
+    table: Any,
     names: Mapping[str, Sequence[str]],
     optional: Mapping[str, Sequence[str]],
     start: int,
 ) -> Iterator[Item]:
     """The rows from number `start` on."""
-    table, row = parquet(path), 0
+    row, label = 0, str(path)
     columns = table.schema_arrow.names
     found = corpus.pick(columns, names, str(path)) | corpus.some(columns, optional)
     size, count = path.stat().st_size, table.metadata.num_rows
@@ -319,133 +346,36 @@ def _parquet_rows(
         if row + in_group <= start:
             row += in_group
             continue
-        batches = table.iter_batches(16, row_groups=[group], columns=list(found.values()))
+        batches = table.iter_batches(
+            _rows_at_once(table.metadata.row_group(group), set(found.values())),
+            row_groups=[group],
+            columns=list(found.values()),
+        )
         while True:
             try:
                 batch = next(batches, None)
-                values = [] if batch is None else batch.to_pylist()
-            except Exception as error:  # as above
+                read = (
+                    [] if batch is None else [batch.column(n).to_pylist() for n in found.values()]
+                )
+            except DataError:  # as above
+                raise
+            except Exception as error:
                 raise DataError(f"{path} row {row}: unreadable ({error}). Get it again.") from error
-            for value in values:
+            for values in zip(*read, strict=True):
                 row += 1
                 if row > start:
-                    record = {field: value[name] for field, name in found.items()}
-                    yield Item(f"{path} row {row - 1}", record, size * row // count)
+                    record = dict(zip(found, values, strict=True))
+                    yield Item(f"{label} row {row - 1}", record, size * row // count)
             if batch is None:
                 break
 
 
-@dataclasses.dataclass(frozen=True)
-class Member:
-    """Where a file lies in a tar file."""
-
-    archive: Path
-    name: str
-    offset: int
-    size: int
-
-    def read(self) -> bytes:
-        """Raises Unusable when the archive ends before the file does."""
-        try:
-            with self.archive.open("rb") as file:
-                file.seek(self.offset)
-                data = file.read(self.size)
-        except OSError as error:
-            raise Unusable(f"{self.archive} cannot be read: {error.strerror}") from None
-        if len(data) < self.size:
-            raise Unusable(f"{self.name} is cut off: the tar file is truncated")
-        return data
-
-
-def tar_samples(paths: Sequence[Path]) -> Iterator[Item]:
-    """The samples of tar files in WebDataset's layout, as {extension: Member}.
-
-    Files of the same name up to the first dot, one after another, are a sample. A key that comes
-    again, and what remains of a truncated file, is Unusable. No contents are read; `done` counts
-    the bytes of all files. Raises DataError for a file that is no tar file.
-    """
-    before = 0
-    for path in paths:
-        for item in _tar_samples(path):
-            yield dataclasses.replace(item, done=before + item.done)
-        before += path.stat().st_size
-
-
-def _tar_samples(path: Path) -> Iterator[Item]:
-    keys: set[str] = set()
-    key, sample, end, problem = "", {}, 0, ""
-    try:
-        with tarfile.open(path, "r:") as archive:
-            while (info := archive.next()) is not None:
-                archive.members = []  # it would keep them all
-                if not info.isfile():
-                    continue
-                folder, slash, name = info.name.rpartition("/")
-                stem, _, extension = name.partition(".")
-                if folder + slash + stem != key and sample:
-                    yield _sample(path, key, sample, keys, end)
-                    sample = {}
-                key, end = folder + slash + stem, info.offset_data + info.size
-                sample[extension.lower()] = Member(path, info.name, info.offset_data, info.size)
-            if not _has_end_mark(path, archive.offset):  # tarfile stops there and says nothing
-                problem = "no file and no end mark where one should be"
-    except tarfile.TarError as error:
-        if not end:
-            raise DataError(f"{path}: no readable, uncompressed tar file ({error}).") from error
-        problem = str(error)
-    if sample:
-        yield _sample(path, key, sample, keys, end)
-    if problem:
-        problem = f"the tar file is truncated or damaged behind it ({problem}); get it again"
-        yield Item(f"{path} key {key}", Unusable(problem), path.stat().st_size)
-
-
-def _sample(path: Path, key: str, sample: dict, keys: set[str], end: int) -> Item:
-    where = f"{path} key {key}"
-    if key in keys:
-        return Item(where, Unusable("the key was there before in this file"), end)
-    keys.add(key)
-    return Item(where, sample, end)
-
-
-def _has_end_mark(path: Path, offset: int) -> bool:
-    with path.open("rb") as file:
-        file.seek(offset)
-        return file.read(_END_MARK) == bytes(_END_MARK)
-
-
-class Sample:
-    """A sample of a tar file as a row: its columns are the extensions, and json.KEY of its JSON."""
-
-    def __init__(self, members: dict[str, Member] | Unusable):
-        """Raises Unusable if that is what came in the place of the sample."""
-        if isinstance(members, Unusable):
-            raise members
-        self._members = members
-        self._json: dict[str, Any] = {}
-        if "json" in members:
-            try:
-                self._json = json.loads(members["json"].read())
-            except ValueError as error:
-                raise Unusable(f"{members['json'].name} is not valid JSON ({error})") from error
-            if not isinstance(self._json, dict):
-                raise Unusable(f"{members['json'].name} holds no JSON object")
-
-    @property
-    def columns(self) -> list[str]:
-        return [*self._members, *(f"json.{key}" for key in self._json)]
-
-    def member(self, column: str) -> Member:
-        """The file of that extension. Raises Unusable for a field of the JSON."""
-        if column not in self._members:
-            raise Unusable(f"column {column} is no file")
-        return self._members[column]
-
-    def text(self, column: str) -> str:
-        """The text of that file or field. Raises Unusable."""
-        if column not in self._members:
-            return corpus.text(self._json[column.removeprefix("json.")], column)
-        try:
-            return self._members[column].read().decode()
-        except UnicodeDecodeError as error:
-            raise Unusable(f"{self._members[column].name} is not UTF-8 ({error.reason})") from error
+def _rows_at_once(group: Any, columns: set[str]) -> int:
+    """Rows of about `_CHUNK` bytes: many texts, few images."""
+    parts = map(group.column, range(group.num_columns))
+    size = sum(
+        part.total_uncompressed_size
+        for part in parts
+        if part.path_in_schema.partition(".")[0] in columns
+    )
+    return max(1, min(1024, _CHUNK * group.num_rows // max(size, 1)))

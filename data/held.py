@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cir_jax.errors import DataError
-from data import formats
+from data import formats, tars
 
 KEPT = 4  # row groups of a Parquet file that are kept, for threads that read a little apart
 
@@ -48,7 +48,7 @@ class Held:
 class Archived:
     """A file in a tar file."""
 
-    member: formats.Member
+    member: tars.Member
 
     @property
     def name(self) -> str:

@@ -33,7 +33,7 @@ import tensorflow_datasets as tfds
 from cir_jax.errors import DataError
 from cir_jax.input import images
 from cir_jax.sharding.cores import cores
-from data import progress
+from data import hub, progress
 
 MAX_LISTED = 10  # problems shown of each kind; all are counted
 MAX_KEPT = 1000  # problems kept with the tables
@@ -50,6 +50,8 @@ class Options:
     images: "copy" them into the tables, or "link": the tables name the files, which must stay.
     columns: {field of the table: its name in the files}, for corpora whose columns vary.
     segmenter, keywords: what finds regions and nouns, for `masked_pairs`; "" = its own.
+    split: of a dataset of the hub, the one that is read; "" = `data.hub.opened`.
+    limit: entries of a corpus that are read, from the first on; None = all.
     """
 
     splits: tuple[str, ...] | None = None
@@ -58,6 +60,8 @@ class Options:
     columns: Mapping[str, str] = dataclasses.field(default_factory=dict)
     segmenter: str = ""
     keywords: str = "spacy"
+    split: str = ""
+    limit: int | None = None
 
     def wanted(self, split: str) -> bool:
         """Whether the split is asked for."""
@@ -175,11 +179,13 @@ class Survey:
     splits: {table: {split: its records}}; splits without files, or without any record, are absent.
     reports: {split: report}; their marks are taken when the tables are written.
     skipped: {split: why it cannot be built}; not an error as long as any split can.
+    source: what was looked at, for the mark of the tables; `data.build.survey` says it.
     """
 
     splits: Mapping[str, Mapping[str, Split]]
     reports: Mapping[str, Report]
     skipped: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    source: str = ""
 
 
 class SourceBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
@@ -190,6 +196,7 @@ class SourceBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     OWN_IDS: tuple[str, ...] = ()  # tables whose `id` is an official one, not the record's number
     OPTIONAL: tuple[str, ...] = ()  # tables that are left out where their files are missing
     LINKS = False  # whether its tables can name the images instead of holding them
+    HUB = False  # whether it can be made of a dataset of the hub
     url_infos = None  # nothing is downloaded; looking for checksums needs a package TFDS omits
 
     def __init__(self, *, splits: Mapping[str, Split] | None = None, **kwargs: Any):
@@ -203,8 +210,9 @@ class SourceBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         return ()
 
     @classmethod
-    def survey(cls, source: Path, options: Options) -> Survey:
-        """Looks at the files in the folder `source`, or at that file.
+    def survey(cls, source: Any, options: Options) -> Survey:
+        """Looks at the files in the folder `source`, or at that file (Path); with HUB, perhaps at
+        those of a `data.hub.Dataset`.
 
         Raises DataError as the module says.
         """
@@ -241,7 +249,8 @@ def tables(*names: str) -> list[tfds.core.BuilderConfig]:
 
 
 def stamp(*parts: Any) -> str:
-    """Digest of values that JSON can hold, and of files (Path): name, size and time of change."""
+    """Digest of values that JSON can hold, and of files: name, size and time of change, or, of the
+    hub, number of contents."""
     digest = hashlib.sha256()
     for part in parts:
         digest.update(json.dumps(part, sort_keys=True, default=_status).encode())
@@ -249,7 +258,9 @@ def stamp(*parts: Any) -> str:
     return digest.hexdigest()[:32]
 
 
-def _status(path: Path) -> list[Any]:
+def _status(path: Path | hub.File) -> list[Any]:
+    if isinstance(path, hub.File):
+        return path.stamp
     status = path.stat()
     return [path.name, status.st_size, status.st_mtime_ns]
 

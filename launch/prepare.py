@@ -22,7 +22,19 @@ from absl import app, flags  # noqa: E402
 from launch import ending, pixel_limit  # noqa: E402
 
 _DATASET = flags.DEFINE_string("dataset", "shapes", "Name of the dataset.")
-_SOURCE = flags.DEFINE_string("source", None, "Folder of the files it is made of.")
+_SOURCE = flags.DEFINE_string(
+    "source",
+    None,
+    "Folder of the files it is made of; of pairs, masked_pairs, texts, text_triplets and "
+    "image_triplets, hf:ORG/NAME[@REVISION][:CONFIG], too: a dataset of the Hugging Face hub, "
+    "streamed (extra `hub`).",
+)
+_SPLIT = flags.DEFINE_string(
+    "split", "", "Split of hf:ORG/NAME to read; default train, or the only one it has."
+)
+_LIMIT = flags.DEFINE_integer(
+    "limit", None, "Entries of a corpus to read, from the first on; default all."
+)
 _TABLES = flags.DEFINE_list("tables", None, "Tables to build, separated by commas; default all.")
 _SPLITS = flags.DEFINE_list("splits", None, "Splits to build; default all whose files are there.")
 _DATA_DIR = flags.DEFINE_string(
@@ -113,6 +125,8 @@ def _build() -> None:
         report=Path(_REPORT.value).expanduser() if _REPORT.value else None,
         segmenter=_SEGMENTER.value,
         keywords=_KEYWORDS.value,
+        split=_SPLIT.value,
+        limit=_LIMIT.value,
     )
     for table, folder in folders.items():
         print(f"{table}: {folder}")
@@ -158,12 +172,12 @@ def _check_source() -> None:
     splits = tuple(_SPLITS.value) if _SPLITS.value else None
     how = "survey" if _DECODE.value else "never"
     columns = corpus.parse_columns(_COLUMNS.value or ())
-    options = build.Options(splits, how, columns=columns)
+    options = build.Options(splits, how, columns=columns, split=_SPLIT.value, limit=_LIMIT.value)
     found = build.survey(_DATASET.value, _SOURCE.value, options)
     print(build.describe(found))
     if _REPORT.value:
         path = Path(_REPORT.value).expanduser()
-        build.write_report(path, _DATASET.value, _SOURCE.value, found)
+        build.write_report(path, _DATASET.value, found)
         print(f"report: {path}")
     complete = all(report.complete for report in found.reports.values())
     but = ", but for what is left out" if found.skipped else ""

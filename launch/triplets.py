@@ -28,8 +28,12 @@ _EMBEDDERS = {
 }
 
 _CAPTIONS = flags.DEFINE_string(
-    "captions", None, "File or folder of texts, or DATASET/TABLE[:SPLIT] of the prepared data"
+    "captions",
+    None,
+    "File or folder of texts, DATASET/TABLE[:SPLIT] of the prepared data, or "
+    "hf:ORG/NAME[@REVISION][:CONFIG], a dataset of the Hugging Face hub (extra `hub`)",
 )
+_SPLIT = flags.DEFINE_string("split", "", "Split of hf:ORG/NAME; default train, or its only one")
 _OUTPUT = flags.DEFINE_string("output", None, "File to write, .jsonl")
 _TEMPLATES = flags.DEFINE_enum("templates", "rtd", list(_EMBEDDERS), "Whose templates")
 _KEYWORDS = flags.DEFINE_string(
@@ -112,7 +116,7 @@ def _generate() -> None:
     tag = keywords.tagger(_KEYWORDS.value)
     embedder = _EMBEDDER.value or _EMBEDDERS[_TEMPLATES.value]
     generation.generate(
-        captions.read(_CAPTIONS.value, data_dir, columns),
+        captions.read(_CAPTIONS.value, data_dir, columns, _SPLIT.value),
         output,
         recipe,
         tag,

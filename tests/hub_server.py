@@ -1,5 +1,6 @@
-"""As much of the Hugging Face hub as a push and a download need, on this machine, for the real
-client: accounts, repositories with branches, commits of git's and of large files, `resolve`.
+"""As much of the Hugging Face hub as a push, a download and a stream need, on this machine, for the
+real clients: accounts, repositories of models and of datasets with branches, commits of git's and
+of large files, `tree`, `resolve` with ranges.
 
 No published fake holds commits. What it answers is as the hub's own API does, errors too: the
 client takes what they mean from the status and from X-Error-Code.
@@ -14,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 import pytest
 import yaml
@@ -26,14 +27,16 @@ LARGE = ".safetensors"
 
 
 class Hub:
-    """What is on it. repos: name -> branch -> commits, the newest last: (id, {path: bytes}).
-    warns: of each request, by its number, which a client prints."""
+    """What is on it. repos: name -> branch -> commits, the newest last: (id, {path: bytes}); the
+    name of a dataset is "datasets/ORG/NAME". warns: of each request, by its number, which a client
+    prints. broken: how many contents break off. sent: bytes of contents."""
 
     def __init__(self) -> None:
         self.repos: dict[str, dict[str, list[tuple[str, dict[str, bytes]]]]] = {}
         self.private: set[str] = set()
         self.gated: set[str] = set()
         self.large: dict[str, bytes] = {}
+        self.broken = self.sent = 0
         self.asked: list[str] = []
         self.warns = False
         self.url = ""
@@ -103,6 +106,24 @@ def use(monkeypatch: pytest.MonkeyPatch, hub: Hub, cache: Path, token: str = "hf
         monkeypatch.setattr(constants, name, value)
 
 
+def use_for_datasets(
+    monkeypatch: pytest.MonkeyPatch, hub: Hub, cache: Path, token: str = "hf_mine"
+) -> None:
+    """`use`, for the package `datasets`, too."""
+    use(monkeypatch, hub, cache, token)
+    import datasets
+    from huggingface_hub import HfFileSystem
+
+    for name, value in {
+        "HF_ENDPOINT": hub.url,
+        "HUB_DATASETS_URL": hub.url + "/datasets/{repo_id}/resolve/{revision}/{path}",
+        "HF_DATASETS_CACHE": cache / "datasets",
+        "HF_HUB_OFFLINE": False,
+    }.items():
+        monkeypatch.setattr(datasets.config, name, value)
+    HfFileSystem.clear_instance_cache()  # of other endpoints
+
+
 class _Handler(BaseHTTPRequestHandler):
     hub: Hub
     protocol_version = "HTTP/1.1"
@@ -115,6 +136,7 @@ class _Handler(BaseHTTPRequestHandler):
     do_POST = do_PUT = do_HEAD = do_GET
 
     def _answer(self) -> None:
+        self.query = parse_qs(urlsplit(self.path).query)
         self.path = unquote(urlsplit(self.path).path)
         self.body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         self.hub.asked.append(f"{self.command} {self.path}")
@@ -150,7 +172,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _commit(self, name: str, revision: str = "main") -> tuple[str, dict[str, bytes]] | None:
         """The commit, or None when an error was sent."""
-        hidden = name in self.hub.private and name.partition("/")[0] != self.account
+        hidden = name in self.hub.private and _owner(name) != self.account
         if name not in self.hub.repos or hidden:
             self._error(401 if not self.account else 404, "Repository not found", "RepoNotFound")
         elif name in self.hub.gated:
@@ -162,7 +184,7 @@ class _Handler(BaseHTTPRequestHandler):
         return None
 
     def _may_write(self, name: str) -> bool:
-        if name.partition("/")[0] == self.account != "reader":
+        if _owner(name) == self.account != "reader":
             return True
         self._error(403, "You don't have the rights to write here")
         return False
@@ -199,7 +221,33 @@ class _Handler(BaseHTTPRequestHandler):
         if (found := self._commit(name, revision or "main")) is not None:
             siblings = [{"rfilename": path} for path in found[1]]
             private = name in self.hub.private
+            name = name.removeprefix("datasets/")
             self._json({"id": name, "sha": found[0], "private": private, "siblings": siblings})
+
+    def tree(self, name: str, revision: str, folder: str | None = None) -> None:
+        """All below a folder, or with `recursive=False` what is right in it."""
+        if (found := self._commit(name, revision)) is None:
+            return
+        start = f"{folder}/" if folder else ""
+        recursive = self.query.get("recursive", ["false"])[0].lower() in ("true", "1")
+        entries = {}
+        for path, content in found[1].items():
+            if path.startswith(start):
+                parts = path.removeprefix(start).split("/")
+                for end in range(1, len(parts)):
+                    inner = start + "/".join(parts[:end])
+                    entries[inner] = {"type": "directory", "path": inner, "oid": "0", "size": 0}
+                entries[path] = _listed(path, content)
+        if start and not entries:
+            self._error(404, f"{folder} does not exist", "EntryNotFound")
+            return
+        depth = start.count("/")
+        self._json([e for p, e in entries.items() if recursive or p.count("/") == depth])
+
+    def paths_info(self, name: str, revision: str) -> None:
+        if (found := self._commit(name, revision)) is not None:
+            asked = parse_qs(self.body.decode())["paths"]
+            self._json([_listed(path, found[1][path]) for path in asked if path in found[1]])
 
     def validate(self) -> None:
         parts = json.loads(self.body)["content"].split("---\n")
@@ -264,22 +312,47 @@ class _Handler(BaseHTTPRequestHandler):
         if path not in found[1]:
             self._error(404, "Entry not found", "EntryNotFound")
             return
-        content = found[1][path]
-        tag = hashlib.sha256(content).hexdigest()
-        self._send(content, X_Repo_Commit=found[0], ETag=f'"{tag}"', Accept_Ranges="none")
+        content, status, headers = found[1][path], 200, {}
+        headers = {"X_Repo_Commit": found[0], "ETag": f'"{hashlib.sha256(content).hexdigest()}"'}
+        if asked := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
+            first, last = int(asked[1]), min(int(asked[2] or len(content)), len(content) - 1)
+            headers["Content_Range"] = f"bytes {first}-{last}/{len(content)}"
+            content, status = content[first : last + 1], 206
+        self.hub.sent += len(content) if self.command == "GET" else 0
+        if self.hub.broken and self.command == "GET":
+            self.hub.broken -= 1
+            headers["Content_Length"] = str(len(content))
+            content = content[: len(content) // 2]
+            self.close_connection = True
+        self._send(content, status, **headers)
+
+
+def _owner(name: str) -> str:
+    return name.removeprefix("datasets/").partition("/")[0]
+
+
+def _listed(path: str, content: bytes) -> dict[str, object]:
+    number = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+    return {"type": "file", "path": path, "size": len(content), "oid": number}
 
 
 _NAME = r"(?P<name>[^/]+/[^/]+)"
+_ANY = r"(?P<name>(?:datasets/)?[^/]+/[^/]+)"
+_DATASET = r"(?P<name>datasets/[^/]+/[^/]+)"
 _ROUTES = (
     (r"GET /api/whoami-v2", _Handler.whoami),
     (r"POST /api/repos/create", _Handler.create),
     (r"POST /api/validate-yaml", _Handler.validate),
     (rf"GET /api/models/{_NAME}", _Handler.info),
     (rf"GET /api/models/{_NAME}/revision/(?P<revision>.+)", _Handler.info),
+    (rf"GET /api/{_DATASET}", _Handler.info),
+    (rf"GET /api/{_DATASET}/revision/(?P<revision>.+)", _Handler.info),
+    (rf"GET /api/{_DATASET}/tree/(?P<revision>[^/]+)(?:/(?P<folder>.+))?", _Handler.tree),
+    (rf"POST /api/{_DATASET}/paths-info/(?P<revision>.+)", _Handler.paths_info),
     (rf"POST /api/models/{_NAME}/branch/(?P<branch>.+)", _Handler.branch),
     (rf"POST /api/models/{_NAME}/preupload/(?P<revision>.+)", _Handler.preupload),
     (rf"POST /api/models/{_NAME}/commit/(?P<revision>.+)", _Handler.commit),
     (rf"POST /{_NAME}\.git/info/lfs/objects/batch", _Handler.batch),
     (r"PUT /large/(?P<oid>\w+)", _Handler.store),
-    (rf"(?:GET|HEAD) /{_NAME}/resolve/(?P<revision>[^/]+)/(?P<path>.+)", _Handler.resolve),
+    (rf"(?:GET|HEAD) /{_ANY}/resolve/(?P<revision>[^/]+)/(?P<path>.+)", _Handler.resolve),
 )

@@ -32,7 +32,7 @@ COMMANDS = [
     if line.startswith("    ") and "python " in line
 ] + re.findall(r"`(python launch/(?:main|eval)[^`]+)`", " ".join(DOCS.split()))
 COMMANDS = list(dict.fromkeys(COMMANDS))
-NEEDS_WEIGHTS = ("vit_l14", "vit_b32", "bge_vl", "config.backbone=", "features=")
+NEEDS_HUB = ("--source=hf:", "vit_l14", "vit_b32", "bge_vl", "config.backbone=", "features=")
 RAW_FILES = [command for command in COMMANDS if "circo" in command and "cirr" not in command]
 
 
@@ -82,12 +82,12 @@ RUNNABLE = [c for c in COMMANDS if "pytest" not in c and c not in RAW_FILES]
 @pytest.mark.slow
 @pytest.mark.parametrize("command", RUNNABLE, ids=python_part)
 def test_command_runs(command, scratch):
-    needs_weights = any(name in command for name in NEEDS_WEIGHTS) and "compile.py" not in command
+    needs_hub = any(name in command for name in NEEDS_HUB) and "compile.py" not in command
     status, output = run_command(
         shrunk(python_part(command), scratch),
         environment(scratch, devices=4 if "fsdp=4" in command else 1) | {"HF_HUB_OFFLINE": "1"},
     )
-    if needs_weights:  # they are not here: the message says what to download and where to put it
+    if needs_hub:  # it is not reached: the message says what to download and where to put it
         assert status == 2 and "hf download" in output, output
     else:
         assert status == 0, output[-3000:]

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from cir_jax.errors import DataError
-from data import formats
+from data import tars
 from data.benchmark import BenchmarkBuilder, Picture, Question, Raw, absent, located
 from data.corpus import Unusable
 from data.held import Archived, Place
@@ -88,9 +88,9 @@ def _rows(file: Path) -> Iterator[Row]:
 
 def _samples(folder: Path) -> Iterator[Row]:
     """The samples of the hub's shards: an image, and JSON with img_path, text and instance."""
-    for item in formats.tar_samples(sorted(folder.glob("*.tar"))):
+    for item in tars.samples(sorted(folder.glob("*.tar"))):
         try:
-            sample = formats.Sample(item.value)
+            sample = tars.Sample(item.value)
             image = next((name for name in EXTENSIONS if name in sample.columns), None)
             if image is None:
                 raise Unusable(f"holds {', '.join(sample.columns)}, expected an image")

@@ -1,11 +1,10 @@
 """TFDS builder of the table `triplets`: reference image, modification text, target image."""
 
-from pathlib import Path
 from typing import Any
 
 import tensorflow_datasets as tfds
 
-from data import corpus
+from data import corpus, formats
 from data.corpus import CorpusBuilder
 from data.image_triplets import readers
 from data.source import Options, Survey, tables
@@ -16,6 +15,7 @@ class ImageTriplets(CorpusBuilder):
 
     BUILDER_CONFIGS = tables("triplets")
     HELP = "A folder of .parquet or .tar files, or of FashionIQ or CIRR with their training split."
+    HUB = True
 
     @classmethod
     def features(cls, table: str) -> dict[str, Any]:
@@ -23,6 +23,6 @@ class ImageTriplets(CorpusBuilder):
         return fields | {"texts": tfds.features.Sequence(tfds.features.Text())}
 
     @classmethod
-    def survey(cls, source: Path, options: Options) -> Survey:
+    def survey(cls, source: formats.Source, options: Options) -> Survey:
         found = readers.find(source, options.columns)
         return corpus.survey(found, "triplets", "triplets", options)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from cir_jax.errors import DataError
-from data import corpus, formats
+from data import corpus, formats, hub, tars
 from data.benchmark import AbsentError, BenchmarkBuilder, Question
 from data.cirr.cirr_dataset_builder import Cirr
 from data.corpus import Corpus, Entry, Unusable
@@ -30,9 +30,13 @@ TAR_FIELDS = {
 _STRIPPED = ".?, "  # from both ends of FashionIQ's captions, as CLIP4Cir does
 
 
-def find(source: Path, columns: Mapping[str, str]) -> Corpus:
+def find(source: formats.Source, columns: Mapping[str, str]) -> Corpus:
     """The reader that fits the source. Raises DataError when none does."""
-    suffixes = {path.suffix for path in source.iterdir()} if source.is_dir() else {source.suffix}
+    if isinstance(source, hub.Dataset):
+        suffixes = {file.suffix for file in source.of_types((".parquet", ".tar"))}
+    else:
+        there = source.iterdir() if source.is_dir() else [source]
+        suffixes = {path.suffix for path in there}
     if ".parquet" in suffixes:
         return Parquet(source, columns)
     if ".tar" in suffixes:
@@ -55,7 +59,7 @@ class Parquet:
 
     unit, images = "bytes", IMAGES
 
-    def __init__(self, source: Path, columns: Mapping[str, str]):
+    def __init__(self, source: formats.Source, columns: Mapping[str, str]):
         self.source, self.files = source, tuple(formats.source_files(source, (".parquet",)))
         self.total = formats.total_bytes(self.files)
         names = corpus.names(FIELDS, columns, "image triplets")
@@ -83,10 +87,7 @@ def _texts(row: Mapping[str, Any]) -> dict[str, str]:
 def _from_row(row: Mapping[str, Any], texts: dict[str, str]) -> dict[str, Any]:
     images = {}
     for field in IMAGES:
-        data = row[field]
-        images[field] = data.get("bytes") if isinstance(data, dict) else data
-        if not isinstance(images[field], bytes):
-            raise Unusable(f"{field} is {data!r:.80}, expected the bytes of an image")
+        images[field] = corpus.image_bytes(row[field], field)
     return {**images, **texts, "texts": [texts["text"]]}
 
 
@@ -95,7 +96,7 @@ class Shards:
 
     unit, images = "bytes", IMAGES
 
-    def __init__(self, source: Path, columns: Mapping[str, str]):
+    def __init__(self, source: formats.Source, columns: Mapping[str, str]):
         self.source, self.files = source, tuple(formats.source_files(source, (".tar",)))
         self.total = formats.total_bytes(self.files)
         names = corpus.names(TAR_FIELDS, columns, "image triplets")
@@ -107,9 +108,9 @@ class Shards:
         return itertools.islice(self._entries(), start, None)
 
     def _entries(self) -> Iterator[Entry]:
-        for item in formats.tar_samples(self.files):
+        for item in tars.samples(self.files):
             try:
-                sample = formats.Sample(formats.row(item))
+                sample = tars.Sample(formats.row(item))
                 found = corpus.pick(sample.columns, self.names, "the sample")
                 found |= corpus.some(sample.columns, self.optional)
                 images = {field: sample.member(found.pop(field)) for field in IMAGES}
@@ -122,7 +123,7 @@ class Shards:
                 yield Entry(item.where, item.done, load, empty=not texts["text"].strip())
 
 
-def _from_tar(images: Mapping[str, formats.Member], texts: dict[str, str]) -> dict[str, Any]:
+def _from_tar(images: Mapping[str, tars.Member], texts: dict[str, str]) -> dict[str, Any]:
     read = {field: member.read() for field, member in images.items()}
     return {**read, **texts, "texts": [texts["text"]]}
 

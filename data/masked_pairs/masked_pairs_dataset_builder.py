@@ -1,15 +1,15 @@
 """TFDS builder of the table `masked`: images with a text and the region that it is about."""
 
+import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
 import tensorflow_datasets as tfds
 
 from cir_jax.input import images, keywords, masks
-from data import corpus
+from data import corpus, formats
 from data.corpus import CorpusBuilder
 from data.masked_pairs import clipseg
 from data.pairs import readers
@@ -28,6 +28,7 @@ class MaskedPairs(CorpusBuilder):
         "What --dataset=pairs takes: a table (.tsv, .csv), a list (.json, .jsonl), or a folder of "
         "tar shards as img2dataset writes them. Masks by --segmenter, nouns by --keywords."
     )
+    HUB = True
 
     @classmethod
     def features(cls, table: str) -> dict[str, Any]:
@@ -35,7 +36,7 @@ class MaskedPairs(CorpusBuilder):
         return {"image": tfds.features.Text(), "mask": tfds.features.Text(), "captions": texts}
 
     @classmethod
-    def survey(cls, source: Path, options: Options) -> Survey:
+    def survey(cls, source: formats.Source, options: Options) -> Survey:
         found = corpus.survey(readers.find(source, options.columns), "masked", "pairs", options)
         ((name, split),) = found.splits["masked"].items()
         segmenter, words = options.segmenter or SEGMENTER, options.keywords
@@ -44,7 +45,7 @@ class MaskedPairs(CorpusBuilder):
             stamp(split.stamp, str(segmenter), words, _settings()),
             split.count,
         )
-        return Survey({"masked": {name: made}}, found.reports, found.skipped)
+        return dataclasses.replace(found, splits={"masked": {name: made}})
 
 
 def _settings() -> list[float]:

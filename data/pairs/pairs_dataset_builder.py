@@ -1,11 +1,10 @@
 """TFDS builder of the table `captions`: images with their texts."""
 
-from pathlib import Path
 from typing import Any
 
 import tensorflow_datasets as tfds
 
-from data import corpus
+from data import corpus, formats
 from data.corpus import CorpusBuilder
 from data.pairs import readers
 from data.source import Options, Survey, tables
@@ -17,8 +16,10 @@ class Pairs(CorpusBuilder):
     BUILDER_CONFIGS = tables("captions")
     HELP = (
         "A table (.tsv, .csv) with the columns filepath and title, a list (.json, .jsonl) as "
-        "LLaVA's or with image and caption, or a folder of tar shards as img2dataset writes them."
+        "LLaVA's or with image and caption, or a folder of tar shards as img2dataset writes them, "
+        "or of .parquet files with the images in them."
     )
+    HUB = True
 
     @classmethod
     def features(cls, table: str) -> dict[str, Any]:
@@ -26,5 +27,5 @@ class Pairs(CorpusBuilder):
         return {"image": tfds.features.Text(), "captions": texts}
 
     @classmethod
-    def survey(cls, source: Path, options: Options) -> Survey:
+    def survey(cls, source: formats.Source, options: Options) -> Survey:
         return corpus.survey(readers.find(source, options.columns), "captions", "pairs", options)

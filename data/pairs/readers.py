@@ -1,6 +1,6 @@
-"""Where image-text pairs come from: tables of file names, LLaVA's JSON, WebDataset's tar shards."""
+"""Where image-text pairs come from: tables of file names, LLaVA's JSON, WebDataset's tar shards,
+Parquet files with the images in them."""
 
-import dataclasses
 import functools
 import itertools
 import os
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cir_jax.errors import DataError
-from data import corpus, formats
+from data import corpus, formats, hub, tars
 from data.corpus import Corpus, Entry, Unusable
 
 FIELDS = {
@@ -17,24 +17,33 @@ FIELDS = {
     "caption": ("title", "caption", "text", "captions", "conversations"),
 }
 TAR_FIELDS = {"image": ("jpg", "jpeg", "png", "webp"), "caption": ("txt", "json.caption")}
+PARQUET_FIELDS = {
+    "image": ("image", *TAR_FIELDS["image"]),
+    "caption": (*FIELDS["caption"], "txt"),
+}
 TABLES, LISTS = (".tsv", ".csv"), (".json", ".jsonl")
-SUFFIXES = (*TABLES, *LISTS, ".tar")
+SUFFIXES = (*TABLES, *LISTS, ".tar", ".parquet")
 
 
-def find(source: Path, columns: Mapping[str, str]) -> Corpus:
-    """The reader that fits the source: a file, or a folder with tar shards or with one list."""
-    if source.is_dir():
-        if any(path.suffix == ".tar" for path in source.iterdir()):
-            return Shards(source, columns)
-        there = formats.source_files(source, SUFFIXES)
-        if len(there) > 1:
-            names = ", ".join(path.name for path in there)
-            raise DataError(f"--source={source}: name one of the files in it: {names}.")
-        source = there[0]
-    if source.suffix.lower() == ".tar":
+def find(source: formats.Source, columns: Mapping[str, str]) -> Corpus:
+    """The reader that fits the source: a file, or a folder with tar shards, with Parquet files or
+    with one list; of the hub tar shards or Parquet files."""
+    there = formats.source_files(source, SUFFIXES)
+    types = {file.suffix.lower() for file in there}
+    if ".tar" in types:
         return Shards(source, columns)
-    formats.source_files(source, SUFFIXES)
-    return Listed(source, columns)
+    if ".parquet" in types:
+        return Parquet(source, columns)
+    if isinstance(source, hub.Dataset):
+        raise DataError(
+            f"--source={source}: {there[0].name} lists names of images, which are read from a disk "
+            f"only: `hf download {source.name} --repo-type dataset --local-dir DIR`, unpack them "
+            "there, and give the list in DIR."
+        )
+    if len(there) > 1:
+        names = ", ".join(path.name for path in there)
+        raise DataError(f"--source={source}: name one of the files in it: {names}.")
+    return Listed(there[0], columns)
 
 
 class Listed:
@@ -90,7 +99,7 @@ class Listed:
                 value = row | {"caption": _captions(row["caption"])}
             except Unusable as error:
                 value = error
-            yield dataclasses.replace(item, value=value)
+            yield item._replace(value=value)
 
     def _entry(self, where: str, done: int, image: Any, captions: Sequence[Any]) -> Entry:
         try:
@@ -129,12 +138,42 @@ def _captions(value: Any) -> list[Any]:
     return value
 
 
+class Parquet:
+    """Rows with an image, as bytes or as Hugging Face's {"bytes", "path"}, and its captions, as
+    `Listed` takes them."""
+
+    unit, images = "bytes", ("image",)
+
+    def __init__(self, source: formats.Source, columns: Mapping[str, str]):
+        self.source, self.files = source, tuple(formats.source_files(source, (".parquet",)))
+        self.total = formats.total_bytes(self.files)
+        self.names = corpus.names(PARQUET_FIELDS, columns, "image-text pairs")
+        corpus.pick(formats.parquet_columns(self.files[0]), self.names, str(self.files[0]))
+
+    def entries(self, start: int, contents: bool) -> Iterator[Entry]:
+        names = {f: n for f, n in self.names.items() if contents or f != "image"}
+        for item in formats.rows(self.files, names, start=start):
+            try:
+                row = formats.row(item)
+                texts = [corpus.text(text, "caption") for text in _captions(row["caption"])]
+            except Unusable as error:
+                yield Entry(item.where, item.done, problem=str(error))
+            else:
+                texts = [text for text in texts if text.strip()]
+                load = functools.partial(_from_row, row, texts)
+                yield Entry(item.where, item.done, load, empty=not texts)
+
+
+def _from_row(row: Mapping[str, Any], captions: list[str]) -> dict[str, Any]:
+    return {"image": corpus.image_bytes(row["image"], "image"), "captions": captions}
+
+
 class Shards:
     """Tar shards as img2dataset writes them: 000000123.jpg, .txt, .json, one after another."""
 
     unit, images = "bytes", ("image",)
 
-    def __init__(self, source: Path, columns: Mapping[str, str]):
+    def __init__(self, source: formats.Source, columns: Mapping[str, str]):
         self.source, self.files = source, tuple(formats.source_files(source, (".tar",)))
         self.total = formats.total_bytes(self.files)
         self.names = corpus.names(TAR_FIELDS, columns, "image-text pairs")
@@ -144,9 +183,9 @@ class Shards:
         return itertools.islice(self._entries(), start, None)
 
     def _entries(self) -> Iterator[Entry]:
-        for item in formats.tar_samples(self.files):
+        for item in tars.samples(self.files):
             try:
-                sample = formats.Sample(item.value)
+                sample = tars.Sample(item.value)
                 found = corpus.pick(sample.columns, self.names, "the sample")
                 image, caption = sample.member(found["image"]), sample.text(found["caption"])
             except DataError as error:
@@ -157,5 +196,5 @@ class Shards:
                 yield Entry(item.where, item.done, load, "", empty, (image.size,))
 
 
-def _from_tar(image: formats.Member, caption: str) -> dict[str, Any]:
+def _from_tar(image: tars.Member, caption: str) -> dict[str, Any]:
     return {"image": image.read(), "captions": [caption]}

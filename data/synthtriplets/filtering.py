@@ -21,7 +21,7 @@ from cir_jax.retrieval import features
 from cir_jax.sharding.mesh import make_mesh
 from cir_jax.sharding.placement import on_mesh
 from cir_jax.weights.fingerprint import fingerprint
-from data import formats
+from data import formats, tars
 from data.corpus import Unusable
 from data.sharing import Shard, alone, same_run
 from data.synthtriplets import filters, sheet
@@ -44,9 +44,9 @@ class Pair:
 def read_pairs(path: Path) -> list[Pair]:
     """The pairs of a tar file of `drawing`. Raises DataError for one that cannot be read."""
     pairs = []
-    for item in formats.tar_samples([path]):
+    for item in tars.samples([path]):
         try:
-            there = formats.Sample(formats.row(item))
+            there = tars.Sample(formats.row(item))
             images = []
             for name in IMAGES:
                 columns = [

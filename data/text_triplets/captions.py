@@ -1,4 +1,4 @@
-"""Where captions come from: a prepared table, or a file or folder of texts."""
+"""Where captions come from: a prepared table, a file or folder of texts, a dataset of the hub."""
 
 import sys
 from collections.abc import Iterator, Mapping
@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol
 from cir_jax.errors import DataError
 from cir_jax.input.tables import Table, is_prepared
 from cir_jax.progress import Progress
-from data import build
+from data import build, formats, hub
 from data.corpus import Unusable
 from data.sharing import Shard
 from data.source import stamp
@@ -54,11 +54,11 @@ class TableCaptions:
 
 
 class FileCaptions:
-    """A file or folder, read as launch/prepare.py --dataset=texts reads it."""
+    """A file or folder, or a dataset of the hub, read as launch/prepare.py --dataset=texts does."""
 
     unit = "bytes"
 
-    def __init__(self, source: Path, columns: Mapping[str, str]):
+    def __init__(self, source: formats.Source, columns: Mapping[str, str]):
         self._corpus = texts.Captions(source, columns)
         self.total, self.identity = self._corpus.total, stamp(*self._corpus.files)
 
@@ -77,12 +77,17 @@ class FileCaptions:
             yield Entry(captions, entry.done)
 
 
-def read(name: str, data_dir: Path, columns: Mapping[str, str]) -> Captions:
-    """A path, or DATASET/TABLE or DATASET/TABLE:SPLIT (default train) in `data_dir`.
+def read(name: str, data_dir: Path, columns: Mapping[str, str], split: str = "") -> Captions:
+    """A path, hf:ORG/NAME with its `split`, or DATASET/TABLE or DATASET/TABLE:SPLIT (default train)
+    in `data_dir`.
 
-    Tables of the embedded world are made where they are missing. Raises DataError for what is
-    neither.
+    Tables of the embedded world are made where they are missing. Raises DataError for what is none
+    of them.
     """
+    if hub.is_named(name):
+        return FileCaptions(hub.opened(name, split), columns)
+    if split:
+        raise DataError(f"--split={split} is of hf:ORG/NAME; of a table say DATASET/TABLE:{split}.")
     path = Path(name).expanduser()
     if path.exists():
         return FileCaptions(path, columns)

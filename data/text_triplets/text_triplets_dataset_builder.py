@@ -2,7 +2,6 @@
 
 import functools
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import tensorflow_datasets as tfds
@@ -24,7 +23,7 @@ class Triplets:
 
     unit, images = "bytes", ()
 
-    def __init__(self, source: Path, columns: Mapping[str, str]):
+    def __init__(self, source: formats.Source, columns: Mapping[str, str]):
         self.source, self.files = source, tuple(formats.source_files(source, SUFFIXES))
         self.total = formats.total_bytes(self.files)
         self.names = corpus.names(FIELDS, columns, "text triplets")
@@ -47,12 +46,13 @@ class TextTriplets(CorpusBuilder):
 
     BUILDER_CONFIGS = tables("text_triplets")
     HELP = "A file, or a folder of files, of type " + ", ".join(SUFFIXES) + "."
+    HUB = True
 
     @classmethod
     def features(cls, table: str) -> dict[str, Any]:
         return {field: tfds.features.Text() for field in FIELDS}
 
     @classmethod
-    def survey(cls, source: Path, options: Options) -> Survey:
+    def survey(cls, source: formats.Source, options: Options) -> Survey:
         corpus_ = Triplets(source, options.columns)
         return corpus.survey(corpus_, "text_triplets", "text triplets", options)

@@ -2,7 +2,6 @@
 
 import functools
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import tensorflow_datasets as tfds
@@ -20,7 +19,7 @@ class Captions:
 
     unit, images = "bytes", ()
 
-    def __init__(self, source: Path, columns: Mapping[str, str]):
+    def __init__(self, source: formats.Source, columns: Mapping[str, str]):
         self.source, self.files = source, tuple(formats.source_files(source, SUFFIXES))
         self.total = formats.total_bytes(self.files)
         self.names = corpus.names(FIELDS, columns, "texts")
@@ -42,11 +41,12 @@ class Texts(CorpusBuilder):
 
     BUILDER_CONFIGS = tables("texts")
     HELP = "A file, or a folder of files, of type " + ", ".join(SUFFIXES) + "."
+    HUB = True
 
     @classmethod
     def features(cls, table: str) -> dict[str, Any]:
         return {"captions": tfds.features.Sequence(tfds.features.Text())}
 
     @classmethod
-    def survey(cls, source: Path, options: Options) -> Survey:
+    def survey(cls, source: formats.Source, options: Options) -> Survey:
         return corpus.survey(Captions(source, options.columns), "texts", "texts", options)

@@ -210,6 +210,12 @@ def test_table_errors(tmp_path):
     file.write_text('filepath\ttitle\n1.jpg\t"never closed\n' + "1.jpg\tx\n" * 20_000)
     with pytest.raises(DataError, match="cc3m.tsv line 2: malformed"):
         report("pairs", file)
+    for rest in ('2.jpg\t"never', '2.jpg\t"never\n3.jpg\tx\n', '2.jpg\t"never\n'):
+        file.write_text(f'filepath\ttitle\n1.jpg\t"a\nb"\n{rest}')
+        with pytest.raises(DataError, match="line 4: a quote that is opened there is never closed"):
+            report("pairs", file)
+    file.write_text('filepath\ttitle\n1.jpg\t"a\nb"')  # which is, in the last line
+    assert records("pairs", file)[0]["captions"] == ["a\nb"]
     (tmp_path / "other.json").write_text("[]")
     with pytest.raises(DataError, match="name one of the files in it: cc3m.tsv, other.json"):
         report("pairs", tmp_path)

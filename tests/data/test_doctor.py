@@ -113,7 +113,7 @@ def test_the_report_has_every_missing_image_and_lost_query(tmp_path):
     file.write_bytes(file.read_bytes()[:-200])
     (images / "000000000033.jpg").write_bytes(b"")
     found = build.survey("circo", source)
-    build.write_report(tmp_path / "x" / "report.json", "circo", source, found)
+    build.write_report(tmp_path / "x" / "report.json", "circo", found)
     content = json.loads((tmp_path / "x" / "report.json").read_text())
     assert content["dataset"] == "circo" and content["source"] == str(source)
     val = content["splits"]["val"]
