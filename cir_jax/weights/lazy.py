@@ -9,6 +9,9 @@ import numpy as np
 Index = tuple[slice, ...]
 """One slice per axis, with start and stop."""
 
+_ALIGNED = 64
+"""Bytes; arrays that begin elsewhere are copied for each device."""
+
 
 class Stored:
     """A tensor in a file: shape and type are known, its numbers are read where it is indexed."""
@@ -56,6 +59,14 @@ def stored(tensors: Mapping[str, np.ndarray], name: str) -> np.ndarray | Stored:
 def reader(tensors: Mapping[str, np.ndarray], name: str) -> Callable[[], np.ndarray | Stored]:
     """For another `Lazy`, which has the tensor under a name of its own."""
     return lambda: stored(tensors, name)
+
+
+def empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """As np.empty, where JAX's CPU devices take arrays as they are, all of them the same one."""
+    size = math.prod(shape) * dtype.itemsize
+    memory = np.empty(size + _ALIGNED, np.uint8)
+    begin = -memory.ctypes.data % _ALIGNED
+    return memory[begin : begin + size].view(dtype).reshape(shape)
 
 
 def spans(index: tuple[slice, ...], shape: tuple[int, ...]) -> Index:
