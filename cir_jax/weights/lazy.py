@@ -80,6 +80,5 @@ def equal(one: np.ndarray | Stored, other: np.ndarray | Stored, rows: int = 1024
     """As np.array_equal, of which both are read a few rows at a time."""
     if one.shape != other.shape:
         return False
-    starts = range(0, one.shape[0], rows) if math.prod(one.shape) else ()
-    parts = ((slice(start, start + rows),) for start in starts)
+    parts = [(slice(i, i + rows),) for i in range(0, one.shape[0], rows)] if one.shape else [()]
     return all(np.array_equal(one[part], other[part]) for part in parts)

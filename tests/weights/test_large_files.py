@@ -228,6 +228,8 @@ def test_equal_tensors_are_compared_a_few_rows_at_a_time():
     other[9, 2] = 0
     assert not lazy.equal(stored(one), stored(other), rows=4)
     assert not lazy.equal(stored(one), stored(one[:9]))
+    number = np.float32(3)[...]
+    assert lazy.equal(stored(number), number) and not lazy.equal(stored(number), number + 1)
 
 
 def test_processes_with_files_of_different_models(world, monkeypatch):
