@@ -105,6 +105,8 @@ def from_parts(x: Any, sharding: NamedSharding) -> jax.Array:
         for side, how in enumerate((min, max))
     )
     block = x[tuple(map(slice, starts, stops))]
+    if isinstance(x, np.ndarray) and block.size < x.size:
+        block = block.copy()  # a CPU device may take it as it is, and all of `x` with it
 
     def part(index: tuple[slice, ...]) -> np.ndarray:
         ends = (axis.indices(size) for axis, size in zip(index, shape, strict=True))

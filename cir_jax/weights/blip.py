@@ -55,7 +55,7 @@ def read(
     layout_of(tensors, what)  # of another model: said before anything else is
     config = _config(source, tensors, what)
     backbone = _sized(_backbone(source, config, dtype), **sizes)
-    params = to_params(tensors, backbone.config, what, params_dtype)
+    params = unread(tensors, backbone.config, what, params_dtype)
     settings = beside.settings(config, backbone.tokenizer)
     params, weights_id = one_by_one.read(source, params, settings, shardings)
     return dataclasses.replace(backbone, weights_id=weights_id), params
@@ -250,8 +250,18 @@ def to_params(
     what: str = "BLIP weights",
     dtype: Any = None,
 ) -> dict[str, Any]:
-    """Parameters of `Blip(config)` from either format, unread. Raises WeightsError for what does
-    not fit.
+    """As `unread`, and read. Raises WeightsError for numbers that are none, too."""
+    return convert.read(unread(tensors, config, what, dtype))
+
+
+def unread(
+    tensors: Mapping[str, np.ndarray],
+    config: BlipConfig,
+    what: str,
+    dtype: Any,
+) -> dict[str, Any]:
+    """Parameters of `Blip(config)` from either format, not read yet. Raises WeightsError for what
+    does not fit.
 
     Position embeddings of another image size than the config's are interpolated, as the original
     does when it loads a file. dtype: of the parameters; None = as they are stored.

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cir_jax.errors import WeightsError
-from cir_jax.weights.lazy import Index, Stored, spans, stored
+from cir_jax.weights.lazy import Index, Stored, empty, spans, stored
 
 Path = tuple[str | tuple[str, ...], ...]
 """Path in our tree. An element may be a tuple of names, ("attention", ("query", "key"), "kernel"):
@@ -98,8 +98,13 @@ class Parameter:
         return self.source[tuple(there)].transpose(axes)
 
     def _converted(self, part: np.ndarray) -> np.ndarray:
+        part = _widened(part)
+        if part.dtype == self.dtype and part.flags.c_contiguous:
+            return part
+        made = empty(part.shape, self.dtype)
         with np.errstate(over="ignore"):
-            return np.asarray(_widened(part), self.dtype, order="C")
+            made[...] = part
+        return made
 
 
 def to_ours(
@@ -110,8 +115,12 @@ def to_ours(
     what: str = "weights",
     dtype: Any = None,
 ) -> dict[str, Any]:
-    """`unread`, all of it read."""
-    tree = unread(tensors, names, ignore=ignore, what=what, dtype=dtype)
+    """As `unread`, and read."""
+    return read(unread(tensors, names, ignore=ignore, what=what, dtype=dtype))
+
+
+def read(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """The arrays of a tree of `Parameter`, whole. Raises WeightsError as reading does."""
     return jax.tree.map(np.asarray, tree)
 
 

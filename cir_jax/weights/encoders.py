@@ -86,7 +86,7 @@ def load_t5(
     """As `load_encoder`, of a T5's source. shardings: see `backbones.load`."""
     model, tokenizer = t5_architecture(source, dtype)
     config = model.config
-    params = t5.to_params(source.tensors(), config, source.what(), params_dtype)
+    params = t5.unread(source.tensors(), config, source.what(), params_dtype)
     about = (
         *(config.dense_act_fn, config.is_gated_act, config.num_heads, config.layer_norm_epsilon),
         tokenizer.identity,

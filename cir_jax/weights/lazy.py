@@ -9,6 +9,9 @@ import numpy as np
 Index = tuple[slice, ...]
 """One slice per axis, with start and stop."""
 
+_ALIGNED = 64
+"""Bytes; arrays that begin elsewhere are copied for each device."""
+
 
 class Stored:
     """A tensor in a file: shape and type are known, its numbers are read where it is indexed."""
@@ -58,6 +61,14 @@ def reader(tensors: Mapping[str, np.ndarray], name: str) -> Callable[[], np.ndar
     return lambda: stored(tensors, name)
 
 
+def empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """As np.empty, where JAX's CPU devices take arrays as they are, all of them the same one."""
+    size = math.prod(shape) * dtype.itemsize
+    memory = np.empty(size + _ALIGNED, np.uint8)
+    begin = -memory.ctypes.data % _ALIGNED
+    return memory[begin : begin + size].view(dtype).reshape(shape)
+
+
 def spans(index: tuple[slice, ...], shape: tuple[int, ...]) -> Index:
     """The index with start and stop for each axis; axes that it does not name are whole."""
     given = (*index, *(slice(None),) * (len(shape) - len(index)))
@@ -69,6 +80,5 @@ def equal(one: np.ndarray | Stored, other: np.ndarray | Stored, rows: int = 1024
     """As np.array_equal, of which both are read a few rows at a time."""
     if one.shape != other.shape:
         return False
-    starts = range(0, one.shape[0], rows) if math.prod(one.shape) else ()
-    parts = ((slice(start, start + rows),) for start in starts)
+    parts = [(slice(i, i + rows),) for i in range(0, one.shape[0], rows)] if one.shape else [()]
     return all(np.array_equal(one[part], other[part]) for part in parts)

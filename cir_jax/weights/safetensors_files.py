@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 
 from cir_jax.errors import WeightsError
 from cir_jax.weights import kinds
-from cir_jax.weights.lazy import Index, Lazy, Stored
+from cir_jax.weights.lazy import Index, Lazy, Stored, empty
 
 _DTYPES = {
     "F64": np.float64,
@@ -119,7 +119,7 @@ def _part(
 ) -> np.ndarray:
     """begin: of the tensor, in the file."""
     sizes = tuple(axis.stop - axis.start for axis in index)
-    out = np.empty(sizes, dtype)
+    out = empty(sizes, dtype)
     if not out.size:
         return out
     steps = [dtype.itemsize * math.prod(shape[axis + 1 :]) for axis in range(len(shape))]

@@ -43,7 +43,7 @@ def read(
             f"{what}: tensors of {families.describe(tensors)}, expected SigLIP with both towers."
         )
     own = architecture(source, dtype)
-    params = to_params(tensors, own.config, what, params_dtype)
+    params = unread(tensors, own.config, what, params_dtype)
     backbone = _sized(own, **sizes)
     if backbone is not own:
         vision = backbone.config.vision
@@ -193,7 +193,18 @@ def to_params(
     what: str = "SigLIP weights",
     dtype: Any = None,
 ) -> dict[str, Any]:
-    """Parameters of `Siglip(config)`, unread. Raises WeightsError for what does not fit.
+    """As `unread`, and read. Raises WeightsError for numbers that are none, too."""
+    return convert.read(unread(tensors, config, what, dtype))
+
+
+def unread(
+    tensors: Mapping[str, np.ndarray],
+    config: SiglipConfig,
+    what: str,
+    dtype: Any,
+) -> dict[str, Any]:
+    """Parameters of `Siglip(config)`, not read yet. Raises WeightsError for what
+    does not fit.
 
     dtype: of the parameters; None = as they are stored.
     """

@@ -72,7 +72,18 @@ def to_params(
     what: str = "T5 weights",
     dtype: Any = None,
 ) -> dict[str, Any]:
-    """Parameters of `T5Encoder(config)`, unread. Raises WeightsError for what does not fit.
+    """As `unread`, and read. Raises WeightsError for numbers that are none, too."""
+    return convert.read(unread(tensors, config, what, dtype))
+
+
+def unread(
+    tensors: Mapping[str, np.ndarray],
+    config: T5Config,
+    what: str,
+    dtype: Any,
+) -> dict[str, Any]:
+    """Parameters of `T5Encoder(config)`, not read yet. Raises WeightsError for what
+    does not fit.
 
     dtype: of the parameters; None = as they are stored.
     """

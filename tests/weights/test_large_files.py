@@ -89,7 +89,7 @@ class Process:
 
 @pytest.mark.slow
 def test_a_process_holds_what_its_device_holds_and_little_more(world, tmp_path):
-    """Read whole it was the file twice: as arrays of the host, and of the device."""
+    """Read whole it was twice the file, in the host's arrays and as pages of it."""
     run = Process(
         tmp_path / "run", 1, 0, 1, 0, f"split={world / 'small'}", f"split={world / 'large'}"
     )
@@ -97,8 +97,7 @@ def test_a_process_holds_what_its_device_holds_and_little_more(world, tmp_path):
     assert status == 0, last
     size, largest = (world / "large" / "model.safetensors").stat().st_size, 4 * WIDTH**2
     assert size <= said[1]["read"] < size + MB
-    # of the largest: as it is stored, and turned round
-    assert said[1]["peak"] < size + 2 * largest + 24 * MB < 1.8 * size
+    assert said[1]["peak"] < size + largest + 24 * MB < 1.5 * size
     assert said[1]["id"] == weights.load(world / "large")[0].weights_id
 
 
@@ -134,7 +133,8 @@ def test_two_processes_read_and_hold_a_half_each(world, tmp_path):
     # what they hold
     largest = 4 * WIDTH**2
     assert two[1]["peak"] < size - halves + largest + 24 * MB
-    assert one[1]["peak"] < size - halves + 3 * largest + 24 * MB
+    assert one[1]["peak"] < size
+    assert max(one[2]["peak"], two[2]["peak"]) < size + 2 * largest + 24 * MB
 
     # every number is where it was
     for path, leaf in convert.flatten(params).items():
@@ -228,6 +228,8 @@ def test_equal_tensors_are_compared_a_few_rows_at_a_time():
     other[9, 2] = 0
     assert not lazy.equal(stored(one), stored(other), rows=4)
     assert not lazy.equal(stored(one), stored(one[:9]))
+    number = np.float32(3)[...]
+    assert lazy.equal(stored(number), number) and not lazy.equal(stored(number), number + 1)
 
 
 def test_processes_with_files_of_different_models(world, monkeypatch):
