@@ -92,7 +92,7 @@ def table(reports: dict[str, dict[str, Any]]) -> str:
                     f"{name} {stage['stage']}{', in a loop' * scan}",
                     f"{slices}{report['topology']} ({axes})",
                     f"{stage['batch_size']:,}",
-                    f"{stage['peak'] / 2**30:.2f} + {stage.get('unread', 0) / 2**30:.2f}",
+                    " + ".join(f"{stage[k] / 2**30:.2f}" for k in ("peak", "unread") if k in stage),
                     f"{stage['flops'] / 1e12:,.1f}",
                     # the compiler counts a loop once
                     "" if loops else f"{stage['compiled_flops'] * chips / 1e12:,.1f}",
