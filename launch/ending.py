@@ -41,13 +41,14 @@ def run(main: Callable[[], None]) -> None:
     if not status:
         return
     # here the frames that main left are gone, and with them the generators that hold threads
+    with contextlib.suppress(OSError):  # nobody may be reading any more
+        sys.stdout.flush()  # what was said before comes before it
     print(f"\n{message}", file=sys.stderr, flush=True)
     if several():
         from cir_jax.sharding import last_words
 
         last_words.say(message, status)
         # an orderly end would wait for the other processes, which may wait for this one
-        sys.stdout.flush()
         os._exit(status)
     sys.exit(status)
 

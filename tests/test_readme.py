@@ -218,7 +218,7 @@ BESIDE = {
     "clip4cir": ("image_text", "slerp"),
     "artemis": ("image_text",),
     "magiclens": ("slerp", "combiner"),
-    "isa": ("isa:symmetric", "pic2word:blip", "image_text:blip"),
+    "isa": ("isa:symmetric", "pic2word:blip", "image_text:blip", "slerp:blip"),
 }
 """Experiment -> the rows whose numbers its docstring names after its own."""
 

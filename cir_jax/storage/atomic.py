@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -32,7 +33,7 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
 
 @contextlib.contextmanager
 def appearing(path: Path) -> Iterator[Path]:
-    """A local file to write, which then becomes `path`: a temporary one in the same directory, then
+    """A local file to make, which then becomes `path`: a temporary one in the same directory, then
     `os.replace`; for a bucket one elsewhere, then one upload. It is gone if the block fails.
 
     Raises OSError, and CheckpointError when the lease over `path` was lost.
@@ -42,9 +43,7 @@ def appearing(path: Path) -> Iterator[Path]:
         lease.check(path)
     else:
         path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=None if remote else path.parent)
-    os.close(handle)
-    scratch = Path(name)
+    scratch = _scratch(path, Path(tempfile.gettempdir()) if remote else path.parent)
     try:
         yield scratch
         if remote:
@@ -60,6 +59,11 @@ def appearing(path: Path) -> Iterator[Path]:
         raise
 
 
+def _scratch(path: Path, directory: Path) -> Path:
+    """A name of nothing yet: a signal between making and guarding it would leave it there."""
+    return directory / f".{path.name}.{secrets.token_hex(4)}"
+
+
 @contextlib.contextmanager
 def new_directory(path: Path, whole: bool = False) -> Iterator[Path]:
     """A scratch directory that takes the place of `path` at the end, or vanishes on an error.
@@ -68,8 +72,9 @@ def new_directory(path: Path, whole: bool = False) -> Iterator[Path]:
     """
     path = path.resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    scratch = _scratch(path, path.parent)
     try:
+        scratch.mkdir(mode=0o700)
         yield scratch
         os.chmod(scratch, 0o755)
         for file in scratch.rglob("*"):  # some writers make files that only their owner may read

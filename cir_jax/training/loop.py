@@ -215,7 +215,8 @@ class Trainer:
                 f"{checkpoints.directory}: was trained with other contents of the composer's "
                 f"files: {', '.join(differ)}. Use a new --workdir, or bring the old files back."
             )
-        print(f"{self.stage.name}: resuming after step {int(jax.device_get(state.step))}")
+        step = int(jax.device_get(state.step))
+        print(f"{self.stage.name}: resuming after step {step}", flush=True)
         return state
 
     @functools.cached_property
