@@ -39,7 +39,6 @@ from cir_jax.input import phrases as files
 from cir_jax.input.text import BUCKET, Tokenizer
 from cir_jax.models.backbone import Backbone
 from cir_jax.progress import Progress
-from cir_jax.sharding.placement import to_host
 from cir_jax.storage.places import places
 
 LONG_TAIL = 1e-4
@@ -210,9 +209,6 @@ class Phrases:
         shapes_only: features are 0 (`Composer.freeze`).
         """
         ids = self.ids
-        if not shapes_only:
-            # each process for itself: what is stored for one need not be for another
-            params = jax.tree.map(to_host, params)
 
         def made(rows: int, compute: Callable[[], np.ndarray]) -> np.ndarray:
             return np.zeros((rows, backbone.dim), np.float32) if shapes_only else compute()
