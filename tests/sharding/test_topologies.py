@@ -122,7 +122,8 @@ def test_chips_of_libtpu(topology, slices, count):
     found = topologies.devices(topology, slices)
     assert len(found) == count and {chip.platform for chip in found} == {"tpu"}
     made = meshes.make_mesh({"data": -1, "fsdp": 4}, found)
-    of = np.vectorize(lambda chip: chip.slice_index or 0)(made.devices)
+    # those of one slice have no such number
+    of = np.vectorize(lambda chip: getattr(chip, "slice_index", 0))(made.devices)
     assert [len(np.unique(half)) for half in np.split(of, slices)] == [1] * slices
     with pytest.raises(ConfigError, match="libtpu knows no such one.*not divisible"):
         topologies.devices("v5e:3x5")
