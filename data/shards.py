@@ -4,19 +4,19 @@ While a table grows, its folder holds the finished shards and `journal.json`, wh
 the journal does not list is left over from a writer that died, and is removed.
 """
 
+import contextlib
 import itertools
 import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordWriter
-from tensorflow_datasets.core.example_serializer import ExampleSerializer
 
 from cir_jax.errors import DataError
+from data import processes
 from data.source import Split
 
 SHARD_BYTES = 128 * 2**20  # a shard is full when it has as much; so much is lost at most
@@ -34,12 +34,11 @@ def write(
     """
     journal = _Journal(folder, _stamps(builder, splits))
     builder.info.set_file_format("array_record", override=True)
-    serializer = ExampleSerializer(builder.info.features.get_serialized_info())
     for name, split in splits.items():
         start = sum(count for count, _ in journal.shards[name])
-        records = iter(split.records(start))
-        while (shard := _write_shard(folder / _PART, records, builder, serializer)) is not None:
-            journal.add(name, *shard)
+        with contextlib.closing(_encoded(builder, split, start)) as records:
+            while (shard := _write_shard(folder / _PART, records)) is not None:
+                journal.add(name, *shard)
         total = sum(count for count, _ in journal.shards[name])
         if not total or split.count not in (None, total):
             expected = "some" if split.count is None else f"{split.count:,}"
@@ -122,12 +121,18 @@ class _Journal:
             self.shards[split].append((count, size))
 
 
-def _write_shard(
-    path: Path,
-    records: Iterator[dict[str, Any]],
-    builder: tfds.core.GeneratorBasedBuilder,
-    serializer: ExampleSerializer,
-) -> tuple[int, int] | None:
+def _encoded(builder: tfds.core.GeneratorBasedBuilder, split: Split, start: int) -> Iterator[bytes]:
+    """The records from number `start` on, as they are written."""
+    features, left = builder.info.features, None
+    if split.count is not None:
+        left = split.count - start
+    if split.loads is not None and (number := processes.count(left)):
+        yield from processes.encoded(split.loads(start), features, number)
+    else:
+        yield from map(processes.Encoder(features), split.records(start))
+
+
+def _write_shard(path: Path, records: Iterator[bytes]) -> tuple[int, int] | None:
     """Writes the next records until the shard is full; (records, bytes), None if there are none."""
     first = next(records, None)
     if first is None:
@@ -135,8 +140,7 @@ def _write_shard(
     count = size = 0
     writer = ArrayRecordWriter(str(path), "group_size:1")
     try:
-        for record in itertools.chain((first,), records):  # leaves `records` open
-            data = serializer.serialize_example(builder.info.features.encode_example(record))
+        for data in itertools.chain((first,), records):  # leaves `records` open
             writer.write(data)
             count, size = count + 1, size + len(data)
             if size >= SHARD_BYTES:
