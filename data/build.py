@@ -397,17 +397,15 @@ def _open(
     with quiet_tfds():
         builder = cls(config=table, data_dir=scratch, splits=found.splits[table])
 
-    def shown(split: Split, label: str, of: str, start: int) -> Iterator[Any]:
+    def shown(name: str, split: Split, start: int) -> Iterator[dict[str, Any]]:
         left = None if split.count is None else split.count - start
-        return progress(islice(getattr(split, of)(start), left), split.count, label, start)
+        label = f"{dataset}/{table}/{name}"
+        return progress(islice(split.records(start), left), split.count, label, start)
 
-    splits = {}
-    for name, split in found.splits[table].items():
-        show = functools.partial(shown, split, f"{dataset}/{table}/{name}")
-        loads = functools.partial(show, "loads") if split.loads else None
-        records = functools.partial(show, "records")
-        splits[name] = dataclasses.replace(split, records=records, loads=loads)
-    return builder, splits
+    return builder, {
+        name: Split(lambda start, n=name, s=split: shown(n, s, start), split.stamp, split.count)
+        for name, split in found.splits[table].items()
+    }
 
 
 @contextlib.contextmanager

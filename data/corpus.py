@@ -139,11 +139,10 @@ def survey(corpus: Corpus, table: str, noun: str, options: Options) -> Survey:
     if lost > len(problems):
         problems.append(f"and {lost - len(problems):,} more entries")
     digest.update(broken.tobytes())
-    loads = functools.partial(_loads, corpus, broken, options.decode == "build")
+    records = functools.partial(_records, corpus, broken, options.decode == "build")
     counts = {noun: good} | ({"entries with an empty text dropped": empty} if empty else {})
     report = Report(counts, lost={noun: lost} if lost else {}, problems=problems)
-    records = functools.partial(_records, loads, bool(corpus.images))
-    split = Split(records, digest.hexdigest()[:32], good, loads if corpus.images else None)
+    split = Split(records, digest.hexdigest()[:32], good)
     return Survey({table: {"train": split}}, {"train": report})
 
 
@@ -176,29 +175,18 @@ def _check(entry: Entry, images: Sequence[str]) -> tuple[Entry, str]:
     return dataclasses.replace(entry, load=dict), problem  # what it holds may go
 
 
-def _records(
-    loads: Callable[[int], Iterable[Callable[[], Record]]], in_threads: bool, start: int
-) -> Iterator[Record]:
-    """The usable records from number `start` on."""
-    return files.parallel(_call, loads(start)) if in_threads else map(_call, loads(start))
-
-
-def _call(load: Callable[[], Record]) -> Record:
-    return load()
-
-
-def _loads(
-    corpus: Corpus, broken: Sequence[int], decode: bool, start: int
-) -> Iterator[Callable[[], Record]]:
-    """What gives the usable records from number `start` on."""
+def _records(corpus: Corpus, broken: Sequence[int], decode: bool, start: int) -> Iterator[Record]:
+    """The usable records from number `start` on, loaded in threads."""
     first = 0
     if start:
         found = _usable(corpus.entries(0, contents=False), 0, broken)
         first = next(itertools.islice(found, start, None), (sys.maxsize, None))[0]
     usable = _usable(corpus.entries(first, contents=True), first, broken)
-    images = corpus.images if decode else ()
-    for number, (_, entry) in enumerate(usable, start):
-        yield functools.partial(_load, entry, number, images)
+    load = functools.partial(_load, images=corpus.images if decode else ())
+    entries = (entry for _, entry in usable)
+    loaded = files.parallel(load, entries) if corpus.images else map(load, entries)
+    for i, record in enumerate(loaded, start):
+        yield {"id": i, **record}
 
 
 def _usable(
@@ -214,9 +202,9 @@ def _usable(
             yield number, entry
 
 
-def _load(entry: Entry, number: int, images: Sequence[str]) -> Record:
+def _load(entry: Entry, images: Sequence[str]) -> Record:
     try:
-        return {"id": number, **_read(entry, images)}
+        return _read(entry, images)
     except Unusable as error:
         raise DataError(
             f"{entry.where}: {error}. Run launch/prepare.py with --check and --source to list all "

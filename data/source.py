@@ -19,7 +19,6 @@ record, because no benchmark has it.
 
 import collections
 import concurrent.futures
-import contextlib
 import dataclasses
 import hashlib
 import itertools
@@ -78,14 +77,11 @@ class Split:
     stamp: digest of all that the records are made of (see `stamp`); an unfinished build is
         continued only if it has not changed.
     count: number of records, None = known at the end only.
-    loads: start -> what gives these records one by one, in any process: callables that can be
-        pickled, found in little time; None = there are none such.
     """
 
     records: Callable[[int], Iterable[dict[str, Any]]]
     stamp: str
     count: int | None = None
-    loads: Callable[[int], Iterable[Callable[[], dict[str, Any]]]] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -365,27 +361,21 @@ def check_image(data: bytes) -> None:
         image.load()
 
 
-def parallel(
-    function: Callable[[Any], Any],
-    items: Iterable[Any],
-    pool: concurrent.futures.Executor | None = None,
-) -> Iterator[Any]:
+def parallel(function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
     """Like `map`, some 16 items per worker ahead; PIL and file reads release Python's lock.
 
-    pool: what works, by default one thread per core that this process may use. What `items` raises
-    comes, as from `map`, after the results before it.
+    One thread per core that this process may use. What `items` raises comes, as from `map`, after
+    the results before it.
     """
     workers, items, failed = cores(), iter(items), None
-    with contextlib.ExitStack() as stack:
-        if pool is None:
-            pool = stack.enter_context(concurrent.futures.ThreadPoolExecutor(workers))
+    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
         waiting: collections.deque = collections.deque()
         try:
             while failed is None:
                 batch, failed = _some(items)
                 if not batch:
                     break
-                waiting.append(pool.submit(_each, function, batch))
+                waiting.append(pool.submit(lambda batch: [function(x) for x in batch], batch))
                 if len(waiting) > 2 * workers:
                     yield from waiting.popleft().result()
             while waiting:
@@ -395,10 +385,6 @@ def parallel(
         finally:
             for future in waiting:
                 future.cancel()
-
-
-def _each(function: Callable[[Any], Any], batch: list[Any]) -> list[Any]:
-    return [function(item) for item in batch]
 
 
 def _some(items: Iterator[Any]) -> tuple[list[Any], Exception | None]:

@@ -3,6 +3,8 @@
 import json
 import os
 import re
+import subprocess
+import sys
 
 import pytest
 
@@ -11,7 +13,7 @@ from cir_jax.input.tables import OWN_DATA, Table
 from data import build, shards
 from data.pairs import readers
 from tests.data.test_corpora import DATA, DUMMIES, jpeg, records
-from tests.launch.binaries import SMOKE, run
+from tests.launch.binaries import ROOT, SMOKE, run
 
 TABLE = {dataset: table for table, dataset in OWN_DATA.items()}
 
@@ -97,6 +99,19 @@ def test_build_goes_on_behind_the_finished_shards(pairs, monkeypatch):
     build.prepare("pairs", None, built, source=source, name="own")
     assert captions(built, "own") == [f"number {i}" for i in range(12)]
     assert 2 <= len(loaded) < 12 and "0.jpg" not in loaded
+
+
+def test_the_same_files_make_the_same_bytes_in_another_process(pairs):
+    source, built = pairs
+    (source / "7.jpg").write_bytes(jpeg(7))
+    (folder,) = build.prepare("pairs", None, built, source=source, name="own").values()
+    code = f"from data import build; build.prepare('pairs', None, {str(built)!r}, "
+    code += f"source={str(source)!r}, name='other')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    other = built / "other" / folder.relative_to(built / "own")
+    (name,) = (path.name for path in folder.iterdir() if ".array_record" in path.name)
+    assert (folder / name).read_bytes() == (other / name).read_bytes()
 
 
 def test_names_of_datasets_are_taken(tmp_path):
