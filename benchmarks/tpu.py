@@ -45,7 +45,7 @@ ENTRIES: dict[str, list[str]] = {
     "artemis_clip_rn50": ["--config=experiments/artemis.py:clip_rn50", *_FOUR],
     "magiclens_vit_l14": [
         *("--config=experiments/magiclens.py:vit_l14", *_FOUR),
-        # 256 images a chip, both towers trained: without, it needs more than there is
+        # both towers are trained, on 256 images a chip: layers are computed twice
         *("--config.remat=True", "--config.scan=True"),
     ],
     "isa_paper": [
