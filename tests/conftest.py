@@ -40,10 +40,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """Two more than cores: a worker often waits for a binary that it has started.
-    A worker grows to 4 GiB."""
+    """One more than cores: a worker often waits for a binary that it has started. Another one takes
+    as long. A worker grows to 4 GiB."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return max(2, min((os.cpu_count() or 1) + 2, memory // (5 << 30)))
+    return max(2, min((os.cpu_count() or 1) + 1, memory // (5 << 30)))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

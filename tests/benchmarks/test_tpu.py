@@ -89,9 +89,7 @@ def test_what_a_file_says_fits_together(name):
         weights = 4 * (copies * stage["trained"] + stage["frozen"]) / config.mesh.fsdp
         images = 2 * 224 * 224 * 3 * recipe.batch_size / chips  # a row has at most two
         assert weights <= stage["arguments"] < 1.05 * weights + images
-        assert stage["peak"] + stage.get("unread", 0) < 2**30 * topologies.memory_gib(
-            report["topology"]
-        )
+        assert stage["peak"] + stage["unread"] < 2**30 * topologies.memory_gib(report["topology"])
         if recipe.kind == "train" and not config.scan:  # the compiler counts loops once
             assert stage["compiled_flops"] * chips == pytest.approx(stage["flops"], rel=TOLERANCE)
 
@@ -101,10 +99,10 @@ def moved(stage):
 
 
 def test_what_the_readme_says_of_loops():
-    """Six tenths of the time, two thirds of the memory, the same exchanged."""
+    """Half of the time, two thirds of the memory, the same exchanged."""
     plain, loops = (REPORTS[f"compodiff_vit_l14{end}"]["stages"] for end in ("", "_scan"))
     for was, now in zip(plain, loops, strict=True):
-        assert 0.5 < now["cpu_seconds"] / was["cpu_seconds"] < 0.7
+        assert 0.4 < now["cpu_seconds"] / was["cpu_seconds"] < 0.6
         assert 0.55 < now["peak"] / was["peak"] < 0.75
         assert sum(moved(now).values()) == pytest.approx(sum(moved(was).values()), rel=0.02)
         assert now["flops"] == was["flops"] and now["arguments"] == was["arguments"]
@@ -123,8 +121,6 @@ def test_a_file_is_of_the_program_that_there_is(name, tmp_path):
         fields = ("trained", "frozen", "unread", "flops")
         found = (*ahead.parameters(traced, *given), flops.of_products(traced.jaxpr))
         now = dict(zip(fields, found, strict=True))
-        if "unread" not in kept:  # in files of before it was counted
-            del now["unread"]
         assert now == {field: kept[field] for field in now}
 
 
