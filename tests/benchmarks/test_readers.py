@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from benchmarks import readers
+from benchmarks import reader_files, readers
 
 REPORT = json.loads((readers.ROOT / "benchmarks" / "readers.json").read_text())
 README = (readers.ROOT / "benchmarks" / "README.md").read_text()
@@ -12,16 +12,16 @@ README = (readers.ROOT / "benchmarks" / "README.md").read_text()
 
 @pytest.mark.parametrize("kind", readers.READERS)
 def test_all_readers_give_the_same_records(kind, tmp_path):
-    path = readers.named(tmp_path, kind)
+    path = reader_files.named(tmp_path, kind)
     path.parent.mkdir()
-    readers.write(kind, path, 70)
-    texts = list(readers.captions(70))
+    reader_files.write(kind, path, 70)
+    texts = list(reader_files.captions(70))
     expected = list(readers.READERS[kind]["ours"](path))
     if kind == "csv":  # every fourth has quotes
         texts[::4] = [f'{text}, as "they" say' for text in texts[::4]]
     assert [text for text, _ in expected] == texts
     assert {len(image) if image else 0 for _, image in expected} == (
-        set(range(readers.IMAGE - 8, readers.IMAGE + 1)) if kind in IMAGES else {0}
+        set(range(reader_files.IMAGE - 8, reader_files.IMAGE + 1)) if kind in IMAGES else {0}
     )
     for name, reader in readers.READERS[kind].items():
         if readers.here(name):
