@@ -79,11 +79,8 @@ def new_directory(path: Path, whole: bool = False) -> Iterator[Path]:
         os.chmod(scratch, 0o755)
         for file in scratch.rglob("*"):  # some writers make files that only their owner may read
             os.chmod(file, 0o755 if file.is_dir() else 0o644)
-        if whole and path.exists():  # never half of the old: it would be no longer known as ours
-            before = scratch.with_name(f"{scratch.name}.before")
-            os.replace(path, before)
-            os.replace(scratch, path)
-            shutil.rmtree(before, ignore_errors=True)
+        if whole and path.exists():
+            _take_the_place(path, scratch)
         elif path.exists():
             for file in scratch.iterdir():
                 os.replace(file, path / file.name)
@@ -93,6 +90,20 @@ def new_directory(path: Path, whole: bool = False) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)
         raise
+
+
+def _take_the_place(path: Path, scratch: Path) -> None:
+    """Never half of the old: it would be no longer known as ours. Stopped midway, it is back."""
+    before = scratch.with_name(f"{scratch.name}.before")
+    try:
+        os.replace(path, before)
+        os.replace(scratch, path)
+    except BaseException:
+        if before.exists() and not path.exists():
+            os.replace(before, path)
+        raise
+    finally:
+        shutil.rmtree(before, ignore_errors=True)
 
 
 def check_writable(directory: Path) -> None:
