@@ -1,6 +1,9 @@
 """benchmarks/joint.py at a small size: both sides compute the same losses, step after step."""
 
 import argparse
+import json
+import re
+from pathlib import Path
 
 import pytest
 
@@ -24,3 +27,16 @@ def test_both_sides_compute_the_same_losses(tmp_path, monkeypatch):
     for found in report["methods"].values():
         assert found["largest_loss_difference"] < 1e-4
         assert min(found["seconds_per_step"].values()) > 0 and found["speedup"] > 0
+
+
+def test_the_readme_has_the_committed_numbers():
+    folder = Path(joint.__file__).parent
+    report = json.loads((folder / "joint.json").read_text())
+    said = " ".join((folder / "README.md").read_text().split())
+    for name, found in report["methods"].items():
+        ours, theirs = found["seconds_per_step"].values()
+        times = re.escape(f"({found['speedup']:.1f} times)")
+        assert re.search(
+            f"{name} {ours:.1f}( s)? where (PyTorch|it) takes {theirs:.1f} {times}", said, re.I
+        )
+    assert f"{report['machine']['matrix_gflops']['jax']} GFLOP/s that matrix products reach" in said

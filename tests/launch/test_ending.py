@@ -81,6 +81,30 @@ def test_a_disk_that_is_full_or_fails_is_one_message(code, capsys):
     )
 
 
+def test_what_was_said_before_comes_before_the_last_words(tmp_path):
+    """Both streams in one file, as `> log 2>&1` and cluster managers do."""
+    program = """
+from launch import ending
+
+def main():
+    print("said before")
+    raise ending.Failed("that is all")
+
+ending.run(main)
+"""
+    with (tmp_path / "log").open("w") as log:
+        command = [sys.executable, "-c", program]
+        streams = {"stdout": log, "stderr": subprocess.STDOUT}
+        buffered = environment(tmp_path) | {"PYTHONUNBUFFERED": ""}
+        assert subprocess.run(command, env=buffered, cwd=ROOT, **streams).returncode == 2
+    assert (tmp_path / "log").read_text().split("\n") == [
+        "said before",
+        "",
+        "error: that is all",
+        "",
+    ]
+
+
 TWICE = """
 import signal, sys, time
 from launch import ending
