@@ -303,30 +303,34 @@ def test_a_killed_tuning_goes_on_to_the_same_lora(model, tuned, tmp_path, monkey
     import safetensors.numpy
     import transformers
 
-    class Dies(transformers.TrainerCallback):
+    class Watch(transformers.TrainerCallback):
+        def on_step_end(self, args, state, control, **_):
+            steps.append(state.global_step)
+
         def on_save(self, args, state, control, **_):
-            if state.global_step == 4:
+            if steps[0] == 1 and state.global_step == 4:
                 raise Killed
 
-    made = tuning._trainer
+    made, steps = tuning._trainer, []
 
-    def dying(*args):
+    def watched(*args):
         trainer = made(*args)
-        trainer.add_callback(Dies())
+        trainer.add_callback(Watch())
         assert (trainer.args.train_batch_size, trainer.args.gradient_accumulation_steps) == (1, 2)
         return trainer
 
     monkeypatch.setattr(tuning, "SAVED", 2)
-    with monkeypatch.context() as patch:
-        patch.setattr(tuning, "_trainer", dying)
-        with pytest.raises(Killed):
-            tuning.tune(EXAMPLES, tmp_path / "lora", model, RECIPE)
+    monkeypatch.setattr(tuning, "_trainer", watched)
+    with pytest.raises(Killed):
+        tuning.tune(EXAMPLES, tmp_path / "lora", model, RECIPE)
     checkpoints = tmp_path / "lora.parts" / "checkpoints"
     assert {path.name for path in checkpoints.iterdir()} == {"checkpoint-2", "checkpoint-4"}
     (checkpoints / "checkpoint-6").mkdir()  # what a kill leaves of one
     with pytest.raises(DataError, match=r"other examples or settings \(rank 4, now 3\)"):
         tuning.tune(EXAMPLES, tmp_path / "lora", model, RECIPE._replace(rank=3))
+    steps.clear()
     tuning.tune(EXAMPLES, tmp_path / "lora", model, RECIPE)
+    assert steps[0] == 5
     whole, again = (
         safetensors.numpy.load_file(folder / "adapter_model.safetensors")
         for folder in (tuned, tmp_path / "lora")
