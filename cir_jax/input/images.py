@@ -118,8 +118,8 @@ def reading(what: str) -> Iterator[None]:
         if isinstance(error, UnidentifiedImageError):  # PIL names its buffer, which is nobody's
             reason = "of no format that PIL knows"
         raise DataError(
-            f"{what}: not a readable image ({reason}). Restore the file; if it lies in a prepared "
-            "dataset, prepare that again."
+            f"{what}: not a readable image ({reason}). Restore the file (in a prepared dataset: "
+            "prepare it again)."
         ) from error
 
 
