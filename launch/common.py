@@ -1,5 +1,6 @@
 """Flags of the binaries, and errors shown as one message instead of a traceback."""
 
+import difflib
 import logging
 import sys
 from collections.abc import Callable, Iterator
@@ -35,6 +36,8 @@ def run(main: Callable[[], None], needs_config: Callable[[], bool] = lambda: Tru
     needs_config: whether --config must be given, asked when the flags are known. Signals end it as
     `ending.run` says.
     """
+    # it prints its warnings itself, and absl's root logger would, too
+    logging.getLogger("huggingface_hub").propagate = False
     huge_pages.apply()
     ending.run(lambda: _run(main, needs_config))
 
@@ -101,8 +104,6 @@ def _guarded(main: Callable[[], None], needs_config: bool) -> None:
     from cir_jax.training.loop import Preempted
 
     absl_logging.set_verbosity(absl_logging.WARNING)
-    # it prints its warnings itself, and absl's root logger would, too
-    logging.getLogger("huggingface_hub").propagate = False
     if needs_config and CONFIG.value is None:
         raise ConfigError("--config is missing: --config=experiments/NAME.py[:PRESET].")
     try:
@@ -157,9 +158,10 @@ def _with_shared(argv: list[str]) -> list[str]:
 def _is_shared(value: str) -> bool:
     """Whether --config names a shared composer: its directory, or the form of a hub id."""
     path = Path(value).expanduser()
-    if path.suffix == ".py" or path.parent.name == "experiments":
+    if path.suffix == ".py":
         return False
-    return path.is_dir() or places.is_hub_id(value)
+    ours = difflib.get_close_matches(path.parent.name, ["experiments"], cutoff=0.8)
+    return path.is_dir() or (places.is_hub_id(value) and not ours)
 
 
 def _configs(argv: list[str]) -> list[tuple[int, str]]:

@@ -287,6 +287,7 @@ def test_dry_run_encodes_nothing(tmp_path):
             "unknown experiment 'compodif'. Did you mean 'compodiff'",
         ),
         (["--config=compodiff"], "Give .*experiments/compodiff.py"),
+        (["--config=experimets/compodiff"], "is no file. Give .*experiments/compodiff.py"),
         (["--config=experiments/compodiff.py:smok"], "preset .*'smok'. Did you mean 'smoke'"),
         ([f"--config={SMOKE}", "--config.composer.step=2"], "'step'. Did you mean \"steps\""),
         ([f"--config={SMOKE}", "--config.mesh.tensor=64"], "1 devices are not divisible by 64"),
