@@ -278,7 +278,7 @@ def run(
         if len(set(platforms.values())) > 1:
             raise SystemExit(f"the sides see different devices: {platforms}. Install all for one.")
         both = {side: workers[side] for side in ("jax", REFERENCE)}
-        matrix = {dtype: ask(both, {}, "matrix", dtype=dtype) for dtype in dtypes}
+        matrix = {dtype: ask(both, {}, "matrix", dtype=dtype, seconds=seconds) for dtype in dtypes}
         measured: dict[str, Any] = {
             "date": datetime.date.today().isoformat(),
             "command": "python benchmarks/encoders.py " + " ".join(sys.argv[1:]),

@@ -47,12 +47,15 @@ class Side:
         self.wait(result)
         return (time.perf_counter() - start) / passes
 
-    def matrix(self, dtype: str) -> float:
-        """Operations per second of the fastest of several products of two square matrices."""
+    def matrix(self, dtype: str, seconds: float) -> float:
+        """Operations per second of the fastest product of two square matrices in `seconds`."""
         size = MATRIX[self.platform]
         self.run = self.product(size, dtype)
-        self.time(3)
-        return 2 * size**3 / min(self.time(3) for _ in range(7))
+        self.time(1)
+        taken = [self.time(1)]
+        while sum(taken) < seconds:
+            taken.append(self.time(1))
+        return 2 * size**3 / min(taken)
 
     def first_pass(self) -> tuple[Any, dict[str, Any]]:
         """The features; its seconds, and MB at its peak beyond the weights and inputs."""

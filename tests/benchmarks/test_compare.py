@@ -272,23 +272,41 @@ def test_a_query_takes_its_time_whether_trained_or_not(tmp_path, monkeypatch):
         assert compare.milliseconds(name, "smoke", tmp_path) > 0
 
 
+def test_the_baselines_are_timed_beside_slerp(tmp_path, monkeypatch):
+    monkeypatch.setattr(compare, "busy_cores", lambda: 0.1)
+    monkeypatch.setattr(compare, "milliseconds", lambda name, *_: {"rtd": None}.get(name, 5.0))
+    for chosen, names in (
+        (["combiner", "rtd"], ["combiner"]),  # without queries to time, there is no record
+        (["slerp"], ["combiner", "image_only", "text_only", "image_text", "slerp"]),
+    ):
+        compare.measure_latency(chosen, "smoke", tmp_path, tmp_path / "compare.json")
+        latency = compare.read(tmp_path / "compare.json")["latency"]
+        assert list(latency) == names and latency["combiner"]["ms"] == 5.0
+
+
 def test_it_runs_and_times_a_query(tmp_path):
-    output = tmp_path / "compare.json"
+    """One seed; the file has the others."""
+    output, done = tmp_path / "compare.json", {}
+    for name in ("image_only", "text_only", "image_text", "slerp", "combiner"):
+        done[name] = runs(1.0, 2.0, 3.0)
+        del done[name]["0"]
+        for seed, record in done[name].items():
+            record["config"] = compare.fingerprint(compare.configured(name, int(seed), "smoke"))
+    output.write_text(json.dumps({"runs": done}))
     command = [sys.executable, "benchmarks/compare.py", "--preset=smoke", f"--output={output}"]
     command += ["--methods=slerp,combiner", f"--workdir={tmp_path}/table"]
     status, said = run_command(command, environment(tmp_path))
     assert status == 0, said[-3000:]
     assert "| combiner | " in said and "| image_text | " in said
-    found = json.loads(output.read_text())
-    assert all(run["training"]["cpu_seconds"] > 0 for run in found["runs"]["combiner"].values())
-    at = output.stat().st_mtime_ns
-    status, said = run_command(command, environment(tmp_path))
-    assert status == 0 and "6/6" in said and output.stat().st_mtime_ns == at
-    status, said = run_command([*command, "--latency"], environment(tmp_path))
+    found = json.loads(output.read_text())["runs"]
+    assert found["combiner"]["0"]["training"]["cpu_seconds"] > 0
+    for name, of_seeds in done.items():
+        assert found[name] == of_seeds | {"0": found[name]["0"]}
+    options = ["--latency", "--methods=combiner"]
+    status, said = run_command([*command, *options], environment(tmp_path))
     assert status == 0, said[-3000:]
-    latency = json.loads(output.read_text())["latency"]
-    assert set(latency) == {"image_only", "text_only", "image_text", "slerp", "combiner"}
-    assert all(0 < record["ms"] < 60_000 for record in latency.values())
+    (record,) = json.loads(output.read_text())["latency"].values()
+    assert 0 < record["ms"] < 60_000
 
     status, said = run_command([*command, "--methods=rdt"], environment(tmp_path))
     assert status == 2 and "--methods: no rdt; there are slerp, tat, " in said

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from benchmarks import encoders
@@ -135,15 +136,43 @@ def test_it_runs_and_says_what_it_skips(tmp_path):
         for cell in measured["cells"][::2]
     )
     assert "skipped: expected" in done.stdout and measured["cells"][0]["jax"]["compile_s"] > 0
-    # another batch is added to what was measured, which stands, and so does what is still too long
-    command = [*command[:-2], "--batches=3,10000000", f"--output={output}", "--resume"]
-    done = subprocess.run([*command, "--sides=jax,torch"], capture_output=True, text=True)
-    assert not done.returncode, done.stderr
-    again = json.loads(output.read_text())
+
+
+class Instant:
+    """A side that computes nothing, in the place of `encoders.Worker`."""
+
+    def __init__(self, side, threads, directory):
+        self.side, self.features = side, directory / f"{side}.npy"
+
+    def __call__(self, do, **request):
+        if do == "prepare":
+            np.save(self.features, np.ones(3))
+            compiled = {"compile_s": 1.0} if self.side == "jax" else {}
+            return {"pass_s": 1.0, "extra_mb": None} | compiled
+        about = {"platform": "cpu", "device": "none", "settings": {}}
+        config = encoders.complete(encoders.MODELS["tiny"])
+        config["text_config"] |= {"eos_token_id": 99}
+        return {"about": about, "matrix": 1e9, "make": config, "load": None, "time": 0.5}[do]
+
+    def revive(self):
+        pass
+
+    close = revive
+
+
+def test_another_batch_is_added_to_what_was_measured(monkeypatch):
+    """What was measured stands, and so does what is still too long."""
+    monkeypatch.setattr(encoders, "Worker", Instant)
+    plan = [["tiny"], ["float32"], ["jax", "torch"]]
+    given = dict(threads=1, seconds=0.0, limit=20.0, write=lambda so_far: None)
+    first = encoders.run(*plan, [2, 10_000_000], **given)
+    check(first)
+    assert ["skipped" in cell for cell in first["cells"]] == 3 * [False, True]
+    again = encoders.run(*plan, [3, 10_000_000], before=first, **given)
     check(again)
-    assert [c for c in again["cells"] if c["batch"] == 2] == measured["cells"][::2]
+    assert [c for c in again["cells"] if c["batch"] == 2] == first["cells"][::2]
     assert sorted(c["batch"] for c in again["cells"]) == sorted(3 * [2, 3, 10_000_000])
-    assert [run["date"] for run in again["resumed"]] == [measured["date"]]
+    assert [run["date"] for run in again["resumed"]] == [first["date"]]
 
 
 def test_only_a_record_of_this_machine_and_these_versions_is_resumed(tmp_path):

@@ -1,7 +1,6 @@
 """Tuning: every method alike, on val, from a committed command; what it says is what we use."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -9,6 +8,7 @@ import pytest
 
 from benchmarks import tune
 from cir_jax.weights.fingerprint import fingerprint
+from tests.launch.binaries import environment, run_command
 
 
 @pytest.mark.parametrize("method", tune.GRIDS)
@@ -49,25 +49,20 @@ def test_it_runs_and_goes_on_where_it_was_cut(tmp_path):
     output = tmp_path / "tune.json"
     command = [sys.executable, tune.__file__, "--methods=slerp", "--preset=smoke"]
     command += [f"--workdir={tmp_path}", f"--output={output}"]
-    known = {"setting": {"alpha": 0.5}, "weights": fingerprint({}), "val": {"circo mAP@10": 99.0}}
-    other = {"setting": {"alpha": 0.6}, "weights": "others", "val": {"circo mAP@10": 100.0}}
-    output.write_text(json.dumps({"methods": {"slerp": [known, other]}}))
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    rows = json.loads(output.read_text())["methods"]["slerp"]
-    assert [r["setting"]["alpha"] for r in rows] == [
-        0.8,
-        0.5,
-        0.6,
-        0.65,
-        0.7,
-        0.75,
-        0.85,
-        0.9,
-        0.95,
+    alphas = (0.8, 0.5, 0.6, 0.65, 0.7, 0.75, 0.85, 0.9, 0.95)
+    known = [
+        {"setting": {"alpha": alpha}, "weights": fingerprint({}), "val": {"circo mAP@10": value}}
+        for alpha, value in zip(alphas[1:], range(99, 91, -1), strict=True)
     ]
-    assert rows[1] == known  # not measured again
-    assert rows[2]["weights"] == fingerprint({}) and rows[2]["val"]["circo mAP@10"] < 99
-    assert "| slerp | alpha=0.5 | **99.0** |" in done.stdout
-    done = subprocess.run([*command, "--methods=text"], capture_output=True, text=True)
-    assert done.returncode and "no text; there are slerp, palavra" in done.stdout + done.stderr
+    other = known.pop(1) | {"weights": "others", "val": {"circo mAP@10": 100.0}}
+    output.write_text(json.dumps({"methods": {"slerp": [*known, other]}}))
+    status, said = run_command(command, environment(tmp_path))
+    assert status == 0, said
+    rows = json.loads(output.read_text())["methods"]["slerp"]
+    assert [row["setting"]["alpha"] for row in rows] == list(alphas)
+    assert [rows[1], *rows[3:]] == known  # not measured again
+    assert rows[2]["weights"] == fingerprint({})
+    assert max(rows[0]["val"]["circo mAP@10"], rows[2]["val"]["circo mAP@10"]) < 90
+    assert "| slerp | alpha=0.5 | **99.0** |" in said
+    status, said = run_command([*command, "--methods=text"], environment(tmp_path))
+    assert status and "no text; there are slerp, palavra" in said

@@ -16,7 +16,7 @@ from tests.library.folders import fill
 from tests.library.killed import BATCH, searcher
 
 pytestmark = pytest.mark.slow
-PHOTOS, KILLS = 80, 20
+PHOTOS, KILLS = 40, 6
 
 
 @pytest.fixture
@@ -107,6 +107,7 @@ def test_a_search_while_another_process_indexes(start, folder, tmp_path):
             library.update()
         while process.poll() is None:
             found.append(len(library.search(text="red", k=PHOTOS)))
+            time.sleep(0.02)
         assert process.wait(60) == 0
         found.append(len(library.search(text="red", k=PHOTOS)))
     assert found == sorted(found) and found[0] == BATCH and found[-1] == PHOTOS

@@ -1,4 +1,4 @@
-"""One of several processes: `python -m tests.training.several PORT PROCESSES NUMBER DIRECTORY`.
+"""One of several processes: `python tests/training/several.py PORT PROCESSES NUMBER DIRECTORY`.
 
 Trains slowly, says each step, and then waits to be stopped. With `NUMBER=WHAT` after it, that
 process fails at step 5, as a user's data or our own mistakes can do.
@@ -9,13 +9,15 @@ import sys
 import time
 from pathlib import Path
 
-import jax
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from cir_jax.errors import CirError, DataError
-from cir_jax.sharding import joining
-from cir_jax.training import loop
-from launch import ending
-from tests.training.line import trainer
+import jax  # noqa: E402
+
+from cir_jax.errors import CirError, DataError  # noqa: E402
+from cir_jax.sharding import joining  # noqa: E402
+from cir_jax.training import loop  # noqa: E402
+from launch import ending  # noqa: E402
+from tests.training.line import trainer  # noqa: E402
 
 STEPS = 300
 

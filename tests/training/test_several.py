@@ -3,7 +3,6 @@
 import re
 import signal
 import socket
-import subprocess
 import sys
 import time
 
@@ -12,7 +11,8 @@ import pytest
 
 from cir_jax.storage import digests
 from cir_jax.training import logs
-from tests.launch.binaries import ROOT, environment
+from tests.launch import forks
+from tests.launch.binaries import environment
 from tests.training.line import trainer
 from tests.training.several import STEPS
 
@@ -31,13 +31,9 @@ class Two:
         self.logs = [folder / "0", folder / "1"]
         self.processes = []
         for number, log in enumerate(self.logs):
-            command = [sys.executable, "-m", "tests.training.several", str(port), "2", str(number)]
-            with log.open("wb") as file:
-                process = subprocess.Popen(
-                    [*command, directory, *fails], cwd=ROOT, stdout=file, stderr=subprocess.STDOUT,
-                    env=environment(folder),
-                )  # fmt: skip
-            self.processes.append(process)
+            command = [sys.executable, "tests/training/several.py", str(port), "2", str(number)]
+            command += [str(directory), *fails]
+            self.processes.append(forks.Fork(command, env=environment(folder), log=log))
 
     def said(self):
         return [log.read_text() for log in self.logs]
@@ -85,7 +81,7 @@ def test_two_processes_stop_together_and_agree_on_damage(tmp_path):
     third.processes[1].wait(timeout=LIMIT)
     assert "stopped by SIGTERM while waiting: all is kept" in third.said()[0]
 
-    trainer(steps=STEPS).run(tmp_path / "unbroken")
+    trainer(steps=STEPS, checkpoint_every=STEPS).run(tmp_path / "unbroken")
     ours, alone = (
         [(row["step"], row["loss"]) for row in logs.read(where / "metrics.jsonl")]
         for where in (directory, tmp_path / "unbroken")
