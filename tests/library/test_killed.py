@@ -16,7 +16,7 @@ from tests.library.folders import fill
 from tests.library.killed import BATCH, searcher
 
 pytestmark = pytest.mark.slow
-PHOTOS, KILLS = 40, 6
+PHOTOS, KILLS = 80, 20
 
 
 @pytest.fixture
