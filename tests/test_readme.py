@@ -42,9 +42,8 @@ def python_part(command):
 
 
 def shrunk(command, tmp_path):
-    """The same command on the tiny world, its files under tmp_path; but for the main job, on one
-    benchmark where the command names none."""
-    all_benchmarks = command == "python launch/main.py --config=experiments/compodiff.py"
+    """The same command on the tiny world, its files under tmp_path, and on one benchmark where the
+    command names none."""
     command = re.sub(r"experiments/(\w+)\.py(?!:)", r"experiments/\1.py:smoke", command)
     command = command.replace("--dataset=shapes", "--dataset=shapes_tiny")
     command = re.sub(r"--workdir=\S+", "", command)  # one for each config: trained once
@@ -57,7 +56,7 @@ def shrunk(command, tmp_path):
         command += " --benchmarks=shapes_tiny/inversion --config.composer.iterations=3"
     if "stages=oti" in command:  # what it stores is not evaluated
         command += " --config.evaluation.benchmarks=\"('shapes_tiny/inversion',)\""
-    if "--config=" in command and "benchmarks=" not in command and not all_benchmarks:
+    if "--config=" in command and "benchmarks=" not in command:
         command += " --config.evaluation.benchmarks=\"('shapes_tiny/circo',)\""
     if "--source=laion/" in command:
         (source := tmp_path / "laion").mkdir()
@@ -76,16 +75,27 @@ def scratch(tmp_path_factory):
     return tmp_path_factory.mktemp("readme")
 
 
+@pytest.fixture(scope="module")
+def run_once(scratch):
+    """Runs a command, again only if it is another one on the tiny world."""
+
+    @functools.cache
+    def run(*command, devices):
+        variables = environment(scratch, devices=devices) | {"HF_HUB_OFFLINE": "1"}
+        return run_command(list(command), variables)
+
+    return run
+
+
 RUNNABLE = [c for c in COMMANDS if "pytest" not in c and c not in RAW_FILES]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("command", RUNNABLE, ids=python_part)
-def test_command_runs(command, scratch):
+def test_command_runs(command, scratch, run_once):
     needs_hub = any(name in command for name in NEEDS_HUB) and "compile.py" not in command
-    status, output = run_command(
-        shrunk(python_part(command), scratch),
-        environment(scratch, devices=4 if "fsdp=4" in command else 1) | {"HF_HUB_OFFLINE": "1"},
+    status, output = run_once(
+        *shrunk(python_part(command), scratch), devices=4 if "fsdp=4" in command else 1
     )
     if needs_hub:  # it is not reached: the message says what to download and where to put it
         assert status == 2 and "hf download" in output, output

@@ -56,7 +56,7 @@ def experiment(made, table, tmp_path, monkeypatch):
     monkeypatch.setattr(inversion, "Table", lambda *args: table)
     settings, backbone, params, composer = made
 
-    def build(devices=8):
+    def build(devices=1):
         config = base.experiment("test", settings)
         config.stage.oti = base.inversion_stage(composer={}, table="captions", batch_size=BATCH)
         mesh = meshes.make_mesh({"data": -1}, jax.devices()[:devices])
@@ -84,7 +84,7 @@ def test_words_are_stored_in_record_order_the_same_on_one_device(experiment, tab
     from cir_jax.input.images import decode
 
     pixels = np.stack([image(decode(table[i]["image"], "x")) for i in (0, 13)])
-    features = ours.backbone.encode_image(ours.frozen["backbone"], pixels)
+    features = jax.jit(ours.backbone.encode_image)(ours.frozen["backbone"], pixels)
     query = {"reference_features": features, "query_index": np.asarray([0, 13])}
     alone = jax.jit(ours.composer.invert)({}, ours.frozen, query, jax.random.key(0))
     np.testing.assert_allclose(words[[0, 13]], alone, rtol=1e-4, atol=1e-5)
@@ -138,12 +138,12 @@ def test_a_signal_keeps_the_finished_shards(experiment, table, tmp_path, monkeyp
 
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as caught:
         patch.setattr(array_record_module, "ArrayRecordWriter", Stops)
-        ending.run(lambda: inversion.run(experiment(1), "oti", tmp_path))
+        ending.run(lambda: inversion.run(experiment(), "oti", tmp_path))
     assert caught.value.code == 128 + number
     left = sorted(path.name for path in (tmp_path / "oti").iterdir())
     assert left == ["identity.json", "words_00000.array_record"]
-    inversion.run(experiment(1), "oti", tmp_path)
-    assert np.isfinite(inversion.read(experiment(1), "oti", tmp_path, table)).all()
+    inversion.run(experiment(), "oti", tmp_path)
+    assert np.isfinite(inversion.read(experiment(), "oti", tmp_path, table)).all()
 
 
 def test_a_full_disk_is_named_and_leaves_no_half_shard(experiment, table, tmp_path, monkeypatch):
@@ -158,7 +158,7 @@ def test_a_full_disk_is_named_and_leaves_no_half_shard(experiment, table, tmp_pa
         with pytest.raises(
             CheckpointError, match="words_00001.*cannot be written .No space left.*are kept"
         ):
-            inversion.run(experiment(1), "oti", tmp_path)
+            inversion.run(experiment(), "oti", tmp_path)
     left = sorted(path.name for path in (tmp_path / "oti").iterdir())
     assert left == ["identity.json", "words_00000.array_record"]
 

@@ -1,5 +1,7 @@
 """What the optimisers leave alone."""
 
+import functools
+
 import jax
 import numpy as np
 import optax
@@ -50,6 +52,7 @@ def test_only_what_is_chosen_is_trained(name):
     def made(**more):
         return optimizers.optimizer(fields | more, 10, lambda v, **kw: 0)
 
+    @functools.partial(jax.jit, static_argnums=0)
     def step(optimizer, params):
         state = optimizer.init(params)
         grads = jax.tree.map(lambda x: np.arange(x.size, dtype=np.float32).reshape(4, 4), params)
@@ -81,7 +84,8 @@ def test_a_backbone_takes_its_share_of_each_update():
     for share in (1.0, 0.1):
         fields = {"learning_rate": 0.5, "backbone_share": share, "clip_norm": 1.0}
         optimizer = optimizers.optimizer(base.OPTIMIZER | fields, 10, lambda v, **kw: 0)
-        updates, _ = optimizer.update(gradient, optimizer.init(params), params)
+        state = jax.jit(optimizer.init)(params)
+        updates, _ = jax.jit(optimizer.update)(gradient, state, params)
         moved[share] = flatten(updates)
     for path, update in moved[1.0].items():
         factor = 0.1 if path[0] == "backbone" else 1.0

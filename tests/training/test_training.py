@@ -54,9 +54,8 @@ def reference_run(tiny, tmp_path_factory):
     return losses(directory), jax.device_get(params)
 
 
-@pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 2, 2), (1, 8, 1)], ids=str)
-def test_losses_do_not_depend_on_the_mesh(tiny, tmp_path, reference_run, sizes):
-    trainer = make_trainer(tiny, dict(zip(("data", "fsdp", "tensor"), sizes, strict=True)))
+def test_losses_do_not_depend_on_the_mesh(tiny, tmp_path, reference_run):
+    trainer = make_trainer(tiny, {"data": 2, "fsdp": 2, "tensor": 2})
     trainer.run(tmp_path)
     np.testing.assert_allclose(losses(tmp_path), reference_run[0], rtol=1e-5)
     assert trainer.step.traces == 1
