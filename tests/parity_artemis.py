@@ -1,12 +1,12 @@
 """Parity handlers of ARTEMIS: both encoders from maps or stored features, all of its scores."""
 
+import functools
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from cir_jax.composers import artemis, image_only, image_text, text_only
 from cir_jax.composers.losses import pair_cross_entropy
@@ -39,22 +39,29 @@ def whole(fixture: Any) -> Outputs:
     encoders = {name: x for name, x in fixture.params.items() if name.startswith(("img_", "txt_"))}
     present = {name: t for name, t in table.items() if not name.startswith(weights.CNN)}
     params = {"params": convert.to_ours(encoders, present, what=fixture.path.name)}
-    model = Artemis(sizes)
+    networks = {name: x for name, x in fixture.params.items() if name not in encoders}
+    networks = convert.to_ours(networks, artemis.NAMES, what=fixture.path.name)
+    run = jax.jit(functools.partial(outputs, Artemis(sizes), config, lstm))
+    return run(params, networks, inputs)
 
-    def images(x: np.ndarray) -> jax.Array:
+
+def outputs(
+    model: Artemis, config: Mapping[str, Any], lstm: bool, params: Any, networks: Any, inputs: Any
+) -> Outputs:
+    """Embeddings, attention, all scores and both losses."""
+
+    def images(x: jax.Array) -> jax.Array:
         if x.ndim == 2:  # stored features, whose embeddings have no unit norm in the original
             return model.apply(params, x[:, None, None], method="pool")
         return artemis.normalise(model.apply(params, x.transpose(0, 2, 3, 1), method="pool"))
 
-    ids = jnp.asarray(inputs["sentences"])
+    ids = inputs["sentences"]
     # the released LSTM goes on to the end of the longest text of the batch
     read = jnp.arange(ids.shape[1]) < (ids.shape[1] if lstm else inputs["lengths"][:, None])
     read = jnp.broadcast_to(read, ids.shape)
     m = model.apply(params, ids, method=lambda self, ids: self.text(self.embed_tokens(ids), read))
     r, t = images(inputs["images_src"]), images(inputs["images_trg"])
 
-    networks = {name: x for name, x in fixture.params.items() if name not in encoders}
-    networks = convert.to_ours(networks, artemis.NAMES, what=fixture.path.name)
     stub = types.SimpleNamespace(
         dim=config["embed_dim"], family="artemis", encode_text=lambda params, ids: m
     )

@@ -91,11 +91,13 @@ def timm(fixture: Any) -> Outputs:
     else:
         model = light.create(name)
     variables = timm_weights.to_variables(fixture.params, model)
-    feature_map = jax.jit(model.apply)(variables, nhwc(fixture.inputs["x"]))
-    return {
-        "forward_features": nchw(feature_map),
-        "pooled": light.pool(feature_map),
-    }
+
+    @jax.jit
+    def run(variables: Any, images: jax.Array) -> Outputs:
+        feature_map = model.apply(variables, images)
+        return {"forward_features": nchw(feature_map), "pooled": light.pool(feature_map)}
+
+    return run(variables, nhwc(fixture.inputs["x"]))
 
 
 HANDLERS: dict[str, Callable[[Any], Outputs]] = {

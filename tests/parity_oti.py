@@ -40,15 +40,20 @@ def optimisation(fixture: Any) -> Outputs:
             searle_oti.phrase_term(recipe, state.words, replaced, target),
         )
 
-    images = model.encode_image(jnp.asarray(nhwc(inputs["images"])))
     state = searle_oti.start(recipe, jnp.asarray(inputs["init_pseudo_tokens"]))
     ids = [jnp.asarray(inputs[name]) for name in ("template_ids", "oti_gpt_ids", "reg_gpt_ids")]
-    outputs: Outputs = {
-        "image_features": images,
-        "template_features_step0": text(ids[0][0], state.words),
-        "oti_gpt_features_step0": text(ids[1][0], state.words),
-        "reg_gpt_features_step0": model.encode_text(ids[2][0]),
-    }
+
+    @jax.jit
+    def of_step_0(images: jax.Array, words: jax.Array) -> Outputs:
+        return {
+            "image_features": model.encode_image(images),
+            "template_features_step0": text(ids[0][0], words),
+            "oti_gpt_features_step0": text(ids[1][0], words),
+            "reg_gpt_features_step0": model.encode_text(ids[2][0]),
+        }
+
+    outputs = of_step_0(nhwc(inputs["images"]), state.words)
+    images = outputs["image_features"]
     series: dict[str, list[Any]] = {}
     for texts in zip(*ids, strict=True):
         state, losses, gradient = step(state, *texts)

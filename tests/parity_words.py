@@ -34,8 +34,13 @@ def phi_network(fixture: Any) -> Outputs:
     config, x = fixture.config, fixture.inputs["x"]
     params = convert.to_ours(fixture.params, phi.PHI_NAMES, what=fixture.path.name)
     network = phi.Phi(config["output_dim"], hidden_dim=config.get("hidden_dim"))
-    x = normalise(x) if config.get("l2_normalize") else x
-    return {"y": network.apply({"params": params}, x)}
+
+    @jax.jit
+    def run(params: Any, x: jax.Array) -> jax.Array:
+        x = normalise(x) if config.get("l2_normalize") else x
+        return network.apply({"params": params}, x)
+
+    return {"y": run(params, x)}
 
 
 def im2text(fixture: Any) -> Outputs:
@@ -46,7 +51,7 @@ def im2text(fixture: Any) -> Outputs:
     )
     names = pic2word.names(network.n_layer)
     params = convert.to_ours(fixture.params, names, what=fixture.path.name)
-    return {"y": network.apply({"params": params}, fixture.inputs["x"])}
+    return {"y": jax.jit(network.apply)({"params": params}, fixture.inputs["x"])}
 
 
 def distillation(fixture: Any) -> Outputs:
@@ -54,9 +59,8 @@ def distillation(fixture: Any) -> Outputs:
     target, estimate = (
         jnp.asarray(fixture.inputs[name]) for name in ("target_oti_tokens", "estimated_tokens")
     )
-    loss, grad = jax.value_and_grad(losses.nt_xent, argnums=1)(
-        target, estimate, fixture.config["temperature"]
-    )
+    step = jax.jit(jax.value_and_grad(losses.nt_xent, argnums=1))
+    loss, grad = step(target, estimate, fixture.config["temperature"])
     return {"loss": loss, "grad_estimated_tokens": grad}
 
 
@@ -268,16 +272,17 @@ def combiner_network(fixture: Any) -> Outputs:
         types.SimpleNamespace(dim=image.shape[-1]), config["projection_dim"], config["hidden_dim"]
     )
 
-    def loss(params: Any) -> tuple[jax.Array, jax.Array]:
+    def loss(params: Any) -> tuple[jax.Array, Outputs]:
         fused = normalise(network.apply({"params": params}, text, image))
         rows = {"query": fused, "target": normalise(target)}
-        return composer.objective(params, rows)[0], fused
+        logits = composer.scale * fused @ rows["target"].T
+        outputs = {"combine_features": fused, "logits": logits}
+        return composer.objective(params, rows)[0], outputs
 
-    (value, fused), grads = jax.value_and_grad(loss, has_aux=True)(params)
+    (value, outputs), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
     grads = convert.to_source(grads, combiner.NAMES)
     return {
-        "combine_features": fused,
-        "logits": composer.scale * fused @ normalise(target).T,
+        **outputs,
         "loss": value,
         **{f"grad/{name}": grad for name, grad in grads.items()},
     }
@@ -297,16 +302,22 @@ def magiclens_network(fixture: Any) -> Outputs:
         jnp.asarray(fixture.inputs[f"{name}_embed{'' if name == 'empty_text' else 's'}"])
         for name in ("query_image", "query_text", "candidate_image", "empty_text")
     )
-    variables = {"params": params["fusion"]}
-    fused = network.apply(variables, image, text)
-    gallery = normalise(network.apply(variables, gallery, jnp.broadcast_to(empty, gallery.shape)))
-    return {
-        "encoder_tokens": network.apply(variables, image, text, method="encode"),
-        "multimodal_embed": fused,
-        "multimodal_embed_norm": normalise(fused),
-        "candidate_embed_norm": gallery,
-        "scores": normalise(fused) @ gallery.T,
-    }
+
+    @jax.jit
+    def run(params: Any) -> Outputs:
+        variables = {"params": params}
+        fused = network.apply(variables, image, text)
+        silent = jnp.broadcast_to(empty, gallery.shape)
+        embedded = normalise(network.apply(variables, gallery, silent))
+        return {
+            "encoder_tokens": network.apply(variables, image, text, method="encode"),
+            "multimodal_embed": fused,
+            "multimodal_embed_norm": normalise(fused),
+            "candidate_embed_norm": embedded,
+            "scores": normalise(fused) @ embedded.T,
+        }
+
+    return run(params["fusion"])
 
 
 def _whole_magiclens(fixture: Any, size: Mapping[str, int], table: released.Table) -> Outputs:

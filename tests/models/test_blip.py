@@ -197,11 +197,15 @@ def test_equals_transformers_live(tiny):
             interpolate_pos_encoding=True,
         )
     for dtype, tolerance in ((jnp.float32, 1e-5), (jnp.bfloat16, 5e-2)):
-        model = Blip(config, dtype).bind({"params": params})
-        tokens = model.visual_tokens(images)
-        outputs = (tokens, model.match(ids, tokens))
+
+        @jax.jit
+        def run(params, dtype=dtype):
+            model = Blip(config, dtype).bind({"params": params})
+            tokens = model.visual_tokens(images)
+            return tokens, model.match(ids, tokens)
+
         wanted = (expected.last_hidden_state, expected.itm_score)
-        for got, want in zip(outputs, wanted, strict=True):
+        for got, want in zip(run(params), wanted, strict=True):
             error = np.abs(np.asarray(got, np.float32) - want.numpy()).max()
             assert error < tolerance * np.abs(want.numpy()).max()
 
@@ -212,8 +216,13 @@ def test_another_image_size_on_loading_and_on_the_fly(fixture, tiny):
     loaded = weights.to_params(fixture.params, larger)
     assert loaded["vision"]["position_embedding"].shape == (1, 26, 32)
     images = np.pad(images, ((0, 0), (0, 24), (0, 24), (0, 0)))
-    one = Blip(larger).apply({"params": loaded}, images, method="encode_image")
-    two = Blip(config).apply({"params": params}, images, method="encode_image")
+
+    @jax.jit
+    def both(loaded, params):
+        one = Blip(larger).apply({"params": loaded}, images, method="encode_image")
+        return one, Blip(config).apply({"params": params}, images, method="encode_image")
+
+    one, two = both(loaded, params)
     np.testing.assert_allclose(one, two, atol=1e-6)
 
 

@@ -110,7 +110,7 @@ def test_a_t5_directory_beside_transformers(t5_directory):
     with torch.no_grad():
         mask = torch.tensor(ids != 0).long()
         expected = model(torch.tensor(ids).long(), attention_mask=mask).last_hidden_state.numpy()
-    ours = np.asarray(encoder.hidden_states(params, ids))
+    ours = np.asarray(jax.jit(encoder.hidden_states)(params, ids))
     words = ids != 0
     assert np.abs(ours - expected)[words].max() < 1e-5 * np.abs(expected).max()
 

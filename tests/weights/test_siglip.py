@@ -53,8 +53,13 @@ def features(backbone, params):
     """Of the picture, and of each text, from the file and the strings."""
     pixels = backbone.image_transform(images.decode(png(), "x.png"))[None]
     ids = backbone.tokenizer([backbone.tokenizer.plain(text) for text in TEXTS])
-    with jax.default_matmul_precision("highest"):
+
+    @jax.jit
+    def run(params):
         return backbone.encode_image(params, pixels), backbone.encode_text(params, ids)
+
+    with jax.default_matmul_precision("highest"):
+        return run(params)
 
 
 def assert_close(got, expected):
