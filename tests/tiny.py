@@ -1,6 +1,8 @@
 """Small things that many tests need: a random CLIP, an in-memory table."""
 
 import io
+import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -61,6 +63,21 @@ def blip(context_length: int = 16, seed: int = 0) -> tuple[Backbone, Any]:
         Blip(BlipConfig(text, vision, 24)), tokenizer, transform, weights_id=f"tiny_blip@{seed}"
     )
     return made, jax.device_get(jax.jit(made.init)(jax.random.key(seed)))
+
+
+def drawn(init: Callable[[jax.Array], Any], seed: int = 0) -> Any:
+    """Parameters of the shapes that `init` makes of a key; nothing is compiled.
+
+    About as large as it makes them; biases are not 0, and scales and variances about 1.
+    """
+    rng = np.random.default_rng(seed)
+
+    def draw(path: Any, x: jax.ShapeDtypeStruct) -> np.ndarray:
+        deviation = math.prod(x.shape[:-1]) ** -0.5 if x.ndim > 1 else 0.1
+        about = path[-1].key in ("scale", "var")
+        return (about + deviation * rng.standard_normal(x.shape)).astype(x.dtype)
+
+    return jax.tree.map_with_path(draw, jax.eval_shape(init, jax.random.key(0)))
 
 
 def png(rng: np.random.Generator, size: int = 20) -> bytes:

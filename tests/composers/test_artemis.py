@@ -23,6 +23,7 @@ from cir_jax.models.backbone import Backbone
 from cir_jax.retrieval import features, ranking
 from tests.composers import inversion
 from tests.evaluation import worlds
+from tests.tiny import drawn
 
 DIM = 6
 
@@ -65,7 +66,7 @@ def by_pairs(composer, params, frozen, batch, gallery):
         p = params[name[0]] if len(name) == 1 else params[name[0]][name[1]]
         return x @ np.float64(p["kernel"]) + np.float64(p["bias"])
 
-    text = composer.backbone.encode_text(frozen["backbone"], batch["token_ids"])
+    text = jax.jit(composer.backbone.encode_text)(frozen["backbone"], batch["token_ids"])
     m = unit(layer(["text_projection"], np.float64(text)))
     r = unit(layer(["image_projection"], np.float64(batch["reference_features"])))
     t = unit(layer(["image_projection"], np.float64(gallery)))
@@ -87,8 +88,15 @@ def test_matrix_products_give_the_papers_score(made, batch, queries):
     composer, params, frozen = made
     gallery = inversion.features(composer.backbone, 23, seed=2)
     expected = by_pairs(composer, params, frozen, batch, gallery)
-    ours = composer.score(params, queries, composer.embed_features(params, frozen, gallery))
-    np.testing.assert_allclose(ours, expected, atol=2e-6)
+
+    @jax.jit
+    def scores(queries, gallery):
+        """Of the gallery, and of one of which each feature is seven times as long."""
+        embedded = composer.embed_features(params, frozen, gallery)
+        return [composer.score(params, queries, factor * embedded) for factor in (1, 7)]
+
+    for ours in scores(queries, gallery):  # neither norm counts
+        np.testing.assert_allclose(ours, expected, atol=2e-6)
     # in blocks, from one feature for all methods, as evaluation and search do it
     embedded = features.embedded(composer, params, frozen, np.asarray(gallery), mesh=worlds.mesh(1))
     ranked = ranking.rank(
@@ -96,9 +104,6 @@ def test_matrix_products_give_the_papers_score(made, batch, queries):
     )
     np.testing.assert_array_equal(ranked.top, np.argsort(-expected, axis=1, kind="stable")[:, :5])
     np.testing.assert_allclose(ranked.scores, -np.sort(-expected, axis=1)[:, :5], atol=2e-6)
-    # neither norm counts
-    longer = composer.score(params, queries, 7 * embedded)
-    np.testing.assert_allclose(longer, expected, atol=2e-6)
 
 
 def test_the_largest_array_has_no_dimension_of_pairs(made, queries):
@@ -109,15 +114,22 @@ def test_the_largest_array_has_no_dimension_of_pairs(made, queries):
 
 
 def test_weights_on_one_dimension_and_zeros_are_no_nan():
-    weights = jax.nn.softmax(jnp.asarray([[200.0, 0.0, -200.0]]))
-    direction = jnp.asarray([[0.6, 0.8, 0.0]])
-    query = jnp.concatenate(artemis.term(direction, weights), axis=-1)
-    gallery = normalise(jnp.asarray([[1e-3, 1.0, 1.0], [-2.0, 5.0, 0.0], [0.0, 0.0, 0.0]]))
-    np.testing.assert_allclose(artemis.scores(query, gallery), [[0.6, -0.6, 0.0]], atol=1e-6)
-    assert not np.any(artemis.scores(jnp.zeros_like(query), gallery))
-    grad = jax.grad(lambda w: artemis.scores(
-        jnp.concatenate(artemis.term(direction, w), axis=-1), gallery[:2]
-    ).sum())(jnp.asarray([[0.5, 0.3, 0.2]]))  # fmt: skip
+    direction = np.float32([[0.6, 0.8, 0.0]])
+
+    def scores(weights, gallery, factor=1.0):
+        query = jnp.concatenate(artemis.term(direction, weights), axis=-1)
+        return artemis.scores(factor * query, normalise(gallery))
+
+    @jax.jit
+    def run(gallery):
+        sharp = jax.nn.softmax(jnp.asarray([[200.0, 0.0, -200.0]]))
+        weights = jnp.asarray([[0.5, 0.3, 0.2]])
+        grad = jax.grad(lambda w: scores(w, gallery[:2]).sum())(weights)
+        return scores(sharp, gallery), scores(sharp, gallery, 0.0), grad
+
+    found, of_zeros, grad = run(np.float32([[1e-3, 1, 1], [-2, 5, 0], [0, 0, 0]]))
+    np.testing.assert_allclose(found, [[0.6, -0.6, 0.0]], atol=1e-6)
+    assert not np.any(of_zeros)
     assert np.isfinite(grad).all() and np.abs(grad).max() > 1e-3
 
 
@@ -134,13 +146,16 @@ def test_queries_are_the_same_one_by_one(made, batch, queries):
 
 def test_two_texts_score_as_the_mean_of_both(made, queries):
     composer, params, frozen = made
-    gallery = composer.embed_features(
-        params, frozen, inversion.features(composer.backbone, 9, seed=3)
-    )
-    scores = np.asarray(composer.score(params, queries, gallery))
     pairs = queries[:8].reshape(4, 2, -1).copy()
     pairs[3, 1] = 0  # a query of one text
-    joined = composer.score(params, composer.joined(pairs), gallery)
+
+    @jax.jit
+    def run(gallery):
+        gallery = composer.embed_features(params, frozen, gallery)
+        asked = queries, composer.joined(pairs)
+        return [composer.score(params, each, gallery) for each in asked]
+
+    scores, joined = map(np.array, run(inversion.features(composer.backbone, 9, seed=3)))
     expected = scores[:8].reshape(4, 2, -1).mean(axis=1)
     expected[3] = scores[6]
     np.testing.assert_allclose(joined, expected, atol=1e-6)
@@ -162,10 +177,13 @@ def test_evaluation_ranks_by_the_score_and_averages_both_orders(made):
             [f"{first} and {second}", f"{second} and {first}"]
         ),
     }
-    composed = jax.jit(composer.compose)(params, frozen, given, jax.random.key(0))
-    both = np.asarray(
-        composer.score(params, composed, composer.embed_features(params, frozen, raw))
-    )
+
+    @jax.jit
+    def scores(given, raw):
+        composed = composer.compose(params, frozen, given, jax.random.key(0))
+        return composer.score(params, composed, composer.embed_features(params, frozen, raw))
+
+    both = np.asarray(scores(given, raw))
     inside = [query.category in kinds for kinds in benchmark.categories]
     expected = np.sort(both.mean(axis=0)[inside])[::-1][:3]
     np.testing.assert_allclose(result.scores[1][:3], expected, atol=1e-5)
@@ -217,12 +235,18 @@ def test_triplets_are_cropped_mirrored_and_told_in_either_order(tiny):
 def test_parts_of_the_score(tiny, made, batch, queries):
     composer, params, frozen = made
     query = {name: batch[name] for name in ("reference_features", "token_ids")}
-    gallery = composer.embed_features(params, frozen, batch["target_features"])
-    parts = [
-        part.score(params, part.compose(params, frozen, query, jax.random.key(0)), gallery)
-        for part in (Artemis(tiny[0], DIM, version) for version in ("EM-only", "IS-only"))
-    ]
-    both = composer.score(params, queries, gallery)
+    versions = [Artemis(tiny[0], DIM, version) for version in ("EM-only", "IS-only")]
+
+    @jax.jit
+    def scores(query, gallery):
+        gallery = composer.embed_features(params, frozen, gallery)
+        parts = [
+            part.score(params, part.compose(params, frozen, query, jax.random.key(0)), gallery)
+            for part in versions
+        ]
+        return parts, composer.score(params, queries, gallery)
+
+    parts, both = scores(query, batch["target_features"])
     np.testing.assert_allclose(parts[0] + parts[1], both, atol=1e-5)
     assert np.abs(parts[0]).max() > 0.1 and np.abs(parts[1]).max() > 0.1
 
@@ -231,7 +255,7 @@ def test_trained_encoders_begin_as_the_backbone(tiny, made, batch):
     backbone, _ = tiny
     composer = Artemis(backbone, DIM, train_backbone=True)
     _, networks, frozen = made
-    params = composer.start(jax.random.key(0), frozen) | {"networks": networks}
+    params = jax.jit(composer.start)(jax.random.key(0), frozen) | {"networks": networks}
     rng = np.random.default_rng(0)
     size = backbone.config.vision.image_size
     pictures = {
@@ -267,8 +291,8 @@ def test_its_own_encoders_are_trained_on_many_devices_and_in_parts():
     config = ArtemisConfig(sizes, ResNetConfig((1, 1, 1, 1), True, 4, image_size=32), 16)
     backbone = Backbone(models.Artemis(config), words, images.artemis(32, 32), "own")
     composer = Artemis(backbone, embed_dim=0, train_backbone=True)
-    params = jax.jit(composer.init)(jax.random.key(1))
-    frozen = composer.freeze(jax.jit(backbone.init)(jax.random.key(0)))
+    params = drawn(composer.init)
+    frozen = composer.freeze(drawn(backbone.init))
     rng = np.random.default_rng(0)
     batch = {
         f"{name}_images": rng.integers(0, 255, (inversion.ROWS, 32, 32, 3), np.uint8)

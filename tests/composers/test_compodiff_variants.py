@@ -34,7 +34,7 @@ def folder(tmp_path_factory):
     write_t5(path / "t5")
     pair = weights.load_architecture(f"{path / 'images'}+{path / 'texts'}")
     composer = composers.build("compodiff", pair, **SIZES)
-    params = jax.device_get(jax.jit(composer.init)(jax.random.key(2)))
+    params = factory.drawn(composer.init)
     tensors = released.to_tensors(params, composer.config)
     (path / "compodiff").mkdir()
     # safetensors stores a tensor that layers share once
@@ -87,10 +87,10 @@ def test_the_released_checkpoint_from_files_to_a_ranking(folder, searcher, tmp_p
     texts, texts_params = weights.load(folder / "texts")
     image, region = conditions.masked(composer, Image.open(tmp_path / "1.png"), given["mask"])
     assert not image[image.shape[0] // 2, image.shape[1] // 4].any()
-    seen = images.encode_image(images_params, image[None])
+    seen = jax.jit(images.encode_image)(images_params, image[None])
     ids = texts.tokenizer(["a red cat", "a cat", ""], 16)
     visible = np.arange(16) <= (ids == texts.tokenizer.eos_id).argmax(1)[:, None]
-    read = texts.text_hidden_states(texts_params, ids, visible)
+    read = jax.jit(texts.text_hidden_states)(texts_params, ids, visible)
     by_hand = {
         "reference_features": seen,
         "token_ids": ids[:1],
@@ -106,7 +106,8 @@ def test_the_released_checkpoint_from_files_to_a_ranking(folder, searcher, tmp_p
     )
     mine.hidden_states = lambda frozen, ids: next(states)
     params = released.to_params(tensors)
-    query = mine.compose(params, {"backbone": None}, by_hand, jax.random.key(np.uint32(0)))
+    key = jax.random.key(np.uint32(0))
+    query = jax.jit(mine.compose)(params, {"backbone": None}, by_hand, key)
     raw = features.image_features(
         composer.backbone, searcher.frozen["backbone"], _records(tmp_path), mesh=searcher.mesh
     )
@@ -199,7 +200,7 @@ def test_it_composes_with_t5(folder, texts):
     parts = "+".join(str(folder / name) for name in texts.split("+"))
     backbone, backbone_params = weights.load(f"{folder / 'images'}+{parts}")
     composer = composers.build("compodiff", backbone, **SIZES, steps=1, samples_per_query=1)
-    params = jax.jit(composer.init)(jax.random.key(0))
+    params = factory.drawn(composer.init)
     projects = "text_projection" in params
     assert projects == (texts != "t5")
     frozen = composer.freeze(backbone_params)
@@ -228,14 +229,15 @@ def test_one_layer_brings_t5_to_the_width_of_clip():
     clip, t5 = rng.normal(size=(1, 3, 6)), rng.normal(size=(1, 2, 10))
     rest = (jnp.zeros((1, 8)), jnp.zeros((1, 4, 4)))
     args = (jnp.zeros((1, 1, 8)), jnp.zeros((1, 1), jnp.int32), (clip, t5), *rest)
-    params = denoiser.init(jax.random.key(0), *args)["params"]
+    params = factory.drawn(lambda key: denoiser.init(key, *args)["params"])
     projection, embedding = (
         jax.tree.map(np.asarray, params[name]) for name in ("text_projection", "text_embedding")
     )
     assert projection["kernel"].shape == (10, 6) and embedding["kernel"].shape == (6, 8)
     aligned = np.concatenate([clip, t5 @ projection["kernel"] + projection["bias"]], axis=1)
     expected = aligned @ embedding["kernel"] + embedding["bias"]
-    got = denoiser.apply({"params": params}, (clip, t5), method="text_tokens")
+    apply = jax.jit(denoiser.apply, static_argnames="method")
+    got = apply({"params": params}, (clip, t5), method="text_tokens")
     np.testing.assert_allclose(got, expected, atol=1e-5)
 
 
@@ -261,7 +263,7 @@ def test_conditions_as_tokens(tiny):
     composer = composers.build(
         "compodiff", backbone, **SIZES, steps=2, samples_per_query=2, conditioning="tokens"
     )
-    params = jax.jit(composer.init)(jax.random.key(0))
+    params = factory.drawn(composer.init)
     assert "cross_attention" not in params["layers_0"]
     frozen = composer.freeze(backbone_params)
     rng = np.random.default_rng(0)

@@ -37,7 +37,7 @@ def made(tiny):
     """(composer, params, frozen) on the tiny backbone, whose images are 16 x 16."""
     backbone, backbone_params = tiny
     composer = CompoDiff(backbone, **SIZES, steps=2, samples_per_query=1, source_mixing=0.0)
-    params = jax.jit(composer.init)(jax.random.key(5))
+    params = factory.drawn(composer.init)
     return composer, params, composer.freeze(backbone_params)
 
 

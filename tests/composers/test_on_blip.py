@@ -13,6 +13,7 @@ from cir_jax.errors import ConfigError, DataError
 from cir_jax.input.records import TrimText
 from cir_jax.input.text import BUCKET, placeholder_positions
 from cir_jax.models.clip import overwrite_tokens
+from tests.tiny import drawn
 from tests.weights import worlds
 
 # compiled once and run once: compiling is all that takes time
@@ -45,7 +46,7 @@ def test_composes_the_same_batched_alone_and_at_any_length(blip, images, name):
     backbone, params = blip
     composer = composers.build(name, backbone, **SETTINGS[name])
     frozen = composer.freeze(params)
-    trained = jit(composer.init)(jax.random.key(0))
+    trained = drawn(composer.init)
     compose = jit(composer.compose)
     ids = backbone.tokenizer(TEXTS)
     assert ids.shape == (3, 16)  # a bucket, not the 35 of the model
@@ -80,7 +81,7 @@ def test_compodiff_has_a_loss_on_it(blip, images):
         "reference_images": images[::-1],
         "token_ids": backbone.tokenizer(TEXTS),
     }
-    trained, frozen = jit(composer.init)(jax.random.key(0)), composer.freeze(params)
+    trained, frozen = drawn(composer.init), composer.freeze(params)
     loss, metrics = jit(composer.loss)(trained, frozen, batch, jax.random.key(1))
     assert np.isfinite(loss) and metrics["mse_triplet"] == loss
 
@@ -111,14 +112,19 @@ def test_pseudo_words_by_berts_placeholder(blip):
     ids = backbone.tokenizer(["a photo of $ that is red", "$ , a cat"])
     positions = placeholder_positions(ids, placeholder)
     assert positions.tolist() == [4, 1]
-    embeddings = backbone.embed_tokens(params, ids)
-    assert embeddings.shape == (2, 16, backbone.token_dim)
-    own = np.asarray(embeddings)[[0, 1], positions]
-    encode, expected = jit(backbone.encode_text), backbone.encode_text(params, ids)
-    same = overwrite_tokens(embeddings, jnp.asarray(positions), own)
-    np.testing.assert_allclose(encode(params, ids, same), expected, atol=1e-5)
-    other = overwrite_tokens(embeddings, jnp.asarray(positions), -2 * own)
-    assert np.abs(encode(params, ids, other) - expected).max(axis=1).min() > 1e-3
+
+    @jit
+    def run(params):
+        """Plain; with the words' own embeddings put in; with others."""
+        embeddings = backbone.embed_tokens(params, ids)
+        assert embeddings.shape == (2, 16, backbone.token_dim)
+        own = embeddings[np.arange(2), positions]
+        put_in = (overwrite_tokens(embeddings, positions, factor * own) for factor in (1, -2))
+        return [backbone.encode_text(params, ids, each) for each in (None, *put_in)]
+
+    expected, same, other = run(params)
+    np.testing.assert_allclose(same, expected, atol=1e-5)
+    assert np.abs(other - expected).max(axis=1).min() > 1e-3
     with pytest.raises(DataError, match="row 1: no placeholder"):
         placeholder_positions(backbone.tokenizer(["$", "a cat"]), placeholder)
 
@@ -127,19 +133,27 @@ def test_the_matching_encoder(blip, images):
     """[ENC] first, also with pseudo-words; its own image for each text; padding does not count."""
     backbone, params = blip
     ids = backbone.tokenizer(TEXTS)
-    tokens = backbone.visual_tokens(params, images)
-    assert tokens.shape == (3, 5, 64)
-    match = jit(backbone.match)
-    logits = match(params, ids, tokens)
-    assert logits.shape == (3, 2) and logits.dtype == jnp.float32
-    with_enc = np.where(np.arange(16) == 0, backbone.config.text.enc_token_id, ids)
-    plain = backbone.model.apply({"params": params}, with_enc, tokens, method="match")
-    np.testing.assert_allclose(logits, plain, atol=1e-4)
-    embeddings = backbone.embed_tokens(params, ids)  # of [CLS] still
-    np.testing.assert_allclose(match(params, ids, tokens, embeddings), logits, atol=1e-4)
     longer = backbone.tokenizer(TEXTS, 35)
-    np.testing.assert_allclose(match(params, longer, tokens), logits, atol=1e-4)
-    assert np.abs(match(params, ids, tokens[::-1])[0] - logits[0]).max() > 1e-3
+    with_enc = np.where(np.arange(16) == 0, backbone.config.text.enc_token_id, ids)
+
+    @jit
+    def run(params, images):
+        tokens = backbone.visual_tokens(params, images)
+        assert tokens.shape == (3, 5, 64)
+        embeddings = backbone.embed_tokens(params, ids)  # of [CLS] still
+        return {
+            "logits": backbone.match(params, ids, tokens),
+            "plain": backbone.model.apply({"params": params}, with_enc, tokens, method="match"),
+            "put in": backbone.match(params, ids, tokens, embeddings),
+            "longer": backbone.match(params, longer, tokens),
+        }, backbone.match(params, ids, tokens[::-1])
+
+    same, other = run(params, images)
+    logits = same["logits"]
+    assert logits.shape == (3, 2) and logits.dtype == jnp.float32
+    for name in ("plain", "put in", "longer"):
+        np.testing.assert_allclose(same[name], logits, atol=1e-4, err_msg=name)
+    assert np.abs(other[0] - logits[0]).max() > 1e-3
 
 
 def test_a_clip_has_no_matching_encoder(tiny):

@@ -1,5 +1,6 @@
 """PALAVRA: the set encoder, its losses, the steps at query time, sets of objects."""
 
+import functools
 import json
 import types
 from pathlib import Path
@@ -39,11 +40,16 @@ def file(tmp_path_factory):
 def build(tiny, file):
     """settings -> (composer, params, frozen)"""
 
+    @functools.cache
+    def parameters(hidden_dim):
+        composer = Palavra(tiny[0], hidden_dim=hidden_dim)
+        return jax.jit(composer.init)(jax.random.key(0))
+
     def make(**settings):
         templates = ("a photo of a {}", "{} has no {}".format("{}", "two"))
         defaults = {"objects": file, "templates": templates, "hidden_dim": 16, "coarse": "a star"}
         composer = Palavra(tiny[0], **(defaults | settings))
-        return composer, jax.jit(composer.init)(jax.random.key(0)), composer.freeze(tiny[1])
+        return composer, parameters(composer.set_encoder.hidden_dim), composer.freeze(tiny[1])
 
     return make
 
@@ -72,13 +78,13 @@ def test_the_map_learns_beside_the_set_encoder_from_its_own_loss(build, batch, t
     gradient = inversion.loss_and_gradient(composer, params, frozen, batch)[1]
     assert all(np.abs(x).max() > 0 for x in jax.tree.leaves(gradient["set"]))
     # captions as they are, un-normalised
-    text = tiny[0].encode_text(tiny[1], batch["token_ids"][0])
+    text = jax.jit(tiny[0].encode_text)(tiny[1], batch["token_ids"][0])
 
     def error(layer):
         mapped = normalise(text + text @ layer["kernel"] + layer["bias"][None])
         return jnp.square(mapped[None] - normalise(batch["reference_features"])).mean()
 
-    expected = jax.grad(error)(params["map"]["linear"])
+    expected = jax.jit(jax.grad(error))(params["map"]["linear"])
     inversion.assert_same(gradient["map"]["linear"], expected, rtol=1e-4)
 
 
@@ -86,45 +92,59 @@ def test_the_losses_are_their_definitions(build, batch, tiny):
     composer, params, frozen = build(dropout=0.0, weight_object=3.0)
     rngs = jax.random.split(jax.random.key(0), inversion.ROWS)
     given = batch | {"template": np.ones(inversion.ROWS, np.int32)}
-    rows = jax.jit(composer.encode)(params, frozen, given, rngs)
-    loss, metrics = composer.objective(params, rows)
     assert composer.objects.words == ["star", "red", "circle", "green", "blue"]
     tokenizer = tiny[0].tokenizer
     ids = np.repeat(tokenizer(["* has no two"]), inversion.ROWS, axis=0)
-    # f reads T as it is at this step
-    text = composer.visual(params, tiny[0].encode_text(tiny[1], batch["augmented_token_ids"][0]))
-    sets = {
-        "image": (normalise(batch["reference_features"]), batch["label"]),
-        "text": (jnp.repeat(text[None], inversion.ROWS, axis=0), batch["augmented"]),
-    }
-    for name, (of_set, number) in sets.items():
-        labels = [f"{composer.objects.words[i]} has no two" for i in number]
-        label = tiny[0].encode_text(tiny[1], tokenizer(labels))
-        words = composer._words(params, of_set)
-        text = composer.text_features(tiny[1], ids, words)
-        # sets of one class are no negatives of each other, whatever word stands for it
-        expected = losses.nt_xent(label, text, 0.25, batch["label"])
-        assert len(set(batch["label"])) < inversion.ROWS
-        assert expected < losses.nt_xent(label, text, 0.25) - 0.1
-        np.testing.assert_allclose(metrics[f"cycle_{name}"], expected, rtol=1e-4)
-        first = [tokenizer.id_of(composer.objects.words[i]) for i in number]
-        first = tiny[0].embed_tokens(tiny[1], np.asarray(first)[:, None])[:, 0]
-        error = jnp.square(normalise(first) - normalise(words)).mean()
+
+    @jax.jit
+    def run(params, towers):
+        """The loss, and of each kind of sets the definitions: cycle, without classes, object."""
+        rows = composer.encode(params, frozen, given, rngs)
+        # f reads T as it is at this step
+        text = composer.visual(params, tiny[0].encode_text(towers, batch["augmented_token_ids"][0]))
+        sets = {
+            "image": (normalise(batch["reference_features"]), batch["label"]),
+            "text": (jnp.repeat(text[None], inversion.ROWS, axis=0), batch["augmented"]),
+        }
+        expected = {}
+        for name, (of_set, number) in sets.items():
+            labels = [f"{composer.objects.words[i]} has no two" for i in number]
+            label = tiny[0].encode_text(towers, tokenizer(labels))
+            words = composer._words(params, of_set)
+            text = composer.text_features(towers, ids, words)
+            first = [tokenizer.id_of(composer.objects.words[i]) for i in number]
+            first = tiny[0].embed_tokens(towers, np.asarray(first)[:, None])[:, 0]
+            expected[name] = (
+                losses.nt_xent(label, text, 0.25, batch["label"]),
+                losses.nt_xent(label, text, 0.25),
+                jnp.square(normalise(first) - normalise(words)).mean(),
+            )
+        return *composer.objective(params, rows), expected
+
+    loss, metrics, expected = run(params, tiny[1])
+    # sets of one class are no negatives of each other, whatever word stands for it
+    assert len(set(batch["label"])) < inversion.ROWS
+    for name, (cycle, without_classes, error) in expected.items():
+        assert cycle < without_classes - 0.1
+        np.testing.assert_allclose(metrics[f"cycle_{name}"], cycle, rtol=1e-4)
         np.testing.assert_allclose(metrics[f"object_{name}"], error, rtol=1e-4)
-    of_sets = [metrics[f"cycle_{name}"] + 3 * metrics[f"object_{name}"] for name in sets]
+    of_sets = [metrics[f"cycle_{name}"] + 3 * metrics[f"object_{name}"] for name in expected]
     np.testing.assert_allclose(loss, metrics["map"] + sum(of_sets) / 2, rtol=1e-5)
 
 
 def test_sets_have_no_order_and_no_size(build, batch):
     composer, params, _ = build()
-    images = normalise(batch["reference_features"])
-    words = composer._words(params, images)
-    np.testing.assert_allclose(
-        composer._words(params, images[:, ::-1]), words, rtol=1e-4, atol=1e-6
-    )
-    twice = jnp.concatenate([images, images], axis=1)
-    np.testing.assert_allclose(composer._words(params, twice), words, rtol=1e-4, atol=1e-6)
-    assert np.abs(composer._words(params, images[:, :1]) - words).max() > 1e-4
+
+    @jax.jit
+    def run(images):
+        images = normalise(images)
+        sets = (images, images[:, ::-1], jnp.concatenate([images, images], 1), images[:, :1])
+        return [composer._words(params, each) for each in sets]
+
+    words, turned, twice, one = run(batch["reference_features"])
+    np.testing.assert_allclose(turned, words, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(twice, words, rtol=1e-4, atol=1e-6)
+    assert np.abs(one - words).max() > 1e-4
 
 
 def test_steps_at_query_time(build, tiny):
@@ -133,20 +153,22 @@ def test_steps_at_query_time(build, tiny):
     features = inversion.features(tiny[0], 4)
     ids = tiny[0].tokenizer([composer.prompt("is red")] * 4)
     query = {"reference_features": features, "token_ids": ids}
-    together = jax.jit(composer.compose)(params, frozen, query, jax.random.key(0))
-    one = jax.jit(composer.compose)
-    alone = [
-        one(params, frozen, {k: v[i : i + 1] for k, v in query.items()}, None) for i in range(4)
-    ]
-    np.testing.assert_allclose(jnp.concatenate(alone), together, rtol=1e-4, atol=1e-5)
     star = np.repeat(tiny[0].tokenizer(["*"]), 4, axis=0)
 
-    def closeness(made):
-        words = jax.jit(made.invert)(params, frozen, query, None)
+    compose = jax.jit(composer.compose)
+    together = compose(params, frozen, query, jax.random.key(0))
+    for i in (0, 3):
+        alone = compose(params, frozen, {k: v[i : i + 1] for k, v in query.items()}, None)
+        np.testing.assert_allclose(alone[0], together[i], rtol=1e-4, atol=1e-5)
+
+    def closeness(made, params, frozen):
+        words = made.invert(params, frozen, query, None)
         text = normalise(made.text_features(frozen["backbone"], star, words))
         return jnp.sum(text * normalise(features), axis=-1)
 
-    assert (closeness(composer) > closeness(still)).all()
+    both = jax.jit(lambda *args: [closeness(made, *args) for made in (composer, still)])
+    refined, plain = both(params, frozen)
+    assert (refined > plain).all()
 
 
 def test_prompt(build):

@@ -95,10 +95,11 @@ def test_the_learned_encoder_is_asked_and_the_words_stand_still(made, tiny):
 def test_negatives_of_a_device_are_those_of_its_rows(made, encoded):
     composer, params, _ = made
     halves = [{name: x[part] for name, x in encoded.items()} for part in np.split(np.arange(16), 2)]
-    expected = np.mean([composer.objective(params, half)[0] for half in halves])
-    grouped = Rtd(composer.backbone, WORD, negatives=8)
-    np.testing.assert_allclose(grouped.objective(params, encoded)[0], expected, rtol=1e-6)
-    assert abs(composer.objective(params, encoded)[0] - expected) > 0.1
+    objective = jax.jit(composer.objective)
+    expected = np.mean([objective(params, half)[0] for half in halves])
+    grouped = jax.jit(Rtd(composer.backbone, WORD, negatives=8).objective)
+    np.testing.assert_allclose(grouped(params, encoded)[0], expected, rtol=1e-6)
+    assert abs(objective(params, encoded)[0] - expected) > 0.1
     with pytest.raises(ConfigError, match="negatives=5: the batch of 16 rows is no multiple"):
         Rtd(composer.backbone, WORD, negatives=5).objective(params, encoded)
 
@@ -110,15 +111,15 @@ def test_without_hard_negatives_there_are_only_the_triplets(made, encoded, tiny)
     rows = jax.eval_shape(alone.encode, params, frozen, triplets(tiny[0], 4), keys)
     assert set(rows) == {"target", "composed"}
     two = {name: encoded[name] for name in rows}
-    expected = nt_xent(two["target"], two["composed"], 0.5)
-    np.testing.assert_allclose(alone.objective(params, two)[0], expected, rtol=1e-6)
+    expected = jax.jit(nt_xent)(two["target"], two["composed"], 0.5)
+    np.testing.assert_allclose(jax.jit(alone.objective)(params, two)[0], expected, rtol=1e-6)
 
 
 def test_noise_is_of_each_row_and_scaled(made, tiny):
     composer, params, frozen = made
     batch = {name: np.repeat(x[:1], 3, axis=0) for name, x in triplets(tiny[0], 1).items()}
     keys = jax.random.split(jax.random.key(0))[jnp.array([0, 0, 1])]
-    drawn = jax.vmap(composer.draw)(keys)
+    drawn = jax.jit(jax.vmap(composer.draw))(keys)
     np.testing.assert_array_equal(drawn[0], drawn[1])
     assert np.abs(drawn[0] - drawn[2]).max() > 0.1
     for noise, differs in ((3.0, True), (0.0, False)):
@@ -132,7 +133,7 @@ def test_types_of_noise_have_their_spread(made):
     keys = jax.random.split(jax.random.key(1), 500)
     for name, deviation in (("scaled", 3**-0.5), ("gaussian", 1.0), ("uniform", 3**-0.5)):
         composer = Rtd(made[0].backbone, WORD, noise_type=name)
-        drawn = np.asarray(jax.vmap(composer.draw)(keys))
+        drawn = np.asarray(jax.jit(jax.vmap(composer.draw))(keys))
         assert drawn.shape == (500, composer.backbone.dim)
         np.testing.assert_allclose(drawn.std(), deviation, rtol=0.05)
         assert abs(drawn.mean()) < 0.05 and (np.abs(drawn).max() <= 1) == (name == "uniform")
@@ -191,7 +192,8 @@ def test_captions_are_cleaned_and_modification_texts_are_not(tiny):
 def test_only_what_is_learned_is_held_twice(tiny):
     composer = Rtd(tiny[0], WORD, tuned="fcs")
     frozen = composer.freeze(tiny[1])
-    learned = composer.take_over(composer.word.init(jax.random.key(0)), frozen)["text"]
+    word = jax.eval_shape(composer.word.init, jax.random.key(0))
+    learned = composer.take_over(word, frozen)["text"]
     assert {path[-2] for path in convert.flatten(learned)} == {"fc1", "fc2"}
     whole = composer.encoders({"text": jax.tree.map(lambda x: x + 1, learned)}, frozen)
     for path, x in convert.flatten(frozen["backbone"]).items():
@@ -229,7 +231,7 @@ def test_files_of_the_authors_are_read_and_written(tiny, tmp_path):
     params = official.load(composer, both, frozen)
     jax.tree.map(np.testing.assert_array_equal, params["word"], word)
     ids = backbone.tokenizer(["a red star", "blue and two circle"])
-    ours = backbone.encode_text(composer.encoders(params, frozen), ids)
+    ours = jax.jit(backbone.encode_text)(composer.encoders(params, frozen), ids)
     theirs = model(torch.from_numpy(ids).long()).text_embeds
     np.testing.assert_allclose(ours, theirs.detach(), atol=1e-5)
 

@@ -37,12 +37,12 @@ def book(tmp_path_factory):
 def build(tiny, book, tmp_path_factory):
     """settings -> (composer, params, frozen)"""
     cache = tmp_path_factory.mktemp("cache")
+    params = jax.jit(Searle(tiny[0], phrases=book, top_k=2).init)(jax.random.key(0))
 
     def make(**settings):
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("CIR_JAX_CACHE", str(cache))
             composer = Searle(tiny[0], **({"phrases": book, "top_k": 2} | settings))
-            params = jax.jit(composer.init)(jax.random.key(0))
             return composer, params, composer.freeze(tiny[1])
 
     return make
@@ -62,9 +62,9 @@ def test_the_loss_is_the_weighted_sum(build, batch):
     composer, params, frozen = build(dropout=0.0, weight_distil=0.5, weight_gpt=0.25)
     rngs = jax.random.split(jax.random.key(0), inversion.ROWS)
     rows = jax.jit(composer.encode)(params, frozen, batch, rngs)
-    loss, metrics = composer.objective(params, rows)
-    words = composer.words(params, batch["reference_features"])
-    distil = losses.nt_xent(batch["pseudo_words"], words, 0.25)
+    loss, metrics = jax.jit(composer.objective)(params, rows)
+    words = jax.jit(composer.words)(params, batch["reference_features"])
+    distil = jax.jit(losses.nt_xent)(batch["pseudo_words"], words, 0.25)
     np.testing.assert_allclose(metrics["distil"], distil, rtol=1e-5)
     np.testing.assert_allclose(loss, 0.5 * distil + 0.25 * metrics["gpt"], rtol=1e-5)
     assert rows["gpt"].shape == (inversion.ROWS,) and (rows["gpt"] > 0).all()
@@ -91,7 +91,7 @@ def test_the_regulariser_overwrites_the_first_placeholder_alone(build, batch):
     backbone, tokenizer = frozen["backbone"], composer.backbone.tokenizer
     rngs = jax.random.split(jax.random.key(0), inversion.ROWS)
     rows = jax.jit(composer.encode)(params, frozen, batch, rngs)
-    words = composer.words(params, batch["reference_features"])
+    words = jax.jit(composer.words)(params, batch["reference_features"])
     top = np.asarray(composer.phrases.associate(frozen["phrases"], batch["reference_features"]))
 
     def both(phrase, concept):
@@ -101,12 +101,17 @@ def test_the_regulariser_overwrites_the_first_placeholder_alone(build, batch):
     texts = [[both(p, name) for p in BOOK["concepts"][name]] for name in names]
     masked = jnp.asarray([pair[0] for concept in texts for pair in concept])
     whole = jnp.asarray([pair[1] for concept in texts for pair in concept])
-    target = composer.backbone.encode_text(backbone, whole)
+
+    @jax.jit
+    def errors(word):
+        word = jnp.broadcast_to(word, (len(masked), len(word)))
+        target = composer.backbone.encode_text(backbone, whole)
+        return cosine_loss(composer.text_features(backbone, masked, word), target)
+
     owner = [i for i, concept in enumerate(texts) for _ in concept]
     for row in range(inversion.ROWS):
-        word = jnp.broadcast_to(words[row], (len(masked), words.shape[1]))
-        values = cosine_loss(composer.text_features(backbone, masked, word), target)
-        possible = [v for v, o in zip(np.asarray(values), owner, strict=True) if o == top[row, 0]]
+        values = np.asarray(errors(words[row]))
+        possible = [v for v, o in zip(values, owner, strict=True) if o == top[row, 0]]
         assert min(abs(np.asarray(possible) - rows["gpt"][row])) < 1e-5
 
 
@@ -115,32 +120,36 @@ def test_ablations(build, batch, tiny, distillation):
     composer, params, frozen = build(phrases="", weight_gpt=0, distillation=distillation, dropout=0)
     rngs = jax.random.split(jax.random.key(0), inversion.ROWS)
     rows = jax.jit(composer.encode)(params, frozen, batch, rngs)
-    loss = composer.objective(params, rows)[0]
-    words = composer.words(params, batch["reference_features"])
-    if distillation == "cosine":
-        expected = cosine_loss(batch["pseudo_words"], words).mean()
-    else:
-        ids = np.repeat(tiny[0].tokenizer(["a photo of $"]), inversion.ROWS, axis=0)
+    ids = np.repeat(tiny[0].tokenizer(["a photo of $"]), inversion.ROWS, axis=0)
+
+    @jax.jit
+    def both(params, rows):
+        loss = composer.objective(params, rows)[0]
+        words = composer.words(params, batch["reference_features"])
+        if distillation == "cosine":
+            return loss, cosine_loss(batch["pseudo_words"], words).mean()
         text = composer.text_features(frozen["backbone"], ids, words)
-        expected = losses.nt_xent(batch["reference_features"], text, 0.25)
-    np.testing.assert_allclose(loss, expected, rtol=1e-5)
+        return loss, losses.nt_xent(batch["reference_features"], text, 0.25)
+
+    np.testing.assert_allclose(*both(params, rows), rtol=1e-5)
 
 
 def test_nt_xent_is_its_definition():
+    nt_xent = jax.jit(losses.nt_xent)
     a, b = np.random.default_rng(0).normal(size=(2, 5, 7))
     z = np.concatenate([a, b])
     z /= np.linalg.norm(z, axis=1, keepdims=True)
     s = np.exp(z @ z.T / 0.3)
     rows = [-np.log(s[k, (k + 5) % 10] / (s[k].sum() - s[k, k])) for k in range(10)]
-    np.testing.assert_allclose(losses.nt_xent(a, b, 0.3), np.mean(rows), rtol=1e-5)
+    np.testing.assert_allclose(nt_xent(a, b, 0.3), np.mean(rows), rtol=1e-5)
     groups = np.asarray([3, 0, 3, 1, 3])  # pairs of one group are no negatives of each other
     both, pair = np.concatenate([groups, groups]), [(k + 5) % 10 for k in range(10)]
     kept = [s[k][(both != both[k]) | (np.arange(10) == pair[k])] for k in range(10)]
     rows = [-np.log(s[k, pair[k]] / kept[k].sum()) for k in range(10)]
-    np.testing.assert_allclose(losses.nt_xent(a, b, 0.3, groups), np.mean(rows), rtol=1e-5)
-    one = jax.grad(lambda x: losses.nt_xent(x, b, 0.3, np.zeros(5, int)))(jnp.asarray(a))
+    np.testing.assert_allclose(nt_xent(a, b, 0.3, groups), np.mean(rows), rtol=1e-5)
+    one = jax.grad(lambda x: nt_xent(x, b, 0.3, np.zeros(5, int)))(jnp.asarray(a))
     assert (one == 0).all()  # without negatives
-    same = jax.grad(lambda x: losses.nt_xent(x, x, 0.3))(jnp.asarray(a))
+    same = jax.grad(lambda x: nt_xent(x, x, 0.3))(jnp.asarray(a))
     assert np.isfinite(same).all()
 
 

@@ -96,7 +96,7 @@ def test_concept_features_are_the_mean_over_the_templates(make, tiny):
     _, frozen = make()
     model, params = tiny
     ids = model.tokenizer([text.format("circle") for text in BOOK["templates"]])
-    features = np.asarray(model.encode_text(params, ids))
+    features = np.asarray(jax.jit(model.encode_text)(params, ids))
     mean = (features / np.linalg.norm(features, axis=1, keepdims=True)).mean(axis=0)
     expected = mean / np.linalg.norm(mean)
     np.testing.assert_allclose(frozen["phrases"].concepts[1], expected, atol=1e-5)
@@ -139,7 +139,9 @@ def test_texts_from_the_placeholder_on_have_the_features_of_whole_ones(tiny):
     np.testing.assert_allclose(
         cut(words), whole(words), atol=1e-5 * float(jnp.abs(whole(words)).max())
     )
-    gradients = [jax.grad(lambda w, f=f: jnp.sum(jnp.sin(f(w))))(words) for f in (cut, whole)]
+    gradients = [
+        jax.jit(jax.grad(lambda w, f=f: jnp.sum(jnp.sin(f(w)))))(words) for f in (cut, whole)
+    ]
     np.testing.assert_allclose(*gradients, atol=1e-5 * float(jnp.abs(gradients[1]).max()))
     with_past = np.asarray(split.prefix) > 0
     assert with_past.tolist() == [True, True, True, True]  # "$" begins with the start token
@@ -173,23 +175,30 @@ def test_the_scan_is_the_plain_loop_over_whole_texts(make):
     words = composer.initial_words(rngs)
     state, losses = jax.jit(composer.optimise)(frozen, words, features, top, rngs)
     tokenizer = composer.backbone.tokenizer
-    templates = tokenizer([t.format(" $ ") for t in BOOK["templates"]], 16)
+    templates = jnp.asarray(tokenizer([t.format(" $ ") for t in BOOK["templates"]], 16))
     pairs = [(p, c) for c, ps in BOOK["concepts"].items() for p in ps if c in p]
-    masked = tokenizer([p.replace(c, " $ ", 1) for p, c in pairs], 16)
-    plain = tokenizer([p for p, _ in pairs], 16)
-    text = functools.partial(composer.text_features, frozen["backbone"])
-    ours = searle_oti.start(composer.recipe, words)
-    for i in range(3):
-        which, phrase = composer.draw(frozen["phrases"], top, rngs, jnp.int32(i))
-        template = functools.partial(text, jnp.asarray(templates[which]))
-        replaced = functools.partial(text, jnp.asarray(masked[phrase]))
-        target = composer.backbone.encode_text(frozen["backbone"], jnp.asarray(plain[phrase]))
+    masked = jnp.asarray(tokenizer([p.replace(c, " $ ", 1) for p, c in pairs], 16))
+    plain = jnp.asarray(tokenizer([p for p, _ in pairs], 16))
+
+    @jax.jit
+    def step(ours, i):
+        text = functools.partial(composer.text_features, frozen["backbone"])
+        which, phrase = composer.draw(frozen["phrases"], top, rngs, i)
+        target = composer.backbone.encode_text(frozen["backbone"], plain[phrase])
+        template, replaced = (
+            functools.partial(text, t) for t in (templates[which], masked[phrase])
+        )
         ours, found, _ = searle_oti.update(
             composer.recipe,
             ours,
             searle_oti.image_term(composer.recipe, ours.words, template, features),
             searle_oti.phrase_term(composer.recipe, ours.words, replaced, target),
         )
+        return ours, found
+
+    ours = searle_oti.start(composer.recipe, words)
+    for i in range(3):
+        ours, found = step(ours, i)
         np.testing.assert_allclose(losses.total[i], found.total, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(state.average, ours.average, rtol=1e-4, atol=1e-5)
     assert np.abs(np.asarray(state.words) - ours.average).max() > 1e-3
