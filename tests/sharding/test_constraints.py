@@ -217,15 +217,8 @@ def test_every_training_stage_is_here():
     assert found == set(STAGES)
 
 
-# their networks are searle's phi, pretrain's towers and stage2's denoiser: split by the same rules
-ALIKE = {("lincir", "smp"), ("rtd", "rtd"), ("clip4cir", "tune"), ("compodiff", "stage1")}
-
-
-@pytest.mark.parametrize(
-    ("name", "stage", "sizes"),
-    [(*s, sizes) for s in STAGES for sizes in MESHES if sizes == MESHES[0] or s not in ALIKE],
-    ids=str,
-)
+@pytest.mark.parametrize("sizes", MESHES, ids=str)
+@pytest.mark.parametrize(("name", "stage"), STAGES)
 def test_steps_move_no_activations(name, stage, sizes, backbones, files):
     lowered = lower(name, stage, sizes, *backbones("clip"), files)
     # the denoiser's keys and values, and the halves of its gates, are columns of one weight each
