@@ -17,6 +17,7 @@ from cir_jax.sharding.mesh import make_mesh
 from data.shapes import benchmarks as worlds
 from data.shapes import words
 from data.shapes.scene import stream
+from tests.launch.binaries import environment, run_command
 
 
 class Oracle:
@@ -179,18 +180,26 @@ def test_the_table_and_the_picture(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_at_a_small_size(tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("CIR_JAX_DATA", str(tmp_path / "data"))
-    monkeypatch.setenv("CIR_JAX_CACHE", str(tmp_path / "cache"))
-    output = tmp_path / "conditions.json"
-    arguments = ["--preset=smoke", f"--workdir={tmp_path}", f"--output={output}", "--seeds", "0"]
-    monkeypatch.setattr(sys, "argv", ["conditions", *arguments])
-    conditions.main()
+def test_a_run_at_a_small_size(tmp_path, monkeypatch):
+    """And the steps that benchmarks/compodiff.py measures of what was trained here."""
+    output, variables = tmp_path / "conditions.json", environment(tmp_path)
+    command = [sys.executable, conditions.__file__, "--preset=smoke", "--seeds", "0"]
+    command += [f"--workdir={tmp_path}", f"--output={output}"]
+    status, said = run_command(command, variables)
+    assert status == 0, said[-3000:]
     measured = json.loads(output.read_text())
     assert set(measured["plane"]) == {"1.0", "2.5"} and set(measured["mask"]) == set(
         conditions.MASKS
     )
-    assert "| mask |" in capsys.readouterr().out and output.with_suffix(".png").is_file()
+    assert "| mask |" in said and output.with_suffix(".png").is_file()
+    for name in ("CIR_JAX_DATA", "CIR_JAX_CACHE"):
+        monkeypatch.setenv(name, variables[name])
+    pytest.importorskip("torch")
+    from benchmarks import compodiff
+
+    args = types.SimpleNamespace(preset="smoke", workdir=tmp_path, table=(1,))
+    (row,) = compodiff.measure_steps(args)
+    assert row["steps"] == 1 and 0 <= row["mAP@10"] <= 100 and row["ms_per_query"] > 0
 
 
 def test_the_committed_sentences_are_the_measurement():

@@ -1,6 +1,7 @@
 """benchmarks/joint.py at a small size: both sides compute the same losses, step after step."""
 
 import argparse
+import functools
 import json
 import re
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 
 pytest.importorskip("torch")
 
-from benchmarks import joint
+from benchmarks import joint, oti
 
 
 @pytest.mark.slow
@@ -19,6 +20,8 @@ def test_both_sides_compute_the_same_losses(tmp_path, monkeypatch):
     monkeypatch.setattr(joint, "IMAGE", small)
     monkeypatch.setattr(joint, "PROJECTION", 12)
     monkeypatch.setattr(joint, "HIDDEN", 16)
+    rate = functools.partial(oti.matrix_gflops, size=64)
+    monkeypatch.setattr(oti, "matrix_gflops", rate)
     args = argparse.Namespace(
         platform="cpu", batch=4, steps=3, rounds=1, layers=1, width=64, output=tmp_path
     )

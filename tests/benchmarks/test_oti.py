@@ -1,6 +1,7 @@
 """benchmarks/oti.py at a small size: both sides compute the same losses."""
 
 import argparse
+import functools
 
 import pytest
 
@@ -14,6 +15,8 @@ def test_both_sides_compute_the_same_losses(tmp_path, monkeypatch):
     monkeypatch.setenv("CIR_JAX_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(oti, "CONCEPTS", 15)
     monkeypatch.setattr(oti, "PHRASES", 2)
+    rate = functools.partial(oti.matrix_gflops, size=64)
+    monkeypatch.setattr(oti, "matrix_gflops", rate)
     args = argparse.Namespace(
         platform="cpu", batch=2, iterations=2, rounds=1, layers=1, width=64, output=tmp_path
     )

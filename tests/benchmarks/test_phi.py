@@ -1,6 +1,7 @@
 """benchmarks/phi.py at a small size: both sides compute the same losses, step after step."""
 
 import argparse
+import functools
 
 import pytest
 
@@ -23,6 +24,8 @@ def test_both_sides_compute_the_same_losses(tmp_path, monkeypatch):
         return alternate(given, *rest)
 
     monkeypatch.setattr(oti, "alternate", keep)
+    rate = functools.partial(oti.matrix_gflops, size=64)
+    monkeypatch.setattr(oti, "matrix_gflops", rate)
     args = argparse.Namespace(
         platform="cpu", batch=6, steps=3, rounds=1, layers=1, width=64, output=tmp_path
     )

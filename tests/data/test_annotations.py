@@ -17,6 +17,7 @@ from PIL import Image
 from cir_jax.errors import DataError
 from cir_jax.input.tables import Table
 from data import build
+from data.circo.circo_dataset_builder import Circo
 from tests.data.dummies import rows
 
 ANNOTATIONS = Path(__file__).resolve().parents[3] / "shared" / "annotations"
@@ -59,26 +60,36 @@ def _complete(data_dir: Path, dataset: str) -> dict[str, bool]:
     return {s: v["complete"] for s, v in json.loads(mark.read_text())["splits"].items()}
 
 
-def test_annotations_of_circo(tmp_path):
+def test_annotations_of_circo(tmp_path, monkeypatch):
+    """All images are counted; those that the annotations name are built."""
     queries = {split: _json(f"circo/{split}.json") for split in ("val", "test")}
     named = {q["reference_img_id"] for split in queries.values() for q in split}
     named |= {i for q in queries["val"] for i in q["gt_img_ids"]}
-    ids = sorted(named | set(range(10_000_000, 10_000_000 + 123_403 - len(named))))
+    others = range(10_000_000, 10_000_000 + 123_403 - len(named))
     source = _source(tmp_path / "CIRCO", "circo", "annotations", ())
     coco = source / "COCO2017_unlabeled"
     (coco / "annotations").mkdir(parents=True)
     (coco / "unlabeled2017").mkdir()
     (coco / "unlabeled2017" / "any.jpg").write_bytes(_pixel(".jpg"))
-    images = [{"id": i, "file_name": "any.jpg"} for i in ids]
     info = coco / "annotations" / "image_info_unlabeled2017.json"
-    info.write_text(json.dumps({"images": images}))
 
-    data_dir = tmp_path / "data"
+    def listed(ids: Iterable[int]) -> None:
+        info.write_text(json.dumps({"images": [{"id": i, "file_name": "any.jpg"} for i in ids]}))
+
+    listed([*sorted(named), *others])
+    found = build.survey("circo", source, build.Options(decode="never"))
+    assert {split: r.complete for split, r in found.reports.items()} == {"val": True, "test": True}
+    assert {r.counts["gallery"] for r in found.reports.values()} == {123_403}
+
+    data_dir, count = tmp_path / "data", len(named)
+    few = {split: counts | {"gallery": count} for split, counts in Circo.OFFICIAL.items()}
+    monkeypatch.setattr(Circo, "OFFICIAL", few)
+    listed(sorted(named))
     build.prepare("circo", None, data_dir, source=source, decode=False)
     assert _complete(data_dir, "circo") == {"val": True, "test": True}
     gallery = Table(data_dir, "circo", "gallery", "unlabeled")
     val, test = (rows(data_dir, "circo", "queries", split) for split in ("val", "test"))
-    assert (len(val), len(test), len(gallery)) == (220, 800, 123_403)
+    assert (len(val), len(test), len(gallery)) == (220, 800, count)
     assert [r["id"] for r in val] == list(range(220))
     assert [r["id"] for r in test] == list(range(800))
     assert sum(len(r["targets"]) for r in val) == 916
@@ -92,8 +103,8 @@ def test_annotations_of_circo(tmp_path):
     assert not any(r["targets"] or r["aspects"] for r in test)
     assert len({a for r in val for a in r["aspects"]}) == 9
 
-    info.write_text(json.dumps({"images": images[:-1]}))
-    with pytest.raises(DataError, match="123,402, official 123,403"):
+    listed([*sorted(named), 1])
+    with pytest.raises(DataError, match=f"{count + 1:,}, official {count:,}"):
         build.prepare("circo", None, tmp_path / "other", source=source, decode=False)
 
 

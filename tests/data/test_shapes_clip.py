@@ -68,8 +68,8 @@ def test_pytorch_gives_the_same_features(clip, held_out):
             pixel_values=torch.from_numpy(floats.astype(np.float32)),
         )
     for ours, expected in (
-        (backbone.encode_image(params, pixels), theirs.image_embeds),
-        (backbone.encode_text(params, token_ids), theirs.text_embeds),
+        (jax.jit(backbone.encode_image)(params, pixels), theirs.image_embeds),
+        (jax.jit(backbone.encode_text)(params, token_ids), theirs.text_embeds),
     ):
         np.testing.assert_allclose(normalise(ours), expected.numpy(), atol=1e-5)
 

@@ -19,9 +19,11 @@ from tests.launch.binaries import SMOKE, kill_when, run, start, start_together
 
 pytestmark = pytest.mark.slow
 
-LONGER = (  # so that there is time to interrupt
+LONGER = (  # so that there is time to interrupt, in small steps
     "--config.stage.stage1.duration=24 steps",
     "--config.stage.stage2.duration=24 steps",
+    "--config.stage.stage1.batch_size=8",
+    "--config.stage.stage2.batch_size=8",
     "--config.evaluation.benchmarks=('shapes_tiny/circo',)",
 )
 
@@ -70,18 +72,6 @@ def test_eval_of_the_workdir_gives_the_same_numbers(finished, scratch):
     assert metrics(workdir) == before
 
 
-def test_training_free_methods_need_no_workdir(scratch, tmp_path):
-    status, output = run(
-        "eval",
-        "--config=experiments/slerp.py",
-        "--config.evaluation.benchmarks=('shapes_tiny/cirr',)",
-        f"--workdir={tmp_path}",
-        scratch=scratch,
-    )
-    assert status == 0, output
-    assert ("shapes_tiny/cirr", "slerp") in metrics(tmp_path)
-
-
 def test_load_gives_a_search_of_a_folder(finished, tmp_path):
     workdir, _ = finished
     rng = np.random.default_rng(0)
@@ -101,11 +91,15 @@ def test_isa_is_trained_and_its_attention_drawn(scratch, tmp_path):
     rng = np.random.default_rng(0)
     for name in ("b.png", "a.png", "below/c.jpg"):
         Image.fromarray(rng.integers(0, 255, (40, 50, 3), np.uint8)).save(folder / name)
-    flags = ("--config=experiments/isa.py:smoke", f"--workdir={workdir}")
-    only = "--config.evaluation.benchmarks=('shapes_tiny/circo',)"
-    status, output = run("main", *flags, only, scratch=scratch)
+    status, output = run(
+        "main",
+        "--config=experiments/isa.py:smoke",
+        "--config.composer.query_encoder=",  # the backbone's tower: compiled in half the time
+        "--config.evaluation.benchmarks=()",
+        f"--workdir={workdir}",
+        scratch=scratch,
+    )
     assert status == 0, output
-    assert ("shapes_tiny/circo", "isa") in metrics(workdir)
     flags = (f"--workdir={workdir}", f"--output={tmp_path / 'out'}")
     status, output = run("attention", *flags, f"--images={folder}", "--limit=2", scratch=scratch)
     assert status == 0, output
@@ -118,9 +112,10 @@ def test_isa_is_trained_and_its_attention_drawn(scratch, tmp_path):
     assert status == 2 and "no images. Give a folder" in output
 
 
-def test_killed_at_any_moment_the_same_command_ends_with_the_same_numbers(finished, tmp_path):
+def test_interrupted_at_any_moment_the_same_command_ends_with_the_same_numbers(finished, tmp_path):
+    """By kill -9, or by a signal, which is answered with a sentence."""
     unbroken, _ = finished
-    scratch, workdir, log = tmp_path / "scratch", tmp_path / "run", tmp_path / "log"
+    scratch, workdir = tmp_path / "scratch", tmp_path / "run"
     scratch.mkdir()
     flags = (f"--config={SMOKE}", f"--workdir={workdir}", *LONGER)
 
@@ -131,25 +126,41 @@ def test_killed_at_any_moment_the_same_command_ends_with_the_same_numbers(finish
     def writing(stage):
         return any((workdir / stage / "checkpoints").glob("*.orbax-checkpoint-tmp*"))
 
-    moments = {
-        "while data are prepared": lambda: any((scratch / "data").rglob(".building/*")),
-        "in a stage": lambda: lines("stage1") >= 4,
-        "while a checkpoint is written": lambda: lines("stage1") >= 8 and writing("stage1"),
-        "between stages": lambda: (workdir / "stage2").exists(),
-        "in the next stage": lambda: lines("stage2") >= 6 and writing("stage2"),
-    }
-    for moment, condition in moments.items():
+    def scraps():
+        return {path for root in (workdir, scratch) for path in root.rglob(".*.json.*")}
+
+    moments = (
+        (signal.SIGTERM, "while preparing data: finished shards in .*data are kept",
+         lambda: any((scratch / "data").rglob(".building/*"))),
+        (signal.SIGINT, "stage1: stopped and saved after step [0-9]+", lambda: lines("stage1")),
+        (signal.SIGKILL, "", lambda: lines("stage2") >= 6 and writing("stage2")),
+        (signal.SIGTERM, "while (evaluating|exporting|running the stages): .* kept",
+         (workdir / "stage2" / "checkpoints" / "24").exists),
+    )  # fmt: skip
+    for i, (number, words, reached) in enumerate(moments):
+        log, before = tmp_path / f"log{i}", scraps()
         process = start("main", *flags, scratch=scratch, log=log)
-        assert kill_when(process, condition, log), f"{moment}: ended before\n{log.read_text()}"
-    process = start("main", *flags, scratch=scratch, log=log)
-    assert process.wait() == 0, log.read_text()[-3000:]
+        while process.poll() is None and not reached():
+            time.sleep(0.002)
+        process.send_signal(number)
+        status, said = process.wait(), log.read_text()
+        assert status == (-number if number == signal.SIGKILL else 128 + number), said[-3000:]
+        assert "Traceback" not in said and not (workdir / "results.json").exists()
+        if words:
+            assert re.search(words, said.strip().splitlines()[-1]), said[-3000:]
+            assert scraps() <= before
+    stopped, next_one = ((tmp_path / f"log{i}").read_text() for i in (1, 2))
+    step = re.search("saved after step ([0-9]+)", stopped)[1]
+    assert f"stage1: resuming after step {step}\n" in next_one
+    status, output = run("main", *flags, scratch=scratch)
+    assert status == 0, output
     for stage in ("stage1", "stage2"):
         assert losses(workdir, stage) == losses(unbroken, stage)
     assert metrics(workdir) == metrics(unbroken)
 
 
 def test_in_a_bucket_as_on_a_disk(finished, scratch, tmp_path, monkeypatch):
-    """Trained, refused to a second run, killed, resumed, evaluated, loaded, continued elsewhere."""
+    """Trained, refused to a second run, killed, resumed, evaluated, loaded, found elsewhere."""
     unbroken, _ = finished
     log = tmp_path / "log"
     with object_store.serving(monkeypatch) as bucket:
@@ -178,63 +189,20 @@ def test_in_a_bucket_as_on_a_disk(finished, scratch, tmp_path, monkeypatch):
             assert losses(workdir, stage) == losses(unbroken, stage)
         assert metrics(workdir) == metrics(unbroken)
         assert any("tfevents" in name for name in buckets.files_below(workdir / "stage2"))
-        (workdir / "results.json").unlink()
-        status, output = run("eval", *flags, scratch=scratch)
-        assert status == 0, output
-        assert metrics(workdir) == metrics(unbroken)
         assert cir_jax.load(str(workdir)).composer.trained
-        here = tmp_path / "here"
         status, output = run(
-            "main", f"--config={SMOKE}", *LONGER, "--config.stages=stage2",
-            "--config.evaluation.benchmarks=()", f"--config.init_from={workdir}",
-            f"--workdir={here}", scratch=scratch,
+            "main", f"--config={SMOKE}", "--config.stages=stage2", "--dry_run",
+            f"--config.init_from={workdir}", f"--workdir={tmp_path / 'here'}", scratch=scratch,
         )  # fmt: skip
         assert status == 0, output
-        assert losses(here, "stage2") == losses(unbroken, "stage2")
     assert not list(tmp_path.rglob("gs:*"))
-
-
-def test_stopped_in_any_phase_the_same_command_continues(finished, scratch, tmp_path):
-    unbroken, _ = finished
-    workdir, data, log = tmp_path / "run", tmp_path / "data", tmp_path / "log"
-    flags = (
-        f"--config={SMOKE}",
-        f"--workdir={workdir}",
-        *LONGER,
-        f"--config.data_dir={data}",
-        "--config.checkpoint.every=100 steps",
-    )
-    file = workdir / "stage1" / "metrics.jsonl"
-    moments = (
-        (signal.SIGTERM, "while preparing data: finished shards in .*data are kept",
-         lambda: any(data.rglob(".building/*"))),
-        (signal.SIGINT, "stage1: stopped and saved after step [0-9]+",
-         lambda: file.exists() and file.stat().st_size),
-        (signal.SIGTERM, "while (evaluating|exporting|running the stages): .* kept",
-         (workdir / "stage2" / "checkpoints" / "24").exists),
-    )  # fmt: skip
-    for number, words, reached in moments:
-        process = start("main", *flags, scratch=scratch, log=log)
-        while process.poll() is None and not reached():
-            time.sleep(0.002)
-        process.send_signal(number)
-        assert process.wait() == 128 + number, log.read_text()[-3000:]
-        said = log.read_text()
-        assert re.search(words, said.strip().splitlines()[-1]), said[-3000:]
-        assert "Traceback" not in said
-        scraps = [p for root in (workdir, data, scratch) for p in root.rglob(".*.json.*")]
-        assert not scraps and not (workdir / "results.json").exists()
-    status, output = run("main", *flags, scratch=scratch)
-    assert status == 0, output
-    for stage in ("stage1", "stage2"):
-        assert losses(workdir, stage) == losses(unbroken, stage)
-    assert metrics(workdir) == metrics(unbroken)
 
 
 def test_two_processes_killed_and_resumed_train_the_same_run(finished, scratch, tmp_path):
     unbroken, _ = finished
     workdir, text = tmp_path / "run", [tmp_path / "log0", tmp_path / "log1"]
-    flags = [f"--config={SMOKE}", f"--workdir={workdir}", *LONGER, "--config.mesh.fsdp=2"]
+    flags = [f"--config={SMOKE}", f"--workdir={workdir}", *LONGER, "--config.stages=stage1"]
+    flags += ["--config.mesh.fsdp=2"]
 
     def together():
         return start_together("main", *flags, scratch=scratch, devices=2, logs=text)
@@ -249,11 +217,8 @@ def test_two_processes_killed_and_resumed_train_the_same_run(finished, scratch, 
     assert [p.wait() for p in together()] == [0, 0], text[0].read_text()[-3000:]
     for log in text:
         assert "stage1: resuming after step" in log.read_text()
-    for stage in ("stage1", "stage2"):
-        ours, one = np.asarray(losses(workdir, stage)), np.asarray(losses(unbroken, stage))
-        np.testing.assert_allclose(ours, one, rtol=1e-5)
+    np.testing.assert_allclose(losses(workdir, "stage1"), losses(unbroken, "stage1"), rtol=1e-5)
     before = metrics(workdir)
-    assert before == metrics(unbroken)
     assert "protocol" not in text[1].read_text()  # reports come from process 0
     status, output = run("eval", *flags[:-1], scratch=scratch)  # one process, one device
     assert status == 0, output

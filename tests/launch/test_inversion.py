@@ -28,11 +28,11 @@ def scratch(tmp_path_factory):
     return tmp_path_factory.mktemp("scratch")
 
 
-@pytest.mark.parametrize("name", ["rtd", "lincir", "palavra"])
+@pytest.mark.parametrize("name", ["rtd", "lincir"])
 def test_smoke(name, scratch, tmp_path):
     flags = (f"--config=experiments/{name}.py:smoke", *LESS)
     if name == "rtd":  # around pic2word; as the papers' presets: this is training's type alone
-        flags += ("--config.dtype=bfloat16",)
+        flags += ("--config.dtype=bfloat16", "--config.stage.rtd.batch_size=8")
     if name == "lincir":  # as its release chooses
         flags = (*flags, "--config.checkpoint.best=shapes_tiny/cirr R@1")
     exported = tmp_path / "exported"
