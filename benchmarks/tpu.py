@@ -16,6 +16,10 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from cir_jax.errors import unknown  # noqa: E402
+
 FOLDER = ROOT / "benchmarks" / "tpu"
 README = ROOT / "benchmarks" / "README.md"
 MARKERS = "<!-- table: benchmarks/tpu -->", "<!-- end -->"
@@ -61,10 +65,11 @@ ENTRIES: dict[str, list[str]] = {
 """Name -> flags of launch/compile.py."""
 
 
-def measure(name: str) -> None:
-    """Compiles an entry and keeps the report. Raises CalledProcessError where it does not fit."""
+def measure(name: str) -> int:
+    """Compiles an entry and keeps the report. The exit status of launch/compile.py, which says by
+    itself what is wrong: a step that does not fit, or no libtpu."""
     command = [sys.executable, "launch/compile.py", *ENTRIES[name]]
-    subprocess.run([*command, f"--json=benchmarks/tpu/{name}.json"], cwd=ROOT, check=True)
+    return subprocess.run([*command, f"--json=benchmarks/tpu/{name}.json"], cwd=ROOT).returncode
 
 
 def read() -> dict[str, dict[str, Any]]:
@@ -118,8 +123,12 @@ def write_table() -> None:
 
 def main(arguments: list[str]) -> None:
     if arguments != ["--table"]:
+        for name in arguments:
+            if name not in ENTRIES:
+                sys.exit(f"error: {unknown('entry', name, ENTRIES)}")
         for name in arguments or ENTRIES:
-            measure(name)
+            if status := measure(name):
+                sys.exit(status)
     write_table()
 
 

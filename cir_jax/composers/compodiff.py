@@ -73,6 +73,7 @@ from cir_jax.models.denoiser import (
     TextStates,
     transposed,
 )
+from cir_jax.sharding.constraints import over_tensor
 from cir_jax.sharding.placement import to_host
 from cir_jax.weights import compodiff as released
 from cir_jax.weights import files, official
@@ -334,6 +335,7 @@ class CompoDiff(Composer):
                            this number alone, not on the batch that the query happens to be in
         The reference of a row with a mask is without the region: see `mask_fill`.
         """
+        params = over_tensor(params)  # once, not in each step
         image, _ = self.image_condition(frozen, query)
         index = query.get("query_index")
         if index is None:

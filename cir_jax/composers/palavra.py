@@ -54,7 +54,7 @@ from cir_jax.errors import ConfigError, WeightsError
 from cir_jax.input.objects import Objects
 from cir_jax.input.phrases import TEMPLATES
 from cir_jax.models.backbone import Backbone
-from cir_jax.sharding.constraints import each_row, split_rows
+from cir_jax.sharding.constraints import each_row, split_rows, whole
 from cir_jax.weights import convert, official
 
 TEMPERATURE = 0.25
@@ -291,6 +291,7 @@ class Palavra(PseudoWord):
 
         image: float32[batch, dim], mean of each set's unit features; words: [batch, token_dim].
         """
+        frozen = {"backbone": whole(frozen["backbone"])}  # once, not in each step
         coarse = self.coarse_features(params, frozen)
         optimizer = optax.adam(self.refinement.learning_rate)
 

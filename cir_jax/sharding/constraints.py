@@ -18,6 +18,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from cir_jax.sharding.mesh import BATCH, ROW_AXES, row_shards
+from cir_jax.sharding.placement import FROZEN, parameter_shardings
 
 _mesh: contextvars.ContextVar[Mesh | None] = contextvars.ContextVar("mesh", default=None)
 _in_row = contextvars.ContextVar("in_row", default=False)
@@ -68,6 +69,16 @@ def split_rows(tree: Any) -> Any:
 def whole(tree: Any) -> Any:
     """The same arrays, whole on every device: what all rows read, in an order of their own."""
     return jax.tree.map(lambda x: _constrain(x, P()), tree)
+
+
+def over_tensor(params: Any) -> Any:
+    """Parameters by their paths, split over the tensor axis alone: what a loop reads is gathered
+    over fsdp once, not in each of its iterations."""
+    mesh = _mesh.get()
+    if mesh is None:
+        return params
+    where = parameter_shardings(mesh, params, FROZEN["replicated"])
+    return jax.tree.map(jax.lax.with_sharding_constraint, params, where)
 
 
 def gathered(table: jax.Array) -> jax.Array:

@@ -6,6 +6,8 @@ import math
 import os
 import pkgutil
 import re
+import subprocess
+import sys
 
 import pytest
 import yaml
@@ -17,7 +19,7 @@ from cir_jax.loading import read_experiment
 from cir_jax.sharding import topologies
 from cir_jax.training import ahead, flops, stages
 from data import build
-from tests.launch.binaries import environment, run_command
+from tests.launch.binaries import LIMIT, environment, run_command
 
 REPORTS = tpu.read()
 TOLERANCE = 0.1
@@ -165,6 +167,32 @@ def test_what_does_not_fit_says_what_helps(tmp_path, compiled):
     assert "What helps: --config.mesh.fsdp=4 (now 1) splits" in output
     (said,) = json.loads(file.read_text())["too_big"]
     assert said in output
+
+
+@pytest.mark.slow
+def test_without_libtpu_it_ends_with_what_to_install(tmp_path):
+    """As launch/compile.py does, which it runs."""
+    (tmp_path / "libtpu.py").write_text("raise ImportError('it is not installed')")
+    paths = [str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])]
+    made = subprocess.run(
+        [sys.executable, str(tpu.ROOT / "benchmarks" / "tpu.py"), "artemis_clip_rn50"],
+        env=environment(tmp_path) | {"PYTHONPATH": os.pathsep.join(paths)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=LIMIT,
+    )
+    last = made.stderr.strip().splitlines()[-1]
+    assert made.returncode == 2 and last == (
+        "error: --topology=v5e:4x4: compiling for a TPU needs libtpu, which is not installed. "
+        'pip install "cir_jax[tpu-aot]"; it needs no TPU.'
+    )
+    assert "Traceback" not in made.stderr
+
+
+def test_an_entry_that_is_none_is_named():
+    with pytest.raises(SystemExit, match="error: unknown entry 'isa_papers'. Did you mean 'isa_p"):
+        tpu.main(["artemis_clip_rn50", "isa_papers"])
 
 
 def test_what_the_table_says_of_a_report():

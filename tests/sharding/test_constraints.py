@@ -8,6 +8,7 @@ import functools
 import importlib
 import json
 import pkgutil
+import re
 
 import jax
 import jax.numpy as jnp
@@ -199,8 +200,15 @@ def moved(text, sizes, compares=True, kinds=("all-reduce",)):
     return found
 
 
-def check(lowered, *args):
-    compiled = unoptimised.compiled(lowered)
+def in_loops(text):
+    """Collectives that a program makes in each iteration of a loop; there is one."""
+    programs, bodies = hlo.computations(text), re.findall(r"\bbody=%?([\w.\-]+)", text)
+    assert bodies
+    return [found for name in bodies for found in hlo.collectives("\n".join(programs[name]))]
+
+
+def check(lowered, *args, loops_stay=False):
+    compiled = unoptimised.compiled(lowered, loops_stay)
     assert not moved(compiled.as_text(), *args)
     return compiled
 
@@ -285,7 +293,8 @@ def test_features_of_images_move_no_activations(sizes, backbones):
 
 @pytest.mark.parametrize("name", ["compodiff", "palavra"])
 def test_queries_move_no_activations(name, backbones, files):
-    """Sampling steps and refinement are loops in the compiled program."""
+    """Sampling steps and refinement are loops in the compiled program: they exchange nothing, and
+    weights are gathered once."""
     backbone, params = backbones("clip")
     config = importlib.import_module(f"experiments.{name}").get_config("smoke")
     composer = composer_of(config, config.stages[-1], backbone, files)
@@ -294,7 +303,13 @@ def test_queries_move_no_activations(name, backbones, files):
     batch = queries(mesh, backbone, reference_images=IMAGES, token_ids=WORDS, query_index="number")
     seed = jax.ShapeDtypeStruct((), np.uint32)
     made = (abstract(mesh, tree) for tree in trees)
-    check(features._compose.lower(composer, mesh, *made, batch, seed), (2, 4, 1))
+    lowered = features._compose.lower(composer, mesh, *made, batch, seed)
+    text = check(lowered, (2, 4, 1), loops_stay=True).as_text()
+    assert not in_loops(text)
+    (kind, each), *others = hlo.traffic(text).items()
+    read = (trees[0], params["vision"], params["text"])
+    weights = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(read))
+    assert kind == "all-gather" and not others and each.bytes < 1.1 * weights
 
 
 def test_inversion_moves_no_activations(backbones, files):
