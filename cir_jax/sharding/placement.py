@@ -13,26 +13,22 @@ from jax.sharding import PartitionSpec as P
 from cir_jax.errors import MeshError
 from cir_jax.sharding.mesh import batch_sharding, replicated
 
-Rules = Sequence[tuple[str, *tuple[P, ...]]]
+Rules = Sequence[tuple[str, P]]
 RULES: Rules = (
-    (r".*/kernel 4d", P(None, None, None, "fsdp"), P(None, None, "fsdp", None)),
-    (r".*/(query|key|value|key_value|fc1|gate)/kernel 2d", P("fsdp", "tensor")),
-    (r".*/(out|fc2)/kernel 2d", P("tensor", "fsdp")),
-    (r".*/token_embedding/embedding 2d", P("tensor", "fsdp")),
-    (r".*/kernel \dd", P("fsdp", None)),
+    (r".*/(query|key|value|key_value|fc1|gate)/kernel", P("fsdp", "tensor")),
+    (r".*/(out|fc2)/kernel", P("tensor", "fsdp")),
+    (r".*/(token_embedding/embedding)", P("tensor", "fsdp")),
+    (r".*/kernel", P("fsdp", None)),
     (r".*", P()),
 )
-"""A parameter's path and number of axes -> how it is split; of several ways the first one whose
-axes the mesh divides. First match wins. Columns of the first matmul and rows of the second lie on
-`tensor`, so one reduction per block suffices. Kernels of convolutions, [height, width, in, out],
-have sides that nothing divides, and a depthwise one has a single channel that goes in. Everything
-else is small: replicated."""
+"""First match wins. Columns of the first matmul and rows of the second lie on `tensor`, so one
+reduction per block suffices. Everything else is small: replicated."""
 
 FROZEN: dict[str, Rules] = {
     "split": RULES,
     "replicated": tuple(
-        (pattern, *(P(*(None if axis == "fsdp" else axis for axis in spec)) for spec in specs))
-        for pattern, *specs in RULES
+        (pattern, P(*(None if axis == "fsdp" else axis for axis in spec)))
+        for pattern, spec in RULES
     ),
 }
 """config.frozen -> where parameters lie that no optimiser moves. "replicated": no step gathers
@@ -59,21 +55,19 @@ def replicate(mesh: Mesh, tree: Any) -> Any:
 
 
 def parameter_shardings(mesh: Mesh, tree: Any, rules: Rules = RULES) -> Any:
-    """NamedSharding for each leaf of a tree of arrays or shapes: the first rule matching its path
-    and number of axes.
+    """NamedSharding for each leaf of a tree of arrays or shapes: the first rule matching its path.
 
     An axis that the mesh does not divide stays whole (logged at level info). Raises MeshError
     for a parameter that no rule matches.
     """
 
     def shard(path: Any, leaf: Any) -> NamedSharding:
-        name, shape = "/" + "/".join(_key(key) for key in path), np.shape(leaf)
-        for pattern, *specs in rules:
-            if re.fullmatch(pattern, f"{name} {len(shape)}d"):
-                ways = [(spec, _fit(mesh, spec, shape)) for spec in specs]
-                spec, fitted = next((way for way in ways if way[0] == way[1]), ways[0])
+        name = "/" + "/".join(_key(key) for key in path)
+        for pattern, spec in rules:
+            if re.fullmatch(pattern, name):
+                fitted = _fit(mesh, spec, np.shape(leaf))
                 if any(fitted) != any(spec):
-                    logging.info("%s %s stays whole: not divisible", name, shape)
+                    logging.info("%s %s stays whole: not divisible", name, np.shape(leaf))
                 return NamedSharding(mesh, fitted)
         raise MeshError(f"no sharding rule matches parameter {name}; add one to the rules.")
 

@@ -19,9 +19,8 @@ from cir_jax.errors import ConfigError, WeightsError
 from cir_jax.evaluation import attention_maps
 from cir_jax.models import light
 from cir_jax.retrieval.search import Searcher, find
-from cir_jax.sharding import placement
 from cir_jax.sharding.mesh import make_mesh
-from cir_jax.training.step import Step, init_state, train_step
+from cir_jax.training.step import init_state, train_step
 from tests.composers import inversion
 from tests.tiny import drawn
 
@@ -250,31 +249,6 @@ def test_a_step_leaves_the_running_statistics(tiny_blip, made, batch):
     first = {"reference_images": images[:1]}
     alone = compiled(composer.invert)(after.params, frozen, first, rng=jax.random.key(0))
     np.testing.assert_allclose(several[:1], alone, atol=1e-5)
-
-
-def test_steps_do_not_depend_on_the_mesh(made, batch):
-    """And what is trained lies split, convolutions' kernels and their moments, too."""
-    composer, params, frozen = made
-    found = []
-    for sizes in ({"data": 1}, {"data": 2, "fsdp": 4}):
-        mesh = make_mesh(sizes, jax.devices()[: math.prod(sizes.values())])
-        optimizer, held = optax.adam(1e-3), placement.place(mesh, frozen)
-        given = placement.place(mesh, jax.tree.map(np.array, params))  # donated to the first step
-        state = init_state(composer, optimizer, seed=0, ema=False, params=given)
-        settings = {"ema_decay": 0.0, "microbatches": 1}
-        step = Step(mesh, state, held, composer=composer, optimizer=optimizer, **settings)
-        rows, losses = placement.global_batch(mesh, batch), []
-        for _ in range(3):
-            state, metrics = step(state, held, rows)
-            losses.append([metrics[name] for name in ("loss", "global", "local")])
-        found.append(np.asarray(losses))
-    np.testing.assert_allclose(found[1], found[0], rtol=1e-4)
-    assert found[0][-1, 0] < found[0][0, 0]
-    for tree in (state.params, state.opt_state[0].mu):
-        for kernel in jax.tree.leaves(tree["encoder"]):
-            if kernel.ndim == 4:
-                shapes = {shard.data.shape for shard in kernel.addressable_shards}
-                assert shapes == {(*kernel.shape[:3], kernel.shape[3] // 4)}
 
 
 def test_stored_views_are_what_the_tower_sees(symmetric, batch):

@@ -13,7 +13,6 @@ from cir_jax import experiment as experiments
 from cir_jax.errors import ConfigError
 from cir_jax.input.pipeline import Part, Pipeline
 from cir_jax.input.records import Images, Records
-from cir_jax.models import light
 from cir_jax.sharding import hlo, placement
 from cir_jax.sharding import mesh as meshes
 from cir_jax.training import workdir as workdirs
@@ -150,28 +149,6 @@ def test_dry_run_says_the_bytes_of_both(pic2word, given):
     assert f", {mib[given]} per device" in line
     for name, size in mib.items():
         assert f"config.frozen={name}: {size}" in line
-
-
-@pytest.mark.parametrize("name", ["efficientnet_b2", "mobilevitv2_100"])
-def test_kernels_of_convolutions_are_split_by_their_channels(name):
-    """By those that come out, else by those that go in: a depthwise kernel has one of these, the
-    first one three, and some give an odd number."""
-    mesh, model = meshes.make_mesh({"data": 2, "fsdp": 4}), light.create(name)
-    images = jax.ShapeDtypeStruct((1, 224, 224, 3), np.float32)
-    tree = jax.eval_shape(model.init, jax.random.key(0), images)["params"]
-    split, replicated = (
-        jax.tree.leaves(placement.parameter_shardings(mesh, tree, rules))
-        for rules in (placement.FROZEN["split"], placement.FROZEN["replicated"])
-    )
-    channels = []
-    for leaf, where, whole in zip(jax.tree.leaves(tree), split, replicated, strict=True):
-        if len(leaf.shape) == 4:
-            *sides, given, made = leaf.shape
-            parts = [given, made // 4] if made % 4 == 0 else [given // 4, made]
-            assert where.shard_shape(leaf.shape) == (*sides, *parts)
-            assert whole.is_fully_replicated
-            channels.append((given, made))
-    assert {given for given, _ in channels} >= {1, 3} and any(made % 4 for _, made in channels)
 
 
 def test_arrays_of_other_meshes_and_hosts_lie_by_the_rules(tiny):

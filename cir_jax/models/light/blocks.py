@@ -114,10 +114,9 @@ class SqueezeExcite(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         reduce, expand = self.names
-        gate = split_rows(jnp.mean(x, axis=(1, 2), keepdims=True))
-        gate = split_rows(conv(self.hidden, bias=True, dtype=self.dtype, name=reduce)(gate))
-        gate = self.activation(gate)
-        gate = split_rows(conv(x.shape[-1], bias=True, dtype=self.dtype, name=expand)(gate))
+        gate = jnp.mean(x, axis=(1, 2), keepdims=True)
+        gate = self.activation(conv(self.hidden, bias=True, dtype=self.dtype, name=reduce)(gate))
+        gate = conv(x.shape[-1], bias=True, dtype=self.dtype, name=expand)(gate)
         return x * jax.nn.sigmoid(gate)
 
 
