@@ -3,7 +3,7 @@
     python launch/main.py --config=experiments/clip4cir.py
 
 Takes 3 to 4 minutes on two CPU cores. Expected on the embedded world (three seeds): CIRCO-like
-mAP@10 20.1 +- 2.9, where image + text, which it tunes, has 14.5 +- 1.7 and Slerp 22.4 +- 2.8.
+mAP@10 20.1 +- 2.8, where image + text, which it tunes, has 14.5 +- 1.7 and Slerp 22.4 +- 2.8.
 
 Its CLIP is a backbone for Combiner, the second stage (or any other method):
 

@@ -2,10 +2,10 @@
 
     python launch/main.py --config=experiments/compodiff.py
 
-Takes about 6 minutes on two CPU cores. Expected on the embedded world (three seeds, README; of runs
-before stage 2 had masked rows, 40 % captions and 60 % triplets): CIRCO-like mAP@10 19.1 +-
-2.1, where image + text has 14.5 +- 1.7 and Slerp 22.4 +- 2.8, with shapes_long 20.0 +- 2.6. Why it
-stays behind Slerp there: benchmarks/README.md. The paper, ViT-L/14 on CIRCO: 13.36.
+Takes about 6 minutes on two CPU cores. Expected on the embedded world (three seeds, README):
+CIRCO-like mAP@10 19.2 +- 2.8, where image + text has 14.5 +- 1.7 and Slerp 22.4 +- 2.8, with
+shapes_long 20.5 +- 2.7. Why it stays behind Slerp there: benchmarks/README.md. The paper, ViT-L/14
+on CIRCO: 13.36.
 
 Presets: shapes (embedded world, minutes on a laptop), shapes_long (three times the triplets and the
 steps: 15 minutes), smoke (seconds, for tests). Those of the paper's Table A.1 need the weights and

@@ -18,7 +18,7 @@ There v and F^v are computed in the step: stored, as in the paper
 draws what each token of the sentence attends to.
 
 Takes 3 to 5 minutes on two CPU cores. Expected on the embedded world (three seeds): CIRCO-like
-mAP@10 8.8 +- 0.7, symmetric 9.1 +- 1.0; on the same BLIP Pic2Word has 7.4 +- 0.1, image + text
+mAP@10 8.8 +- 0.9, symmetric 9.1 +- 1.0; on the same BLIP Pic2Word has 7.4 +- 0.1, image + text
 9.9 +- 0.9, Slerp 11.7 +- 1.0.
 
 It trains with dropout, which the paper does not mention, two tokens instead of its six, and a

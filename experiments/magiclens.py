@@ -3,7 +3,7 @@
     python launch/main.py --config=experiments/magiclens.py
 
 Takes 2 to 4 minutes on two CPU cores. Expected on the embedded world (three seeds): CIRCO-like
-mAP@10 26.8 +- 2.4, where Slerp has 22.4 +- 2.8 and Combiner 25.1 +- 2.0. On val it has 26.3;
+mAP@10 26.8 +- 2.4, where Slerp has 22.4 +- 2.8 and Combiner 25.1 +- 2.2. On val it has 26.3;
 without the references as negatives 24.3, with a temperature that begins at 0.15 24.4, from the
 random start 23.0 (benchmarks/tune.json). Learning rate (3e-4 of 3e-4 and 1e-3) and steps (600 of
 600, 800 and 1,200) were chosen on val before, by eight runs.

@@ -10,7 +10,7 @@ Around SEARLE-OTI there is nothing to train:
 (on val, --benchmarks=shapes/circo --config.evaluation.split=val, mAP@10 21.2, OTI alone 20.3.)
 
 Takes 1 to 2 minutes on two CPU cores. Expected on the embedded world (three seeds): CIRCO-like
-mAP@10 19.8 +- 2.0, where Pic2Word alone has 17.5 +- 1.9. Its factors were chosen on val
+mAP@10 19.9 +- 2.0, where Pic2Word alone has 17.4 +- 1.7. Its factors were chosen on val
 (benchmarks/tune.json).
 
 Presets: shapes and smoke (Pic2Word inside), searle, searle_oti, lincir, palavra, isa, rtd, and

@@ -3,7 +3,7 @@
     python launch/main.py --config=experiments/pic2word.py
 
 Takes 2 to 3 minutes on two CPU cores. Expected on the embedded world (three seeds): CIRCO-like
-mAP@10 17.5 +- 1.9, where image + text has 14.5 +- 1.7 and text alone 4.2 +- 0.2. The
+mAP@10 17.4 +- 1.7, where image + text has 14.5 +- 1.7 and text alone 4.2 +- 0.2. The
 paper has no numbers on CIRCO; others give its L/14 weights 9.51 there (Slerp's table).
 
 Presets: shapes (embedded world), blip (there, on the small BLIP of experiments/isa.py), smoke

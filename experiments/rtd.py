@@ -3,7 +3,7 @@
     python launch/main.py --config=experiments/rtd.py
 
 Takes 3 to 4 minutes on two CPU cores. Expected on the embedded world (three seeds): CIRCO-like
-mAP@10 19.4 +- 2.6, where Pic2Word alone has 17.5 +- 1.9.
+mAP@10 19.6 +- 2.7, where Pic2Word alone has 17.4 +- 1.7.
 
 Around another method: presets searle and lincir (shapes is Pic2Word, smoke too, in seconds), each
 with that method's own stages before its own stage `rtd`. With weights that exist already, of its
